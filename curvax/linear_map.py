@@ -1,0 +1,356 @@
+"""Symmetric linear maps on parameter pytrees: the one operator protocol that every curvature matrix answers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import register_dataclass
+
+from curvax import trees
+
+PyTree = Any
+Scalar = Any
+
+_DENSE_LIMIT = 20_000
+
+
+class LinearMap:
+    r"""A symmetric linear map A on pytrees of one structure; every curvature matrix of this library is one.
+
+    A subclass gives ``structure`` and ``__call__``. Everything else has a default that is exact and forms the matrix,
+    fit for some thousands of parameters; maps with structure override what they can do better. For large maps use
+    ``curvax.estimators`` (traces, diagonals, spectra) and ``curvax.solvers`` (solves), which need only products.
+
+    Maps are pytrees: they pass through ``jit``, ``vmap``, ``cond`` and ``scan``. They add (``A + B``) and scale
+    (``2.0 * A``).
+
+    Example:
+        >>> A = curvax.from_matvec(lambda v: {"w": 2.0 * v["w"]}, {"w": jnp.zeros(3)})
+        >>> A.quadratic({"w": jnp.ones(3)}).item()
+        6.0
+        >>> A.solve({"w": jnp.ones(3)}, damping=2.0)["w"]
+        Array([0.25, 0.25, 0.25], dtype=float...)
+    """
+
+    @property
+    def structure(self) -> PyTree:
+        """The pytree of ``jax.ShapeDtypeStruct`` of the vectors this map acts on."""
+        raise NotImplementedError
+
+    def __call__(self, vector: PyTree) -> PyTree:
+        """The product A v.
+
+        Args:
+            vector: v, a pytree with the map's ``structure``.
+
+        Returns:
+            A v, with the structure, shapes and dtypes of v.
+        """
+        raise NotImplementedError
+
+    def block(self, vectors: PyTree) -> PyTree:
+        """The products A v_1 ... A v_k; every leaf of ``vectors`` has a leading axis of length k."""
+        return jax.vmap(self)(vectors)
+
+    def quadratic(self, vector: PyTree) -> jax.Array:
+        """The quadratic form v^T A v, a scalar."""
+        return self.bilinear(vector, vector)
+
+    def bilinear(self, left: PyTree, right: PyTree) -> jax.Array:
+        """The bilinear form u^T A v, a scalar."""
+        return trees.vdot(left, self(right))
+
+    def solve(self, vector: PyTree, *, damping: Scalar = 0.0) -> PyTree:
+        """(A + damping I)^{-1} v by a dense factorisation; for large maps use ``curvax.solvers``.
+
+        Args:
+            vector: v, a pytree with the map's ``structure``.
+            damping: lambda, a scalar added to the diagonal.
+
+        Returns:
+            The solution, shaped like v; not finite where the damped matrix is singular.
+        """
+        trees.check_like(vector, self.structure, "vector", "the map's vectors")
+        matrix = _damped(self.to_dense(), damping)
+        return trees.unravel(jnp.linalg.solve(matrix, trees.ravel(vector).astype(matrix.dtype)), vector)
+
+    def sqrt(self, vector: PyTree) -> PyTree:
+        """A^{1/2} v with the symmetric square root, by a dense eigendecomposition; negative eigenvalues count as zero."""
+        return self._spectral(vector, lambda values: jnp.sqrt(jnp.maximum(values, 0)))
+
+    def inverse_sqrt(self, vector: PyTree, *, damping: Scalar = 0.0) -> PyTree:
+        """(A + damping I)^{-1/2} v with the symmetric square root, by a dense eigendecomposition."""
+        return self._spectral(vector, lambda values: 1 / jnp.sqrt(values + jnp.asarray(damping, values.dtype)))
+
+    def logdet(self, *, damping: Scalar = 0.0) -> jax.Array:
+        """log |det(A + damping I)|, by a dense factorisation."""
+        return jnp.linalg.slogdet(_damped(self.to_dense(), damping))[1]
+
+    def trace(self) -> jax.Array:
+        """The trace of A, exactly, by one product for each parameter."""
+        ones = jax.tree.map(jnp.ones_like, self.structure)
+        return trees.vdot(ones, self.diagonal())
+
+    def diagonal(self) -> PyTree:
+        """The diagonal of A as a pytree, exactly, by one product for each parameter."""
+        self._check_dense("diagonal", "curvax.estimators.hutchinson_diagonal")
+        like = self.structure
+        dtype = trees.wide_dtype(*jax.tree.leaves(like))
+
+        def entry(index):
+            basis = trees.unravel((jnp.arange(trees.size(like)) == index).astype(dtype), like)
+            return trees.vdot(basis, self(basis)).astype(dtype)
+
+        return trees.unravel(jax.lax.map(entry, jnp.arange(trees.size(like)), batch_size=32), like)
+
+    def sample(self, key: jax.Array) -> PyTree:
+        """A draw from N(0, A), for positive semi-definite A; here by a dense square root."""
+        return self.sqrt(trees.random_normal(key, self.structure))
+
+    def to_dense(self) -> jax.Array:
+        """The matrix, n x n, in leaf order with every leaf row-major (``curvax.trees.ravel``)."""
+        self._check_dense("to_dense", "curvax.solvers and curvax.estimators")
+        like = self.structure
+        identity = jnp.eye(trees.size(like), dtype=trees.wide_dtype(*jax.tree.leaves(like)))
+
+        def column(row):
+            return trees.ravel(self(trees.unravel(row, like)))
+
+        return jax.lax.map(column, identity, batch_size=128).T
+
+    def restrict(self, template: PyTree) -> LinearMap:
+        """The principal submatrix of A that belongs to the leaves present in ``template``.
+
+        Args:
+            template: A pytree with some of the leaves of ``structure``, by path; the others may be None, missing or
+                ``optax.MaskedNode``. Shapes only are read.
+
+        Returns:
+            The map v -> E^T A E v, where E fills the missing leaves with zeros.
+        """
+        template = trees.structure_of(template)
+        if jax.tree.structure(template) == jax.tree.structure(self.structure):
+            return self
+        return Restricted(self, _Static(template))
+
+    def __add__(self, other: LinearMap) -> LinearMap:
+        return Sum((self, other))
+
+    def __mul__(self, scalar: Scalar) -> LinearMap:
+        return Scaled(scalar, self)
+
+    __rmul__ = __mul__
+
+    def _spectral(self, vector, function):
+        values, vectors = jnp.linalg.eigh(self.to_dense())
+        flat = trees.ravel(vector).astype(values.dtype)
+        return trees.unravel(vectors @ (function(values) * (vectors.T @ flat)), vector)
+
+    def _check_dense(self, method: str, instead: str) -> None:
+        count = trees.size(self.structure)
+        if count > _DENSE_LIMIT:
+            raise ValueError(
+                f"{type(self).__name__}.{method}() would take a product for each of {count:,} parameters (limit"
+                f" {_DENSE_LIMIT:,}); use {instead}, which need only some products"
+            )
+
+
+def from_matvec(matvec: Callable[[PyTree], PyTree], like: PyTree) -> LinearMap:
+    """A linear map from a function that multiplies a pytree by a symmetric matrix.
+
+    Args:
+        matvec: v -> A v; linear and symmetric, which is not checked. If it is a ``jax.tree_util.Partial``, the arrays
+            in it pass through ``jit``.
+        like: A pytree with the shapes and dtypes of v.
+
+    Returns:
+        The ``LinearMap``.
+
+    Example:
+        >>> A = curvax.from_matvec(lambda v: 3.0 * v, jnp.zeros(2))
+        >>> A.to_dense()
+        Array([[3., 0.],
+               [0., 3.]], dtype=float...)
+    """
+    if not isinstance(matvec, jax.tree_util.Partial):
+        matvec = jax.tree_util.Partial(matvec)
+    return MatvecMap(matvec, _Static(trees.structure_of(like)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """A pytree of ShapeDtypeStructs as hashable metadata of a registered dataclass."""
+
+    tree: PyTree
+
+    def _key(self):
+        leaves, treedef = jax.tree.flatten(self.tree)
+        return treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+
+    def __eq__(self, other):
+        return isinstance(other, _Static) and self._key() == other._key()
+
+    def __hash__(self):
+        return hash(self._key())
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class MatvecMap(LinearMap):
+    """The map of ``from_matvec``."""
+
+    matvec: Callable[[PyTree], PyTree]
+    like: _Static = dataclasses.field(metadata={"static": True})
+
+    @property
+    def structure(self) -> PyTree:
+        return self.like.tree
+
+    def __call__(self, vector: PyTree) -> PyTree:
+        return self.matvec(vector)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Diagonal(LinearMap):
+    """The diagonal matrix whose diagonal is the pytree ``entries``; everything is elementwise."""
+
+    entries: PyTree
+
+    @property
+    def structure(self) -> PyTree:
+        return trees.structure_of(self.entries)
+
+    def __call__(self, vector: PyTree) -> PyTree:
+        return trees.multiply(vector, self.entries)
+
+    def solve(self, vector: PyTree, *, damping: Scalar = 0.0) -> PyTree:
+        return jax.tree.map(lambda v, d: v / (d + jnp.asarray(damping, d.dtype)).astype(v.dtype), vector, self.entries)
+
+    def sqrt(self, vector: PyTree) -> PyTree:
+        return trees.multiply(vector, jax.tree.map(lambda d: jnp.sqrt(jnp.maximum(d, 0)), self.entries))
+
+    def inverse_sqrt(self, vector: PyTree, *, damping: Scalar = 0.0) -> PyTree:
+        roots = jax.tree.map(lambda d: 1 / jnp.sqrt(d + jnp.asarray(damping, d.dtype)), self.entries)
+        return trees.multiply(vector, roots)
+
+    def logdet(self, *, damping: Scalar = 0.0) -> jax.Array:
+        flat = trees.ravel(self.entries)
+        return jnp.sum(jnp.log(jnp.abs(flat + jnp.asarray(damping, flat.dtype))))
+
+    def trace(self) -> jax.Array:
+        return jnp.sum(trees.ravel(self.entries))
+
+    def diagonal(self) -> PyTree:
+        return self.entries
+
+    def to_dense(self) -> jax.Array:
+        return jnp.diag(trees.ravel(self.entries))
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sum(LinearMap):
+    """The sum of maps of one structure."""
+
+    maps: tuple[LinearMap, ...]
+
+    @property
+    def structure(self) -> PyTree:
+        return self.maps[0].structure
+
+    def __call__(self, vector: PyTree) -> PyTree:
+        return self._total(lambda a: a(vector))
+
+    def bilinear(self, left: PyTree, right: PyTree) -> jax.Array:
+        return self._total(lambda a: a.bilinear(left, right))
+
+    def quadratic(self, vector: PyTree) -> jax.Array:
+        return self._total(lambda a: a.quadratic(vector))
+
+    def trace(self) -> jax.Array:
+        return self._total(lambda a: a.trace())
+
+    def diagonal(self) -> PyTree:
+        return self._total(lambda a: a.diagonal())
+
+    def sample(self, key: jax.Array) -> PyTree:
+        samples = [a.sample(k) for a, k in zip(self.maps, jax.random.split(key, len(self.maps)), strict=True)]
+        return _tree_sum(samples)
+
+    def _total(self, function):
+        return _tree_sum([function(a) for a in self.maps])
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scaled(LinearMap):
+    """A scalar times a map."""
+
+    scalar: Scalar
+    map: LinearMap
+
+    @property
+    def structure(self) -> PyTree:
+        return self.map.structure
+
+    def __call__(self, vector: PyTree) -> PyTree:
+        return trees.scale(self.scalar, self.map(vector))
+
+    def bilinear(self, left: PyTree, right: PyTree) -> jax.Array:
+        return trees.scale(self.scalar, self.map.bilinear(left, right))
+
+    def quadratic(self, vector: PyTree) -> jax.Array:
+        return trees.scale(self.scalar, self.map.quadratic(vector))
+
+    def trace(self) -> jax.Array:
+        return trees.scale(self.scalar, self.map.trace())
+
+    def diagonal(self) -> PyTree:
+        return trees.scale(self.scalar, self.map.diagonal())
+
+    def sample(self, key: jax.Array) -> PyTree:
+        return trees.scale(jnp.sqrt(jnp.asarray(self.scalar)), self.map.sample(key))
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Restricted(LinearMap):
+    """The principal submatrix on some of the leaves; see ``LinearMap.restrict``."""
+
+    map: LinearMap
+    template: _Static = dataclasses.field(metadata={"static": True})
+
+    @property
+    def structure(self) -> PyTree:
+        return self.template.tree
+
+    def __call__(self, vector: PyTree) -> PyTree:
+        return trees.extract(self.map(self._embed(vector)), vector)
+
+    def bilinear(self, left: PyTree, right: PyTree) -> jax.Array:
+        return self.map.bilinear(self._embed(left), self._embed(right))
+
+    def quadratic(self, vector: PyTree) -> jax.Array:
+        return self.map.quadratic(self._embed(vector))
+
+    def sample(self, key: jax.Array) -> PyTree:
+        return trees.extract(self.map.sample(key), self.template.tree)
+
+    def _embed(self, vector):
+        return trees.embed(vector, trees.zeros_like(self.map.structure))
+
+
+def _tree_sum(summands):
+    total = summands[0]
+    for summand in summands[1:]:
+        total = trees.add(total, summand)
+    return total
+
+
+def _damped(matrix, damping):
+    return matrix + jnp.asarray(damping, matrix.dtype) * jnp.eye(matrix.shape[0], dtype=matrix.dtype)

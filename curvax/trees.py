@@ -1,0 +1,277 @@
+"""Arithmetic on parameter pytrees, with the dtype rules and the leaf paths that the whole library uses.
+
+Scalars never change the dtype of a leaf, inner products are accumulated in float32 or wider, and leaves are addressed
+by normalised paths such as ``"encoder/0/kernel"``, the same for dicts, flax, equinox and trees with hidden leaves.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+
+PyTree = Any
+Scalar = Any
+
+
+def vdot(left: PyTree, right: PyTree) -> jax.Array:
+    """The inner product of two pytrees, sum_i <left_i, right_i>, accumulated in float32 or wider.
+
+    >>> vdot({"a": jnp.array([1.0, 2.0])}, {"a": jnp.array([3.0, 4.0])}).item()
+    11.0
+    """
+    products = jax.tree.map(_leaf_vdot, left, right)
+    return functools.reduce(_add_promoted, jax.tree.leaves(products), jnp.zeros((), jnp.float32))
+
+
+def norm(tree: PyTree) -> jax.Array:
+    """The Euclidean norm of a pytree, free of overflow and underflow of the squares.
+
+    >>> norm({"a": jnp.array([3.0]), "b": jnp.array([4.0])}).item()
+    5.0
+    """
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.size]
+    if not leaves:
+        return jnp.zeros((), jnp.float32)
+    largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(leaf)).astype(wide_dtype(leaf)) for leaf in leaves])
+    safe = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    scaled = jax.tree.map(lambda leaf: leaf.astype(safe.dtype) / safe, tree)
+    return safe * jnp.sqrt(vdot(scaled, scaled))
+
+
+def add(left: PyTree, right: PyTree) -> PyTree:
+    """``left + right``, in the dtypes of ``left``."""
+    return jax.tree.map(lambda x, y: x + y.astype(x.dtype), left, right)
+
+
+def sub(left: PyTree, right: PyTree) -> PyTree:
+    """``left - right``, in the dtypes of ``left``."""
+    return jax.tree.map(lambda x, y: x - y.astype(x.dtype), left, right)
+
+
+def scale(scalar: Scalar, tree: PyTree) -> PyTree:
+    """``scalar * tree``, in the dtypes of ``tree``."""
+    return jax.tree.map(lambda x: _scaled(scalar, x).astype(x.dtype), tree)
+
+
+def add_scaled(left: PyTree, scalar: Scalar, right: PyTree) -> PyTree:
+    """``left + scalar * right``, in the dtypes of ``left``.
+
+    >>> add_scaled({"a": jnp.array([1.0])}, 2.0, {"a": jnp.array([3.0])})["a"].item()
+    7.0
+    """
+
+    def one(x, y):
+        product = _scaled(scalar, y)
+        dtype = wider(x.dtype, product.dtype)
+        return (x.astype(dtype) + product.astype(dtype)).astype(x.dtype)
+
+    return jax.tree.map(one, left, right)
+
+
+def multiply(left: PyTree, right: PyTree) -> PyTree:
+    """The elementwise product ``left * right``, in the dtypes of ``left``."""
+    return jax.tree.map(lambda x, y: x * y.astype(x.dtype), left, right)
+
+
+def where(condition: Any, if_true: PyTree, if_false: PyTree) -> PyTree:
+    """Leaf by leaf ``jnp.where`` with one scalar condition."""
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), if_true, if_false)
+
+
+def zeros_like(tree: PyTree) -> PyTree:
+    """A pytree of zeros with the shapes and dtypes (and sharding) of ``tree``, which may hold ShapeDtypeStructs."""
+    return jax.tree.map(jnp.zeros_like, tree)
+
+
+def cast_like(tree: PyTree, like: PyTree) -> PyTree:
+    """``tree`` with every leaf cast to the dtype of the same leaf of ``like``."""
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
+
+
+def all_finite(*trees: PyTree) -> jax.Array:
+    """Whether every entry of every leaf is finite, as a boolean scalar."""
+    flags = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(trees)]
+    return functools.reduce(operator.and_, flags, jnp.array(True))
+
+
+def size(tree: PyTree) -> int:
+    """The number of entries of all leaves together."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def structure_of(tree: PyTree) -> PyTree:
+    """The pytree of ``jax.ShapeDtypeStruct`` that describes ``tree``."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree)
+
+
+def random_normal(key: jax.Array, like: PyTree) -> PyTree:
+    """A pytree of independent standard normal entries, shaped like ``like``."""
+    return _random(jax.random.normal, key, like)
+
+
+def random_rademacher(key: jax.Array, like: PyTree) -> PyTree:
+    """A pytree of independent entries -1 or +1 with equal probability, shaped like ``like``."""
+    return _random(jax.random.rademacher, key, like)
+
+
+def ravel(tree: PyTree) -> jax.Array:
+    """All leaves as one vector: leaf order, each leaf row-major, in the widest dtype (float32 at least)."""
+    leaves = jax.tree.leaves(tree)
+    dtype = wide_dtype(*leaves)
+    return jnp.concatenate([leaf.reshape(-1).astype(dtype) for leaf in leaves] or [jnp.zeros((0,), dtype)])
+
+
+def unravel(vector: jax.Array, like: PyTree) -> PyTree:
+    """The inverse of ``ravel``: a vector cut up into the shapes and dtypes of ``like``."""
+    leaves, treedef = jax.tree.flatten(like)
+    parts, start = [], 0
+    for leaf in leaves:
+        parts.append(vector[start : start + leaf.size].reshape(leaf.shape).astype(leaf.dtype))
+        start += leaf.size
+    return jax.tree.unflatten(treedef, parts)
+
+
+def wide_dtype(*leaves: Any) -> Any:
+    """The dtype in which scalars about these leaves are accumulated: their widest, and at least float32."""
+    return functools.reduce(wider, [leaf.dtype for leaf in leaves], jnp.dtype(jnp.float32))
+
+
+def wider(left: Any, right: Any) -> Any:
+    """The floating dtype that holds both, also under strict promotion, where jax declines to choose.
+
+    >>> wider(jnp.dtype("bfloat16"), jnp.dtype("float32"))
+    dtype('float32')
+    """
+    left, right = jnp.dtype(left), jnp.dtype(right)
+    if left == right:
+        return left
+    if left.itemsize == right.itemsize:
+        return jnp.dtype(jnp.float32)
+    return max(left, right, key=lambda dtype: dtype.itemsize)
+
+
+def leaf_paths(tree: PyTree) -> list[str]:
+    """The normalised path of each leaf, in leaf order.
+
+    Attribute, dictionary and sequence keys read alike, and the ``value`` that flax puts around an array is dropped.
+
+    >>> leaf_paths({"encoder": [{"kernel": jnp.ones(2)}], "scale": jnp.ones(1)})
+    ['encoder/0/kernel', 'scale']
+    """
+    return [_path_string(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+def embed(part: PyTree, whole: PyTree) -> PyTree:
+    """``part``, whose leaves are some of those of ``whole`` by path, filled up with zeros to the structure of ``whole``.
+
+    >>> embed({"a": None, "b": jnp.ones(1)}, {"a": jnp.ones(2), "b": jnp.ones(1)})
+    {'a': Array([0., 0.], dtype=float...), 'b': Array([1.], dtype=float...)}
+    """
+    if jax.tree.structure(part) == jax.tree.structure(whole):
+        return part
+    present = dict(zip(leaf_paths(part), jax.tree.leaves(part), strict=True))
+    unknown = sorted(set(present) - set(leaf_paths(whole)))
+    if unknown:
+        raise ValueError(
+            f"leaf {unknown[0]!r} is not among the parameters, which are {_listed(leaf_paths(whole))}; pass a tree whose"
+            " leaves are all or some of the parameters of the objective"
+        )
+    leaves, treedef = jax.tree.flatten(whole)
+    filled = [present.get(path) for path in leaf_paths(whole)]
+    return treedef.unflatten(
+        [jnp.zeros_like(leaf) if value is None else value for value, leaf in zip(filled, leaves, strict=True)]
+    )
+
+
+def extract(whole: PyTree, part: PyTree) -> PyTree:
+    """Those leaves of ``whole`` that ``part`` has, in the structure of ``part``: the transpose of ``embed``."""
+    if jax.tree.structure(part) == jax.tree.structure(whole):
+        return whole
+    by_path = dict(zip(leaf_paths(whole), jax.tree.leaves(whole), strict=True))
+    return jax.tree.structure(part).unflatten([by_path[path] for path in leaf_paths(part)])
+
+
+def check_floating(tree: PyTree, name: str) -> None:
+    """Raises a TypeError that names the first leaf that is not an array of real floating-point numbers."""
+    for path, leaf in zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            advice = (
+                "split it into a real and an imaginary leaf"
+                if jnp.issubdtype(dtype, jnp.complexfloating)
+                else "curvature needs real numbers: move the leaf into the inputs of the model"
+            )
+            raise TypeError(f"{name}[{path!r}] has dtype {dtype}; {advice}")
+
+
+def check_like(tree: PyTree, like: PyTree, name: str, like_name: str = "the parameters") -> None:
+    """Raises a ValueError that names the first leaf in which ``tree`` differs from ``like`` in structure or shape."""
+    paths, like_paths = leaf_paths(tree), leaf_paths(like)
+    if paths != like_paths:
+        missing = [path for path in like_paths if path not in paths]
+        surplus = [path for path in paths if path not in like_paths]
+        raise ValueError(
+            f"{name} does not have the leaves of {like_name}: "
+            + "; ".join(
+                f"{what} {_listed(which)}" for what, which in (("missing", missing), ("surplus", surplus)) if which
+            )
+        )
+    for path, leaf, other in zip(paths, jax.tree.leaves(tree), jax.tree.leaves(like), strict=True):
+        if jnp.shape(leaf) != jnp.shape(other):
+            raise ValueError(
+                f"{name}[{path!r}] has shape {jnp.shape(leaf)}, but {like_name} have {jnp.shape(other)} there"
+            )
+    if jax.tree.structure(tree) != jax.tree.structure(like):
+        raise ValueError(
+            f"{name} is a {jax.tree.structure(tree)}, but {like_name} are a {jax.tree.structure(like)}: same leaves,"
+            " other containers; rebuild it with jax.tree.map over the parameters"
+        )
+
+
+def _leaf_vdot(x, y):
+    dtype = wide_dtype(x, y)
+    return jnp.sum(x.astype(dtype) * y.astype(dtype))
+
+
+def _add_promoted(x, y):
+    dtype = wider(x.dtype, y.dtype)
+    return x.astype(dtype) + y.astype(dtype)
+
+
+def _scaled(scalar, x):
+    """``scalar * x`` in at least float32 where the scalar is an array, so that a bfloat16 leaf is rounded only once."""
+    if isinstance(scalar, (int, float)):
+        return scalar * x
+    dtype = wider(x.dtype, jnp.float32)
+    return scalar.astype(dtype) * x.astype(dtype)
+
+
+def _random(sampler, key, like):
+    leaves, treedef = jax.tree.flatten(like)
+    keys = jax.random.split(key, max(len(leaves), 1))
+    return treedef.unflatten([sampler(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=False)])
+
+
+def _path_string(path) -> str:
+    parts = []
+    for key in path:
+        match key:
+            case DictKey(key=name) | FlattenedIndexKey(key=name) | GetAttrKey(name=name):
+                parts.append(str(name))
+            case SequenceKey(idx=index):
+                parts.append(str(index))
+            case _:
+                parts.append(str(key).strip(".[]'\""))
+    if len(parts) > 1 and parts[-1] == "value":
+        parts.pop()
+    return "/".join(parts)
+
+
+def _listed(paths: list[str], most: int = 6) -> str:
+    shown = ", ".join(repr(path) for path in paths[:most])
+    return shown + (f" and {len(paths) - most} more" if len(paths) > most else "")
