@@ -1,7 +1,20 @@
 """curvax: curvature of any JAX model as pure functions, and second-order optimisers as optax transformations."""
 
+from curvax import losses as losses
 from curvax import trees as trees
 from curvax._version import __version__ as __version__
+from curvax.curvature_point import CurvaturePoint as CurvaturePoint
 from curvax.linear_map import Diagonal as Diagonal
 from curvax.linear_map import LinearMap as LinearMap
 from curvax.linear_map import from_matvec as from_matvec
+from curvax.objective import Objective as Objective
+from curvax.products import empirical_fisher as empirical_fisher
+from curvax.products import fisher as fisher
+from curvax.products import ggn as ggn
+from curvax.products import hessian as hessian
+from curvax.products import over_batches as over_batches
+from curvax.quadratic_model import QuadraticModel as QuadraticModel
+from curvax.quadratic_model import model_lower_bound as model_lower_bound
+from curvax.quadratic_model import quadratic_model as quadratic_model
+from curvax.quadratic_model import reduction_ratio as reduction_ratio
+from curvax.term import Term as Term

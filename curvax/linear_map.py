@@ -14,6 +14,7 @@ from curvax import trees
 
 PyTree = Any
 Scalar = Any
+Noise = Callable[[jax.Array, PyTree], PyTree]
 
 _DENSE_LIMIT = 20_000
 
@@ -107,9 +108,15 @@ class LinearMap:
 
         return trees.unravel(jax.lax.map(entry, jnp.arange(trees.size(like)), batch_size=32), like)
 
-    def sample(self, key: jax.Array) -> PyTree:
-        """A draw from N(0, A), for positive semi-definite A; here by a dense square root."""
-        return self.sqrt(trees.random_normal(key, self.structure))
+    def sample(self, key: jax.Array, distribution: Noise = trees.random_normal) -> PyTree:
+        """A draw u with E[u u^T] = A, for positive semi-definite A; here by a dense square root.
+
+        Args:
+            key: A PRNG key.
+            distribution: (key, like) -> noise of covariance I: ``curvax.trees.random_normal``, which makes u normal, or
+                ``curvax.trees.random_rademacher``, whose squares vary less.
+        """
+        return self.sqrt(distribution(key, self.structure))
 
     def to_dense(self) -> jax.Array:
         """The matrix, n x n, in leaf order with every leaf row-major (``curvax.trees.ravel``)."""
@@ -278,9 +285,9 @@ class Sum(LinearMap):
     def diagonal(self) -> PyTree:
         return self._total(lambda a: a.diagonal())
 
-    def sample(self, key: jax.Array) -> PyTree:
-        samples = [a.sample(k) for a, k in zip(self.maps, jax.random.split(key, len(self.maps)), strict=True)]
-        return _tree_sum(samples)
+    def sample(self, key: jax.Array, distribution: Noise = trees.random_normal) -> PyTree:
+        keys = jax.random.split(key, len(self.maps))
+        return _tree_sum([a.sample(k, distribution) for a, k in zip(self.maps, keys, strict=True)])
 
     def _total(self, function):
         return _tree_sum([function(a) for a in self.maps])
@@ -313,8 +320,8 @@ class Scaled(LinearMap):
     def diagonal(self) -> PyTree:
         return trees.scale(self.scalar, self.map.diagonal())
 
-    def sample(self, key: jax.Array) -> PyTree:
-        return trees.scale(jnp.sqrt(jnp.asarray(self.scalar)), self.map.sample(key))
+    def sample(self, key: jax.Array, distribution: Noise = trees.random_normal) -> PyTree:
+        return trees.scale(jnp.sqrt(jnp.asarray(self.scalar)), self.map.sample(key, distribution))
 
 
 @register_dataclass
@@ -338,8 +345,8 @@ class Restricted(LinearMap):
     def quadratic(self, vector: PyTree) -> jax.Array:
         return self.map.quadratic(self._embed(vector))
 
-    def sample(self, key: jax.Array) -> PyTree:
-        return trees.extract(self.map.sample(key), self.template.tree)
+    def sample(self, key: jax.Array, distribution: Noise = trees.random_normal) -> PyTree:
+        return trees.extract(self.map.sample(key, distribution), self.template.tree)
 
     def _embed(self, vector):
         return trees.embed(vector, trees.zeros_like(self.map.structure))

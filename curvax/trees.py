@@ -211,6 +211,21 @@ def check_floating(tree: PyTree, name: str) -> None:
 
 def check_like(tree: PyTree, like: PyTree, name: str, like_name: str = "the parameters") -> None:
     """Raises a ValueError that names the first leaf in which ``tree`` differs from ``like`` in structure or shape."""
+    check_same_leaves(tree, like, name, like_name)
+    for path, leaf, other in zip(leaf_paths(like), jax.tree.leaves(tree), jax.tree.leaves(like), strict=True):
+        if jnp.shape(leaf) != jnp.shape(other):
+            raise ValueError(
+                f"{name}[{path!r}] has shape {jnp.shape(leaf)}, but {like_name} have {jnp.shape(other)} there"
+            )
+    if jax.tree.structure(tree) != jax.tree.structure(like):
+        raise ValueError(
+            f"{name} is a {jax.tree.structure(tree)}, but {like_name} are a {jax.tree.structure(like)}: same leaves,"
+            " other containers; rebuild it with jax.tree.map over the parameters"
+        )
+
+
+def check_same_leaves(tree: PyTree, like: PyTree, name: str, like_name: str = "the parameters") -> None:
+    """Raises a ValueError that names the leaves that only one of ``tree`` and ``like`` has."""
     paths, like_paths = leaf_paths(tree), leaf_paths(like)
     if paths != like_paths:
         missing = [path for path in like_paths if path not in paths]
@@ -220,16 +235,6 @@ def check_like(tree: PyTree, like: PyTree, name: str, like_name: str = "the para
             + "; ".join(
                 f"{what} {_listed(which)}" for what, which in (("missing", missing), ("surplus", surplus)) if which
             )
-        )
-    for path, leaf, other in zip(paths, jax.tree.leaves(tree), jax.tree.leaves(like), strict=True):
-        if jnp.shape(leaf) != jnp.shape(other):
-            raise ValueError(
-                f"{name}[{path!r}] has shape {jnp.shape(leaf)}, but {like_name} have {jnp.shape(other)} there"
-            )
-    if jax.tree.structure(tree) != jax.tree.structure(like):
-        raise ValueError(
-            f"{name} is a {jax.tree.structure(tree)}, but {like_name} are a {jax.tree.structure(like)}: same leaves,"
-            " other containers; rebuild it with jax.tree.map over the parameters"
         )
 
 

@@ -1,0 +1,515 @@
+r"""Losses on the outputs of a model: value, curvature on the outputs, predictive distribution.
+
+A loss is convex in the outputs z as far as possible, so the output non-linearity belongs to the loss and the model
+returns natural parameters (logits, log rates, means): then the generalised Gauss-Newton matrix is the Fisher matrix
+(Martens 2016, sections 4.4.2 and 5.4).
+
+Outputs carry the examples on axis 0. ``value`` returns the loss without summing: its axes are leading axes of the
+outputs, and ``curvax.Objective`` sums over all but the examples and takes the mean over those.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from curvax import trees
+from curvax.output_matrix import AutodiffOutputs, DiagonalOutputs, OutputMatrix, SoftmaxOutputs
+
+PyTree = Any
+
+
+def squared_error() -> OutputLoss:
+    r"""Half the squared error, L = 1/2 ||z - y||^2; y given z is N(z, I).
+
+    The gradient is z - y and the Hessian I (the half is ours: some papers leave it out, which doubles both).
+    Outputs and targets are floating-point arrays of one shape. Martens 2016, table 4.1.
+
+    Returns:
+        The loss.
+
+    Example:
+        >>> loss = curvax.losses.squared_error()
+        >>> loss.value(jnp.array([[1.0, 2.0]]), jnp.array([[0.0, 0.0]]))
+        Array([[0.5, 2. ]], dtype=float...)
+    """
+    return SquaredError()
+
+
+def sigmoid_binary_cross_entropy() -> OutputLoss:
+    r"""Binary cross-entropy of logits z, L = log(1 + exp(z)) - y z; y given z is Bernoulli(sigmoid(z)).
+
+    Targets have the shape of the outputs; bool, integer or probabilities. Hessian diag(p (1 - p)), p = sigmoid(z).
+    Martens 2016, table 4.1.
+
+    Returns:
+        The loss.
+
+    Example:
+        >>> loss = curvax.losses.sigmoid_binary_cross_entropy()
+        >>> loss.value(jnp.array([0.0]), jnp.array([1.0]))
+        Array([0.6931...], dtype=float...)
+    """
+    return SigmoidBinaryCrossEntropy()
+
+
+def softmax_cross_entropy() -> OutputLoss:
+    r"""Cross-entropy of logits z over the last axis, L = -sum_i y_i log p_i with p = softmax(z).
+
+    Targets are integers with the shape of the outputs less the last axis, or floating-point probabilities with the
+    shape of the outputs. An integer outside 0 ... K-1 contributes no loss and no Hessian; to leave it out of the mean
+    use the objective's ``mask``. Hessian a (diag(p) - p p^T), where a = sum_i y_i is 1 for probabilities.
+    Martens 2016, table 4.1.
+
+    Returns:
+        The loss.
+
+    Example:
+        >>> loss = curvax.losses.softmax_cross_entropy()
+        >>> loss.value(jnp.zeros((1, 4)), jnp.array([2]))
+        Array([1.3862...], dtype=float...)
+    """
+    return SoftmaxCrossEntropy()
+
+
+def poisson() -> OutputLoss:
+    r"""Poisson negative log-likelihood of log rates z, L = exp(z) - y z; y given z is Poisson(exp(z)).
+
+    Targets have the shape of the outputs; integer or floating-point counts. Hessian diag(exp(z)).
+
+    Returns:
+        The loss.
+
+    Example:
+        >>> curvax.losses.poisson().value(jnp.array([0.0]), jnp.array([3]))
+        Array([1.], dtype=float...)
+    """
+    return Poisson()
+
+
+def gaussian(curvature: Literal["fisher", "exact"] = "fisher") -> OutputLoss:
+    r"""Gaussian negative log-likelihood with learnt variance, L = 1/2 ((y - m)^2 exp(-s) + s) for outputs (m, s).
+
+    The model returns the pair (mean, log variance), each of the shape of the targets. L is not convex in (m, s): its
+    Hessian [[e^-s, r e^-s], [r e^-s, r^2 e^-s / 2]], r = y - m, has a negative eigenvalue wherever r is not 0. The
+    Gauss-Newton matrix therefore uses the Fisher matrix diag(e^-s, 1/2), which is the expectation of that Hessian
+    (Martens 2016, section 4.4.3, third option), unless told otherwise.
+
+    Args:
+        curvature: "fisher", or "exact" for the indefinite Hessian (products only: it has no square root).
+
+    Returns:
+        The loss.
+
+    Example:
+        >>> loss = curvax.losses.gaussian()
+        >>> loss.value((jnp.array([0.0]), jnp.array([0.0])), jnp.array([2.0]))
+        Array([2.], dtype=float...)
+        >>> loss.curvature((jnp.array([0.0]), jnp.array([0.0])), jnp.array([2.0])).entries[1]
+        Array([0.5], dtype=float...)
+    """
+    _check_choice("curvature", curvature, ("fisher", "exact"))
+    return Gaussian(exact=curvature == "exact")
+
+
+def from_function(
+    function: Callable[[PyTree, PyTree], jax.Array],
+    *,
+    convex: bool,
+    curvature: Literal["exact", "absolute", "clipped"] = "exact",
+    natural: bool = False,
+    sample: Callable[[jax.Array, PyTree], PyTree] | None = None,
+) -> OutputLoss:
+    r"""A loss from a plain function of one example's output and target; its curvature comes from differentiation.
+
+    Products with the Hessian cost one differentiation; square root and pseudo-inverse form the m x m Hessian of each
+    example.
+
+    Args:
+        function: (output, target) -> L, the scalar loss of one example, twice differentiable in the output.
+        convex: Whether L is convex in the output.
+        curvature: The matrix that the Gauss-Newton products use for a non-convex loss: the Hessian as it is ("exact",
+            indefinite), with its eigenvalues' absolute values, or with the negative ones dropped ("clipped").
+        natural: Whether L is, up to a constant, the negative log-density of an exponential family with natural
+            parameters z: then the Fisher matrix is the Hessian.
+        sample: (key, output) -> target, a draw from the predictive distribution of one example; for the Monte-Carlo
+            Fisher matrix.
+
+    Returns:
+        The loss.
+
+    Example:
+        >>> def huber(z, y):
+        ...     return jnp.sum(jnp.sqrt(1 + (z - y) ** 2) - 1)
+        >>> loss = curvax.losses.from_function(huber, convex=True)
+        >>> loss.value(jnp.zeros((2, 1)), jnp.zeros((2, 1)))
+        Array([0., 0.], dtype=float...)
+    """
+    _check_choice("curvature", curvature, ("exact", "absolute", "clipped"))
+    return FunctionLoss(function, convex, curvature, natural, sample)
+
+
+def curvature_only(loss: OutputLoss) -> OutputLoss:
+    r"""``loss`` without its value: for methods whose gradient comes from elsewhere (policy gradients, energies).
+
+    The Gauss-Newton and Fisher products work as ever; targets may be None where the curvature does not depend on them
+    (``loss.natural``), and asking for the loss or its gradient is an error.
+
+    Args:
+        loss: The loss that defines the curvature.
+
+    Returns:
+        The loss without value.
+
+    Example:
+        >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.curvature_only(curvax.losses.squared_error()))
+        >>> F = curvax.fisher(objective, jnp.zeros((2, 1)), (jnp.eye(2), None))
+        >>> F.to_dense()
+        Array([[0.5, 0. ],
+               [0. , 0.5]], dtype=float...)
+    """
+    return CurvatureOnly(loss)
+
+
+class OutputLoss:
+    """The interface of every loss. ``outputs`` and ``targets`` carry the examples on axis 0.
+
+    Attributes:
+        convex: Whether the loss is convex in the outputs.
+        natural: Whether the outputs are natural parameters of the predictive distribution, so that Hessian and Fisher
+            matrix on the outputs agree (Martens 2016, eq. 5.5).
+        has_value: Whether the value exists; see ``curvature_only``.
+    """
+
+    convex: bool = True
+    natural: bool = True
+    has_value: bool = True
+
+    def value(self, outputs: PyTree, targets: PyTree) -> jax.Array:
+        """The loss, not summed: an array whose axes are leading axes of the outputs."""
+        raise NotImplementedError
+
+    def gradient(self, outputs: PyTree, targets: PyTree) -> PyTree:
+        """The gradient of the summed loss in the outputs."""
+        return jax.grad(lambda z: jnp.sum(self.value(z, targets)))(outputs)
+
+    def hessian(self, outputs: PyTree, targets: PyTree) -> OutputMatrix:
+        """H_L, the exact Hessian in the outputs; for a non-convex loss it is indefinite."""
+        return AutodiffOutputs(self._one_example, outputs, targets, convex=self.convex)
+
+    def curvature(self, outputs: PyTree, targets: PyTree) -> OutputMatrix:
+        """The matrix of the Gauss-Newton products: H_L for convex losses, else as the loss documents."""
+        return self.hessian(outputs, targets)
+
+    def fisher(self, outputs: PyTree, targets: PyTree = None) -> OutputMatrix:
+        """F_R, the Fisher matrix of the predictive distribution in the outputs (Martens 2016, eq. 5.4).
+
+        It does not depend on the targets; a loss ``from_function`` needs some to evaluate its function with.
+        """
+        raise ValueError(
+            f"{self} has no Fisher matrix in closed form; pass key= and num_samples= for the Monte-Carlo one, or make"
+            " the loss with natural=True if its outputs are natural parameters"
+        )
+
+    def sample(self, key: jax.Array, output: PyTree) -> PyTree:
+        """A target drawn from the predictive distribution of ONE example (no batch axis)."""
+        raise ValueError(f"{self} cannot be sampled; make it with sample=(key, output) -> target")
+
+    def negative_log_density(self, outputs: PyTree, targets: PyTree) -> jax.Array:
+        """-log r(y | z) of the predictive distribution, normalised, shaped like ``value``."""
+        raise ValueError(f"{self} has no normalised density")
+
+    def squared_newton_decrement(self, outputs: PyTree, targets: PyTree) -> jax.Array:
+        """g^T C^+ g with g the gradient and C the ``curvature``; twice the most the quadratic model can fall by.
+
+        Shaped like ``value`` where the matrix is separable, else one number for each example. Infinite where the model
+        is certain and wrong.
+        """
+        gradient = self.gradient(outputs, targets)
+        solution = self.curvature(outputs, targets).pinv_product(gradient)
+        return jax.vmap(trees.vdot)(gradient, solution)
+
+    def check(self, outputs: PyTree, targets: PyTree) -> None:
+        """Raises a ValueError or TypeError, at trace time, if the targets do not fit the outputs."""
+
+    def _one_example(self, output, target):
+        add_axis = jax.tree.map(lambda x: x[None], (output, target))
+        return jnp.sum(self.value(*add_axis))
+
+
+@dataclasses.dataclass(frozen=True)
+class SquaredError(OutputLoss):
+    """See ``squared_error``."""
+
+    def value(self, outputs, targets):
+        return (outputs - targets.astype(outputs.dtype)) ** 2 / 2
+
+    def hessian(self, outputs, targets):
+        return self.fisher(outputs)
+
+    def fisher(self, outputs, targets=None):
+        return DiagonalOutputs(jnp.ones_like(outputs))
+
+    def sample(self, key, output):
+        return output + jax.random.normal(key, output.shape, output.dtype)
+
+    def negative_log_density(self, outputs, targets):
+        return self.value(outputs, targets) + math.log(2 * math.pi) / 2
+
+    def squared_newton_decrement(self, outputs, targets):
+        return 2 * self.value(outputs, targets)
+
+    def check(self, outputs, targets):
+        _check_array(self, outputs)
+        _check_targets(self, targets, outputs.shape, floating=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class SigmoidBinaryCrossEntropy(OutputLoss):
+    """See ``sigmoid_binary_cross_entropy``."""
+
+    def value(self, outputs, targets):
+        return jax.nn.softplus(outputs) - targets.astype(outputs.dtype) * outputs
+
+    def hessian(self, outputs, targets):
+        return self.fisher(outputs)
+
+    def fisher(self, outputs, targets=None):
+        return DiagonalOutputs(jax.nn.sigmoid(outputs) * jax.nn.sigmoid(-outputs))
+
+    def sample(self, key, output):
+        return jax.random.bernoulli(key, jax.nn.sigmoid(output)).astype(output.dtype)
+
+    def negative_log_density(self, outputs, targets):
+        return self.value(outputs, targets)
+
+    def squared_newton_decrement(self, outputs, targets):
+        # (p - y)^2 / (p (1 - p)) expanded with odds exp(z), so that a saturated unit does not divide zero by zero.
+        y = targets.astype(outputs.dtype)
+        return _safe_exp(outputs, (1 - y) ** 2) + _safe_exp(-outputs, y**2) - 2 * y * (1 - y)
+
+    def check(self, outputs, targets):
+        _check_array(self, outputs)
+        _check_targets(self, targets, outputs.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftmaxCrossEntropy(OutputLoss):
+    """See ``softmax_cross_entropy``."""
+
+    def value(self, outputs, targets):
+        return -jnp.sum(self._distribution(outputs, targets) * jax.nn.log_softmax(outputs), axis=-1)
+
+    def hessian(self, outputs, targets):
+        return SoftmaxOutputs(jax.nn.log_softmax(outputs), jnp.sum(self._distribution(outputs, targets), axis=-1))
+
+    def fisher(self, outputs, targets=None):
+        return SoftmaxOutputs(jax.nn.log_softmax(outputs), jnp.ones_like(outputs[..., 0]))
+
+    def sample(self, key, output):
+        return jax.random.categorical(key, output)
+
+    def negative_log_density(self, outputs, targets):
+        return self.value(outputs, targets)
+
+    def squared_newton_decrement(self, outputs, targets):
+        y, log_p = self._distribution(outputs, targets), jax.nn.log_softmax(outputs)
+        mass = jnp.sum(y, axis=-1)
+        safe_mass = jnp.where(mass > 0, mass, 1)
+        return jnp.sum(_safe_exp(-log_p, y**2), axis=-1) / safe_mass - mass
+
+    def check(self, outputs, targets):
+        _check_array(self, outputs)
+        if outputs.ndim < 2:
+            raise ValueError(f"{self}: outputs need a last axis of classes, got shape {outputs.shape}")
+        if jnp.issubdtype(targets.dtype, jnp.integer):
+            if targets.shape == outputs.shape:
+                raise TypeError(
+                    f"{self}: integer targets of the outputs' shape {outputs.shape} look one-hot; cast them to"
+                    " floating point to use them as probabilities"
+                )
+            _check_targets(self, targets, outputs.shape[:-1], "integer targets")
+        else:
+            _check_targets(self, targets, outputs.shape, "probability targets", floating=True)
+
+    def _distribution(self, outputs, targets):
+        if jnp.issubdtype(targets.dtype, jnp.integer):
+            # A comparison rather than a gather: it shards like the outputs do.
+            classes = jnp.arange(outputs.shape[-1], dtype=targets.dtype)
+            return (targets[..., None] == classes).astype(outputs.dtype)
+        return targets.astype(outputs.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Poisson(OutputLoss):
+    """See ``poisson``."""
+
+    def value(self, outputs, targets):
+        return jnp.exp(outputs) - targets.astype(outputs.dtype) * outputs
+
+    def hessian(self, outputs, targets):
+        return self.fisher(outputs)
+
+    def fisher(self, outputs, targets=None):
+        return DiagonalOutputs(jnp.exp(outputs))
+
+    def sample(self, key, output):
+        return jax.random.poisson(key, jnp.exp(output)).astype(output.dtype)
+
+    def negative_log_density(self, outputs, targets):
+        return self.value(outputs, targets) + jax.scipy.special.gammaln(targets.astype(outputs.dtype) + 1)
+
+    def squared_newton_decrement(self, outputs, targets):
+        y = targets.astype(outputs.dtype)
+        return jnp.exp(outputs) - 2 * y + _safe_exp(-outputs, y**2)
+
+    def check(self, outputs, targets):
+        _check_array(self, outputs)
+        _check_targets(self, targets, outputs.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaussian(OutputLoss):
+    """See ``gaussian``."""
+
+    exact: bool = False
+    convex = False
+    natural = False
+
+    def value(self, outputs, targets):
+        mean, log_variance = outputs
+        return ((targets.astype(mean.dtype) - mean) ** 2 * jnp.exp(-log_variance) + log_variance) / 2
+
+    def curvature(self, outputs, targets):
+        return self.hessian(outputs, targets) if self.exact else self.fisher(outputs)
+
+    def fisher(self, outputs, targets=None):
+        mean, log_variance = outputs
+        return DiagonalOutputs(type(outputs)((jnp.exp(-log_variance), jnp.full_like(mean, 0.5))))
+
+    def sample(self, key, output):
+        mean, log_variance = output
+        return mean + jnp.exp(log_variance / 2) * jax.random.normal(key, mean.shape, mean.dtype)
+
+    def negative_log_density(self, outputs, targets):
+        return self.value(outputs, targets) + math.log(2 * math.pi) / 2
+
+    def squared_newton_decrement(self, outputs, targets):
+        if self.exact:
+            return super().squared_newton_decrement(outputs, targets)
+        mean, log_variance = outputs
+        squares = (targets.astype(mean.dtype) - mean) ** 2 * jnp.exp(-log_variance)
+        return squares + (1 - squares) ** 2 / 2
+
+    def check(self, outputs, targets):
+        if not (isinstance(outputs, (tuple, list)) and len(outputs) == 2):
+            raise TypeError(f"{self}: the model must return the pair (mean, log variance), got {_described(outputs)}")
+        if outputs[0].shape != outputs[1].shape:
+            raise ValueError(f"{self}: mean {outputs[0].shape} and log variance {outputs[1].shape} differ in shape")
+        _check_targets(self, targets, outputs[0].shape, floating=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class FunctionLoss(OutputLoss):
+    """See ``from_function``."""
+
+    function: Callable[[PyTree, PyTree], jax.Array]
+    convex: bool
+    treatment: str = "exact"
+    natural: bool = False
+    sampler: Callable[[jax.Array, PyTree], PyTree] | None = None
+
+    def value(self, outputs, targets):
+        return jax.vmap(self.function)(outputs, targets)
+
+    def curvature(self, outputs, targets):
+        treatment = "exact" if self.convex else self.treatment
+        return AutodiffOutputs(self._one_example, outputs, targets, treatment, self.convex)
+
+    def fisher(self, outputs, targets=None):
+        return self.hessian(outputs, targets) if self.natural else super().fisher(outputs)
+
+    def sample(self, key, output):
+        return super().sample(key, output) if self.sampler is None else self.sampler(key, output)
+
+    def check(self, outputs, targets):
+        shape = jax.eval_shape(self.value, outputs, targets)
+        if not isinstance(shape, jax.ShapeDtypeStruct) or shape.ndim != 1:
+            raise ValueError(f"{self}: function(output, target) must return one scalar for one example, got {shape}")
+
+    def _one_example(self, output, target):
+        return self.function(output, target)
+
+
+@dataclasses.dataclass(frozen=True)
+class CurvatureOnly(OutputLoss):
+    """See ``curvature_only``."""
+
+    loss: OutputLoss
+    has_value = False
+
+    @property
+    def convex(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.loss.convex
+
+    @property
+    def natural(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.loss.natural
+
+    def value(self, outputs, targets):
+        raise ValueError(
+            "this objective has curvature but no loss value (curvax.losses.curvature_only): take its gradient elsewhere"
+            " and use objective.linearize(params, batch) as at="
+        )
+
+    def curvature(self, outputs, targets):
+        return self.loss.fisher(outputs) if targets is None else self.loss.curvature(outputs, targets)
+
+    def fisher(self, outputs, targets=None):
+        return self.loss.fisher(outputs, targets)
+
+    def sample(self, key, output):
+        return self.loss.sample(key, output)
+
+    def gradient(self, outputs, targets):
+        # Monte-Carlo Fisher vectors are gradients at sampled targets, not of the missing value.
+        return self.loss.gradient(outputs, targets)
+
+    def check(self, outputs, targets):
+        if targets is not None:
+            self.loss.check(outputs, targets)
+        elif not self.natural:
+            raise ValueError(f"{self}: targets are needed, for this loss is not of natural parameters")
+
+
+def _safe_exp(exponent, factor):
+    """factor * exp(exponent), zero where the factor is zero even if the exponential overflows."""
+    return jnp.where(factor > 0, factor * jnp.exp(jnp.where(factor > 0, exponent, 0)), 0)
+
+
+def _check_choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _check_array(loss, outputs):
+    if not hasattr(outputs, "shape"):
+        raise TypeError(f"{loss}: the model must return one array, got {_described(outputs)}")
+
+
+def _check_targets(loss, targets, shape, what="targets", floating=False):
+    if not hasattr(targets, "shape"):
+        raise TypeError(f"{loss}: {what} must be one array of shape {shape}, got {_described(targets)}")
+    if targets.shape != shape:
+        raise ValueError(f"{loss}: {what} must have shape {shape}, to match the outputs, got {targets.shape}")
+    if floating and not jnp.issubdtype(targets.dtype, jnp.floating):
+        raise TypeError(f"{loss}: {what} must be floating-point, got {targets.dtype}; cast them")
+
+
+def _described(tree):
+    return jax.tree.map(lambda x: f"{jnp.result_type(x)}{jnp.shape(x)}", tree)

@@ -1,0 +1,268 @@
+r"""Positive semi-definite matrices on the outputs of a model, one for each case of a batch, never formed where avoidable.
+
+Every matrix C answers four products, each taken for all cases at once: C u, S u and S^T v with S^T S = C, and the
+pseudo-inverse C^+ u. Vectors are pytrees shaped like the model's outputs; v has ``root_structure``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial, register_dataclass
+
+from curvax import trees
+
+PyTree = Any
+
+
+class OutputMatrix:
+    """The interface: a block-diagonal matrix over the cases of a batch."""
+
+    @property
+    def root_structure(self) -> PyTree:
+        """The ShapeDtypeStructs of S u, batch axis first."""
+        raise NotImplementedError
+
+    def product(self, vector: PyTree) -> PyTree:
+        """C u."""
+        raise NotImplementedError
+
+    def sqrt_product(self, vector: PyTree) -> PyTree:
+        """S u, where S^T S = C."""
+        raise NotImplementedError
+
+    def sqrt_transpose_product(self, vector: PyTree) -> PyTree:
+        """S^T v; if v has covariance I, the result has covariance C."""
+        raise NotImplementedError
+
+    def pinv_product(self, vector: PyTree) -> PyTree:
+        """C^+ u with the Moore-Penrose pseudo-inverse."""
+        raise NotImplementedError
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class DiagonalOutputs(OutputMatrix):
+    """A diagonal matrix with non-negative ``entries``, shaped like the outputs."""
+
+    entries: PyTree
+
+    @property
+    def root_structure(self) -> PyTree:
+        return trees.structure_of(self.entries)
+
+    def product(self, vector: PyTree) -> PyTree:
+        return trees.multiply(vector, self.entries)
+
+    def sqrt_product(self, vector: PyTree) -> PyTree:
+        return trees.multiply(vector, jax.tree.map(jnp.sqrt, self.entries))
+
+    sqrt_transpose_product = sqrt_product
+
+    def pinv_product(self, vector: PyTree) -> PyTree:
+        def divide(u, d):
+            return jnp.where(d > 0, u / jnp.where(d > 0, d, 1), 0)
+
+        return jax.tree.map(divide, vector, self.entries)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class SoftmaxOutputs(OutputMatrix):
+    r"""The matrix a (diag(p) - p p^T) over the last axis: ``mass`` a, and p the softmax given by its logarithm.
+
+    With q = sqrt(p), S = sqrt(a) (I - q q^T) diag(q), where I - q q^T is a projection because ||q|| = 1. The
+    pseudo-inverse is P diag(p)^{-1} P / a with P the projection on vectors of zero sum.
+    """
+
+    log_probabilities: jax.Array
+    mass: jax.Array
+
+    @property
+    def root_structure(self) -> PyTree:
+        return trees.structure_of(self.log_probabilities)
+
+    def product(self, vector: PyTree) -> PyTree:
+        p = jnp.exp(self.log_probabilities)
+        return self.mass[..., None] * p * (vector - _inner(p, vector))
+
+    def sqrt_product(self, vector: PyTree) -> PyTree:
+        p, q = jnp.exp(self.log_probabilities), jnp.exp(self.log_probabilities / 2)
+        return jnp.sqrt(self.mass)[..., None] * q * (vector - _inner(p, vector))
+
+    def sqrt_transpose_product(self, vector: PyTree) -> PyTree:
+        q = jnp.exp(self.log_probabilities / 2)
+        return jnp.sqrt(self.mass)[..., None] * q * (vector - q * _inner(q, vector))
+
+    def pinv_product(self, vector: PyTree) -> PyTree:
+        def centred(u):
+            return u - jnp.mean(u, axis=-1, keepdims=True)
+
+        mass = jnp.where(self.mass > 0, self.mass, 1)[..., None]
+        result = centred(centred(vector) * jnp.exp(-self.log_probabilities)) / mass
+        return jnp.where(self.mass[..., None] > 0, result, 0)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class RankOneOutputs(OutputMatrix):
+    r"""The matrix (1/S) sum_s g_s g_s^T for each case, from S vectors: the Monte-Carlo and the empirical Fisher.
+
+    Attributes:
+        vectors: g, shaped like the outputs with one more axis of length S behind the axes of the cases.
+        case_axes: How many leading axes of the outputs number the cases: 1 for examples, 2 for the steps of sequences.
+    """
+
+    vectors: PyTree
+    case_axes: int = dataclasses.field(metadata={"static": True}, default=1)
+
+    @property
+    def root_structure(self) -> PyTree:
+        leaf = jax.tree.leaves(self.vectors)[0]
+        return jax.ShapeDtypeStruct(leaf.shape[: self.case_axes + 1], leaf.dtype)
+
+    def product(self, vector: PyTree) -> PyTree:
+        return self.sqrt_transpose_product(self.sqrt_product(vector))
+
+    def sqrt_product(self, vector: PyTree) -> PyTree:
+        def inner(g, u):
+            products = g * jnp.expand_dims(u, self.case_axes).astype(g.dtype)
+            return jnp.sum(products, axis=tuple(range(self.case_axes + 1, g.ndim)))
+
+        return self._root_count() * sum(jax.tree.leaves(jax.tree.map(inner, self.vectors, vector)))
+
+    def sqrt_transpose_product(self, vector: PyTree) -> PyTree:
+        def combine(g):
+            return self._root_count() * jnp.sum(g * _expand_right(vector, g.ndim), axis=self.case_axes)
+
+        return jax.tree.map(combine, self.vectors)
+
+    def pinv_product(self, vector: PyTree) -> PyTree:
+        dense = _dense_of(self, vector, self.case_axes)
+        return dense.pinv_product(vector)
+
+    def _root_count(self):
+        return 1 / math.sqrt(jax.tree.leaves(self.vectors)[0].shape[self.case_axes])
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class AutodiffOutputs(OutputMatrix):
+    r"""The Hessian of a per-example loss by automatic differentiation, its eigenvalues treated as ``treatment`` says.
+
+    Attributes:
+        function: (output, target) -> loss of one example.
+        outputs: z, batch axis first.
+        targets: y, batch axis first.
+        treatment: "exact" takes the Hessian as it is, "absolute" the absolute values of its eigenvalues, "clipped" drops
+            the negative ones (Martens 2016, section 4.4.3; the last two form the Hessian of each example).
+        convex: Whether the Hessian is known to be positive semi-definite.
+    """
+
+    function: Callable[[PyTree, PyTree], jax.Array] = dataclasses.field(metadata={"static": True})
+    outputs: PyTree
+    targets: PyTree
+    treatment: str = dataclasses.field(metadata={"static": True}, default="exact")
+    convex: bool = dataclasses.field(metadata={"static": True}, default=True)
+
+    @property
+    def root_structure(self) -> PyTree:
+        return trees.structure_of(self.outputs)
+
+    def product(self, vector: PyTree) -> PyTree:
+        if self.treatment != "exact":
+            return self._dense().product(vector)
+
+        def one(z, y, u):
+            return jax.jvp(lambda z: jax.grad(self.function)(z, y), (z,), (u,))[1]
+
+        return jax.vmap(one)(self.outputs, self.targets, trees.cast_like(vector, self.outputs))
+
+    def sqrt_product(self, vector: PyTree) -> PyTree:
+        return self._dense().sqrt_product(vector)
+
+    def sqrt_transpose_product(self, vector: PyTree) -> PyTree:
+        return self._dense().sqrt_transpose_product(vector)
+
+    def pinv_product(self, vector: PyTree) -> PyTree:
+        return self._dense(signed=True).pinv_product(vector)
+
+    def _dense(self, signed=False):
+        if self.treatment == "exact" and not self.convex and not signed:
+            raise ValueError(
+                "the Hessian of a non-convex loss with treatment 'exact' has no square root; make the loss with"
+                " curvature='absolute' or 'clipped'"
+            )
+        matrix = _dense_of(dataclasses.replace(self, treatment="exact"), self.outputs, 1)
+        if signed:
+            return matrix
+        treat = jnp.abs if self.treatment == "absolute" else lambda values: jnp.maximum(values, 0)
+        return dataclasses.replace(matrix, values=treat(matrix.values))
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class EigenOutputs(OutputMatrix):
+    """A dense matrix for each case by its eigenvalues (cases..., m) and eigenvectors (cases..., m, m)."""
+
+    values: jax.Array
+    vectors: jax.Array
+
+    @property
+    def root_structure(self) -> PyTree:
+        return trees.structure_of(self.values)
+
+    def product(self, vector: PyTree) -> PyTree:
+        return self._apply(vector, lambda values: values)
+
+    def sqrt_product(self, vector: PyTree) -> PyTree:
+        return self._apply(vector, jnp.sqrt)
+
+    sqrt_transpose_product = sqrt_product
+
+    def pinv_product(self, vector: PyTree) -> PyTree:
+        def invert(values):
+            largest = jnp.max(jnp.abs(values), axis=-1, keepdims=True)
+            kept = jnp.abs(values) > largest * (values.shape[-1] * jnp.finfo(values.dtype).eps)
+            return jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
+
+        return self._apply(vector, invert)
+
+    def _apply(self, vector, function):
+        def one(values, vectors, u):
+            flat = trees.ravel(u).astype(values.dtype)
+            return trees.unravel(vectors @ (function(values) * (vectors.T @ flat)), u)
+
+        for _ in range(self.values.ndim - 1):
+            one = jax.vmap(one)
+        return one(self.values, self.vectors, vector)
+
+
+def _dense_of(matrix: OutputMatrix, like: PyTree, case_axes: int) -> EigenOutputs:
+    """The eigendecomposition of every case's block, from products with basis vectors."""
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[case_axes:], leaf.dtype), like)
+    cases = jax.tree.leaves(like)[0].shape[:case_axes]
+    flatten, expand = trees.ravel, Partial(trees.unravel, like=shapes)
+    for _ in range(case_axes):
+        flatten, expand = jax.vmap(flatten), jax.vmap(expand)
+
+    def column(basis):
+        return flatten(matrix.product(expand(jnp.broadcast_to(basis, cases + basis.shape))))
+
+    identity = jnp.eye(trees.size(shapes), dtype=trees.wide_dtype(*jax.tree.leaves(like)))
+    blocks = jax.vmap(column, out_axes=-1)(identity)
+    values, vectors = jnp.linalg.eigh((blocks + jnp.swapaxes(blocks, -1, -2)) / 2)
+    return EigenOutputs(values, vectors)
+
+
+def _inner(left, right):
+    return jnp.sum(left * right, axis=-1, keepdims=True)
+
+
+def _expand_right(array, ndim):
+    return array.reshape(array.shape + (1,) * (ndim - array.ndim))
