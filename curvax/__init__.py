@@ -1,6 +1,8 @@
 """curvax: curvature of any JAX model as pure functions, and second-order optimisers as optax transformations."""
 
+from curvax import damping as damping
 from curvax import losses as losses
+from curvax import testing as testing
 from curvax import trees as trees
 from curvax._version import __version__ as __version__
 from curvax.curvature_point import CurvaturePoint as CurvaturePoint
@@ -18,3 +20,5 @@ from curvax.quadratic_model import model_lower_bound as model_lower_bound
 from curvax.quadratic_model import quadratic_model as quadratic_model
 from curvax.quadratic_model import reduction_ratio as reduction_ratio
 from curvax.term import Term as Term
+from curvax.transforms import levenberg_marquardt as levenberg_marquardt
+from curvax.transforms import scale_by_dense_curvature as scale_by_dense_curvature

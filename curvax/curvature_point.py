@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,7 +35,7 @@ class Cases(NamedTuple):
     inputs: PyTree
     targets: PyTree
     scale: jax.Array
-    count: jax.Array
+    num_cases: jax.Array
 
 
 class Piece(NamedTuple):
@@ -140,10 +141,7 @@ class CurvaturePoint:
         stored = self._stored("jacobian_transpose_product")
         parts = (vector,) if len(stored) == 1 else vector
         results = [lin.transpose(part)[0] for lin, part in zip(stored, parts, strict=True)]
-        total = results[0]
-        for result in results[1:]:
-            total = trees.add(total, result)
-        return total
+        return functools.reduce(trees.add, results)
 
     def accumulate(self, function: Callable[[Piece], PyTree], extras: tuple[PyTree, ...] | None = None) -> PyTree:
         """The sum of ``function(piece)`` over all terms and, where the point works in chunks, over their chunks.
@@ -158,10 +156,7 @@ class CurvaturePoint:
             parts = [function(piece) for piece in self.pieces(extras)]
         else:
             parts = [self._chunked(index, function, extra) for index, extra in enumerate(self._extras(extras))]
-        total = parts[0]
-        for part in parts[1:]:
-            total = trees.add(total, part)
-        return total
+        return functools.reduce(trees.add, parts)
 
     def pieces(self, extras: tuple[PyTree, ...] | None = None) -> list[Piece]:
         """One piece for each term; for points that hold the whole batch."""
@@ -174,12 +169,14 @@ class CurvaturePoint:
         """How many examples the term of that index has."""
         if self.linearizations is not None:
             return jax.tree.leaves(self.linearizations[index].outputs)[0].shape[0]
-        leaves = jax.tree.leaves(self._axes(index, (self.cases[index].inputs, self.cases[index].targets)))
-        lengths = {leaf.shape[axis] for leaf, axis in leaves if axis is not None}
-        if len(lengths) != 1:
+        located = jax.tree.leaves(self._axes(index, (self.cases[index].inputs, self.cases[index].targets)))
+        shapes = [(leaf.shape, axis) for leaf, axis in located if axis is not None]
+        lengths = {shape[axis] if axis < len(shape) else None for shape, axis in shapes}
+        if len(lengths) != 1 or None in lengths:
             raise ValueError(
-                f"cannot cut the batch into chunks: along their example axis its leaves have lengths {sorted(lengths)};"
-                " say in example_axes where the examples are (None for what they share)"
+                "cannot cut the batch into chunks: its leaves and their example axes are"
+                f" {', '.join(f'{shape} axis {axis}' for shape, axis in shapes)}, which do not agree on a number of"
+                " examples; say in example_axes where the examples are (None for what they share)"
             )
         return lengths.pop()
 

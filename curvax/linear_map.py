@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -80,7 +81,7 @@ class LinearMap:
         return trees.unravel(jnp.linalg.solve(matrix, trees.ravel(vector).astype(matrix.dtype)), vector)
 
     def sqrt(self, vector: PyTree) -> PyTree:
-        """A^{1/2} v with the symmetric square root, by a dense eigendecomposition; negative eigenvalues count as zero."""
+        """A^{1/2} v with the symmetric square root, by a dense eigendecomposition; negative eigenvalues become zero."""
         return self._spectral(vector, lambda values: jnp.sqrt(jnp.maximum(values, 0)))
 
     def inverse_sqrt(self, vector: PyTree, *, damping: Scalar = 0.0) -> PyTree:
@@ -287,10 +288,10 @@ class Sum(LinearMap):
 
     def sample(self, key: jax.Array, distribution: Noise = trees.random_normal) -> PyTree:
         keys = jax.random.split(key, len(self.maps))
-        return _tree_sum([a.sample(k, distribution) for a, k in zip(self.maps, keys, strict=True)])
+        return functools.reduce(trees.add, [a.sample(k, distribution) for a, k in zip(self.maps, keys, strict=True)])
 
     def _total(self, function):
-        return _tree_sum([function(a) for a in self.maps])
+        return functools.reduce(trees.add, [function(a) for a in self.maps])
 
 
 @register_dataclass
@@ -350,13 +351,6 @@ class Restricted(LinearMap):
 
     def _embed(self, vector):
         return trees.embed(vector, trees.zeros_like(self.map.structure))
-
-
-def _tree_sum(summands):
-    total = summands[0]
-    for summand in summands[1:]:
-        total = trees.add(total, summand)
-    return total
 
 
 def _damped(matrix, damping):

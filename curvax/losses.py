@@ -18,7 +18,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from curvax import trees
 from curvax.output_matrix import AutodiffOutputs, DiagonalOutputs, OutputMatrix, SoftmaxOutputs
 
 PyTree = Any
@@ -106,6 +105,9 @@ def gaussian(curvature: Literal["fisher", "exact"] = "fisher") -> OutputLoss:
     Returns:
         The loss.
 
+    Raises:
+        ValueError: ``curvature`` is neither.
+
     Example:
         >>> loss = curvax.losses.gaussian()
         >>> loss.value((jnp.array([0.0]), jnp.array([0.0])), jnp.array([2.0]))
@@ -143,22 +145,28 @@ def from_function(
     Returns:
         The loss.
 
+    Raises:
+        ValueError: ``curvature`` is none of the three, or ``natural`` is set for a non-convex loss.
+
     Example:
-        >>> def huber(z, y):
+        >>> def pseudo_huber(z, y):
         ...     return jnp.sum(jnp.sqrt(1 + (z - y) ** 2) - 1)
-        >>> loss = curvax.losses.from_function(huber, convex=True)
+        >>> loss = curvax.losses.from_function(pseudo_huber, convex=True)
         >>> loss.value(jnp.zeros((2, 1)), jnp.zeros((2, 1)))
         Array([0., 0.], dtype=float...)
     """
     _check_choice("curvature", curvature, ("exact", "absolute", "clipped"))
+    if natural and not convex:
+        raise ValueError("natural=True needs convex=True: a negative log-density is convex in natural parameters")
     return FunctionLoss(function, convex, curvature, natural, sample)
 
 
 def curvature_only(loss: OutputLoss) -> OutputLoss:
     r"""``loss`` without its value: for methods whose gradient comes from elsewhere (policy gradients, energies).
 
-    The Gauss-Newton and Fisher products work as ever; targets may be None where the curvature does not depend on them
-    (``loss.natural``), and asking for the loss or its gradient is an error.
+    The Gauss-Newton and Fisher products work as ever, and asking for the loss or its gradient is an error. Targets may
+    be None where the curvature does not depend on them: the losses with ``natural`` set, ``gaussian()``, and every
+    Fisher matrix; a loss ``from_function`` is then given None.
 
     Args:
         loss: The loss that defines the curvature.
@@ -167,7 +175,8 @@ def curvature_only(loss: OutputLoss) -> OutputLoss:
         The loss without value.
 
     Example:
-        >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.curvature_only(curvax.losses.squared_error()))
+        >>> loss = curvax.losses.curvature_only(curvax.losses.squared_error())
+        >>> objective = curvax.Objective(lambda w, x: x @ w, loss)
         >>> F = curvax.fisher(objective, jnp.zeros((2, 1)), (jnp.eye(2), None))
         >>> F.to_dense()
         Array([[0.5, 0. ],
@@ -200,7 +209,7 @@ class OutputLoss:
 
     def hessian(self, outputs: PyTree, targets: PyTree) -> OutputMatrix:
         """H_L, the exact Hessian in the outputs; for a non-convex loss it is indefinite."""
-        return AutodiffOutputs(self._one_example, outputs, targets, convex=self.convex)
+        return AutodiffOutputs(_OneExample(self), outputs, targets, convex=self.convex)
 
     def curvature(self, outputs: PyTree, targets: PyTree) -> OutputMatrix:
         """The matrix of the Gauss-Newton products: H_L for convex losses, else as the loss documents."""
@@ -210,6 +219,9 @@ class OutputLoss:
         """F_R, the Fisher matrix of the predictive distribution in the outputs (Martens 2016, eq. 5.4).
 
         It does not depend on the targets; a loss ``from_function`` needs some to evaluate its function with.
+
+        Raises:
+            ValueError: It has no closed form.
         """
         raise ValueError(
             f"{self} has no Fisher matrix in closed form; pass key= and num_samples= for the Monte-Carlo one, or make"
@@ -217,40 +229,62 @@ class OutputLoss:
         )
 
     def sample(self, key: jax.Array, output: PyTree) -> PyTree:
-        """A target drawn from the predictive distribution of ONE example (no batch axis)."""
+        """A target drawn from the predictive distribution of ONE example (no batch axis).
+
+        Raises:
+            ValueError: The loss has no predictive distribution that it could draw from.
+        """
         raise ValueError(f"{self} cannot be sampled; make it with sample=(key, output) -> target")
 
     def negative_log_density(self, outputs: PyTree, targets: PyTree) -> jax.Array:
-        """-log r(y | z) of the predictive distribution, normalised, shaped like ``value``."""
+        """-log r(y | z) of the predictive distribution, normalised, shaped like ``value``.
+
+        Raises:
+            ValueError: The loss is not known to have a normalised density.
+        """
         raise ValueError(f"{self} has no normalised density")
 
     def squared_newton_decrement(self, outputs: PyTree, targets: PyTree) -> jax.Array:
         """g^T C^+ g with g the gradient and C the ``curvature``; twice the most the quadratic model can fall by.
 
         Shaped like ``value`` where the matrix is separable, else one number for each example. Infinite where the model
-        is certain and wrong.
+        is certain and wrong, and wherever else the quadratic model falls without end: along a slope without curvature,
+        or where C is indefinite.
         """
-        gradient = self.gradient(outputs, targets)
-        solution = self.curvature(outputs, targets).pinv_product(gradient)
-        return jax.vmap(trees.vdot)(gradient, solution)
+        return self.curvature(outputs, targets).pinv_quadratic(self.gradient(outputs, targets))
 
     def check(self, outputs: PyTree, targets: PyTree) -> None:
         """Raises a ValueError or TypeError, at trace time, if the targets do not fit the outputs."""
+        self.check_outputs(outputs)
 
-    def _one_example(self, output, target):
-        add_axis = jax.tree.map(lambda x: x[None], (output, target))
-        return jnp.sum(self.value(*add_axis))
+    def check_outputs(self, outputs: PyTree) -> None:
+        """Raises a ValueError or TypeError, at trace time, if the loss does not take such outputs."""
 
 
-@dataclasses.dataclass(frozen=True)
-class SquaredError(OutputLoss):
-    """See ``squared_error``."""
+class _Elementwise(OutputLoss):
+    """A loss on each entry of one array, with targets of that shape that its Hessian does not depend on."""
 
-    def value(self, outputs, targets):
-        return (outputs - targets.astype(outputs.dtype)) ** 2 / 2
+    floating_targets: bool = False
 
     def hessian(self, outputs, targets):
         return self.fisher(outputs)
+
+    def check(self, outputs, targets):
+        self.check_outputs(outputs)
+        _check_targets(self, targets, outputs.shape, floating=self.floating_targets)
+
+    def check_outputs(self, outputs):
+        _check_array(self, outputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class SquaredError(_Elementwise):
+    """See ``squared_error``."""
+
+    floating_targets = True
+
+    def value(self, outputs, targets):
+        return (outputs - targets.astype(outputs.dtype)) ** 2 / 2
 
     def fisher(self, outputs, targets=None):
         return DiagonalOutputs(jnp.ones_like(outputs))
@@ -264,20 +298,15 @@ class SquaredError(OutputLoss):
     def squared_newton_decrement(self, outputs, targets):
         return 2 * self.value(outputs, targets)
 
-    def check(self, outputs, targets):
-        _check_array(self, outputs)
-        _check_targets(self, targets, outputs.shape, floating=True)
-
 
 @dataclasses.dataclass(frozen=True)
-class SigmoidBinaryCrossEntropy(OutputLoss):
+class SigmoidBinaryCrossEntropy(_Elementwise):
     """See ``sigmoid_binary_cross_entropy``."""
 
     def value(self, outputs, targets):
-        return jax.nn.softplus(outputs) - targets.astype(outputs.dtype) * outputs
-
-    def hessian(self, outputs, targets):
-        return self.fisher(outputs)
+        # Not softplus(z) - y z, in which a small loss cancels away.
+        y = targets.astype(outputs.dtype)
+        return y * jax.nn.softplus(-outputs) + (1 - y) * jax.nn.softplus(outputs)
 
     def fisher(self, outputs, targets=None):
         return DiagonalOutputs(jax.nn.sigmoid(outputs) * jax.nn.sigmoid(-outputs))
@@ -289,13 +318,9 @@ class SigmoidBinaryCrossEntropy(OutputLoss):
         return self.value(outputs, targets)
 
     def squared_newton_decrement(self, outputs, targets):
-        # (p - y)^2 / (p (1 - p)) expanded with odds exp(z), so that a saturated unit does not divide zero by zero.
+        # (p - y)^2 / (p (1 - p)) with the odds exp(z) of p, so that a saturated unit does not divide zero by zero.
         y = targets.astype(outputs.dtype)
-        return _safe_exp(outputs, (1 - y) ** 2) + _safe_exp(-outputs, y**2) - 2 * y * (1 - y)
-
-    def check(self, outputs, targets):
-        _check_array(self, outputs)
-        _check_targets(self, targets, outputs.shape)
+        return (_times_exp(1 - y, outputs / 2) - _times_exp(y, -outputs / 2)) ** 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,13 +328,17 @@ class SoftmaxCrossEntropy(OutputLoss):
     """See ``softmax_cross_entropy``."""
 
     def value(self, outputs, targets):
-        return -jnp.sum(self._distribution(outputs, targets) * jax.nn.log_softmax(outputs), axis=-1)
+        y, log_p = self._distribution(outputs, targets), _log_softmax(outputs)
+        excluded = (y == 0) & jnp.isneginf(log_p)
+        return -jnp.sum(y * jnp.where(excluded, 0, log_p), axis=-1)
 
     def hessian(self, outputs, targets):
-        return SoftmaxOutputs(jax.nn.log_softmax(outputs), jnp.sum(self._distribution(outputs, targets), axis=-1))
+        if targets is None:
+            return self.fisher(outputs)
+        return SoftmaxOutputs(_log_softmax(outputs), jnp.sum(self._distribution(outputs, targets), axis=-1))
 
     def fisher(self, outputs, targets=None):
-        return SoftmaxOutputs(jax.nn.log_softmax(outputs), jnp.ones_like(outputs[..., 0]))
+        return SoftmaxOutputs(_log_softmax(outputs), jnp.ones_like(outputs[..., 0]))
 
     def sample(self, key, output):
         return jax.random.categorical(key, output)
@@ -318,16 +347,15 @@ class SoftmaxCrossEntropy(OutputLoss):
         return self.value(outputs, targets)
 
     def squared_newton_decrement(self, outputs, targets):
-        y, log_p = self._distribution(outputs, targets), jax.nn.log_softmax(outputs)
+        # sum_i (a p_i - y_i)^2 / (a p_i) with a the mass, in a form that neither cancels nor divides zero by zero.
+        y, log_p = self._distribution(outputs, targets), _log_softmax(outputs)
         mass = jnp.sum(y, axis=-1)
-        safe_mass = jnp.where(mass > 0, mass, 1)
-        return jnp.sum(_safe_exp(-log_p, y**2), axis=-1) / safe_mass - mass
+        differences = mass[..., None] * jnp.exp(log_p / 2) - _times_exp(y, -log_p / 2)
+        return jnp.sum(differences**2, axis=-1) / jnp.where(mass > 0, mass, 1)
 
     def check(self, outputs, targets):
-        _check_array(self, outputs)
-        if outputs.ndim < 2:
-            raise ValueError(f"{self}: outputs need a last axis of classes, got shape {outputs.shape}")
-        if jnp.issubdtype(targets.dtype, jnp.integer):
+        self.check_outputs(outputs)
+        if hasattr(targets, "dtype") and jnp.issubdtype(targets.dtype, jnp.integer):
             if targets.shape == outputs.shape:
                 raise TypeError(
                     f"{self}: integer targets of the outputs' shape {outputs.shape} look one-hot; cast them to"
@@ -335,25 +363,28 @@ class SoftmaxCrossEntropy(OutputLoss):
                 )
             _check_targets(self, targets, outputs.shape[:-1], "integer targets")
         else:
-            _check_targets(self, targets, outputs.shape, "probability targets", floating=True)
+            what = f"targets (integers of shape {outputs.shape[:-1]}, or else probabilities)"
+            _check_targets(self, targets, outputs.shape, what, floating=True)
+
+    def check_outputs(self, outputs):
+        _check_array(self, outputs)
+        if outputs.ndim < 2:
+            raise ValueError(f"{self}: outputs need a last axis of classes, got shape {outputs.shape}")
 
     def _distribution(self, outputs, targets):
-        if jnp.issubdtype(targets.dtype, jnp.integer):
-            # A comparison rather than a gather: it shards like the outputs do.
-            classes = jnp.arange(outputs.shape[-1], dtype=targets.dtype)
-            return (targets[..., None] == classes).astype(outputs.dtype)
-        return targets.astype(outputs.dtype)
+        if not jnp.issubdtype(targets.dtype, jnp.integer):
+            return targets.astype(outputs.dtype)
+        # A comparison rather than a gather: it shards like the outputs do. Small integers may not count all classes.
+        labels = jnp.asarray(targets if targets.dtype.itemsize >= 4 else targets.astype(jnp.int32))
+        return (labels[..., None] == jnp.arange(outputs.shape[-1], dtype=labels.dtype)).astype(outputs.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
-class Poisson(OutputLoss):
+class Poisson(_Elementwise):
     """See ``poisson``."""
 
     def value(self, outputs, targets):
         return jnp.exp(outputs) - targets.astype(outputs.dtype) * outputs
-
-    def hessian(self, outputs, targets):
-        return self.fisher(outputs)
 
     def fisher(self, outputs, targets=None):
         return DiagonalOutputs(jnp.exp(outputs))
@@ -365,12 +396,9 @@ class Poisson(OutputLoss):
         return self.value(outputs, targets) + jax.scipy.special.gammaln(targets.astype(outputs.dtype) + 1)
 
     def squared_newton_decrement(self, outputs, targets):
+        # (exp(z) - y)^2 / exp(z)
         y = targets.astype(outputs.dtype)
-        return jnp.exp(outputs) - 2 * y + _safe_exp(-outputs, y**2)
-
-    def check(self, outputs, targets):
-        _check_array(self, outputs)
-        _check_targets(self, targets, outputs.shape)
+        return (jnp.exp(outputs / 2) - _times_exp(y, -outputs / 2)) ** 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -383,14 +411,20 @@ class Gaussian(OutputLoss):
 
     def value(self, outputs, targets):
         mean, log_variance = outputs
-        return ((targets.astype(mean.dtype) - mean) ** 2 * jnp.exp(-log_variance) + log_variance) / 2
+        return (((targets.astype(mean.dtype) - mean) * jnp.exp(-log_variance / 2)) ** 2 + log_variance) / 2
+
+    def hessian(self, outputs, targets):
+        if targets is None:
+            raise ValueError(f"{self}: the exact Hessian depends on the targets, and they are None")
+        return super().hessian(outputs, targets)
 
     def curvature(self, outputs, targets):
         return self.hessian(outputs, targets) if self.exact else self.fisher(outputs)
 
     def fisher(self, outputs, targets=None):
         mean, log_variance = outputs
-        return DiagonalOutputs(type(outputs)((jnp.exp(-log_variance), jnp.full_like(mean, 0.5))))
+        entries = jnp.exp(-log_variance), jnp.full_like(mean, 0.5)
+        return DiagonalOutputs(jax.tree.structure(outputs).unflatten(entries))
 
     def sample(self, key, output):
         mean, log_variance = output
@@ -400,18 +434,22 @@ class Gaussian(OutputLoss):
         return self.value(outputs, targets) + math.log(2 * math.pi) / 2
 
     def squared_newton_decrement(self, outputs, targets):
-        if self.exact:
-            return super().squared_newton_decrement(outputs, targets)
         mean, log_variance = outputs
-        squares = (targets.astype(mean.dtype) - mean) ** 2 * jnp.exp(-log_variance)
+        if self.exact:  # indefinite for r != 0; for r = 0 a slope along s without curvature
+            return jnp.full_like(mean, jnp.inf)
+        squares = _times_exp(targets.astype(mean.dtype) - mean, -log_variance / 2) ** 2
         return squares + (1 - squares) ** 2 / 2
 
     def check(self, outputs, targets):
-        if not (isinstance(outputs, (tuple, list)) and len(outputs) == 2):
+        self.check_outputs(outputs)
+        _check_targets(self, targets, outputs[0].shape, floating=True)
+
+    def check_outputs(self, outputs):
+        pair = isinstance(outputs, (tuple, list)) and len(outputs) == 2
+        if not (pair and all(hasattr(z, "shape") for z in outputs)):
             raise TypeError(f"{self}: the model must return the pair (mean, log variance), got {_described(outputs)}")
         if outputs[0].shape != outputs[1].shape:
             raise ValueError(f"{self}: mean {outputs[0].shape} and log variance {outputs[1].shape} differ in shape")
-        _check_targets(self, targets, outputs[0].shape, floating=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -427,9 +465,12 @@ class FunctionLoss(OutputLoss):
     def value(self, outputs, targets):
         return jax.vmap(self.function)(outputs, targets)
 
+    def hessian(self, outputs, targets):
+        return AutodiffOutputs(self.function, outputs, targets, convex=self.convex)
+
     def curvature(self, outputs, targets):
         treatment = "exact" if self.convex else self.treatment
-        return AutodiffOutputs(self._one_example, outputs, targets, treatment, self.convex)
+        return dataclasses.replace(self.hessian(outputs, targets), treatment=treatment)
 
     def fisher(self, outputs, targets=None):
         return self.hessian(outputs, targets) if self.natural else super().fisher(outputs)
@@ -438,12 +479,12 @@ class FunctionLoss(OutputLoss):
         return super().sample(key, output) if self.sampler is None else self.sampler(key, output)
 
     def check(self, outputs, targets):
-        shape = jax.eval_shape(self.value, outputs, targets)
-        if not isinstance(shape, jax.ShapeDtypeStruct) or shape.ndim != 1:
-            raise ValueError(f"{self}: function(output, target) must return one scalar for one example, got {shape}")
-
-    def _one_example(self, output, target):
-        return self.function(output, target)
+        example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (outputs, targets))
+        loss = jax.eval_shape(self.function, *example)
+        if not isinstance(loss, jax.ShapeDtypeStruct) or loss.shape:
+            raise ValueError(
+                f"{self}: function(output, target) must return one scalar for one example, got {_described(loss)}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -467,8 +508,13 @@ class CurvatureOnly(OutputLoss):
             " and use objective.linearize(params, batch) as at="
         )
 
+    squared_newton_decrement = value
+
+    def hessian(self, outputs, targets):
+        return self.loss.hessian(outputs, targets)
+
     def curvature(self, outputs, targets):
-        return self.loss.fisher(outputs) if targets is None else self.loss.curvature(outputs, targets)
+        return self.loss.curvature(outputs, targets)
 
     def fisher(self, outputs, targets=None):
         return self.loss.fisher(outputs, targets)
@@ -481,15 +527,39 @@ class CurvatureOnly(OutputLoss):
         return self.loss.gradient(outputs, targets)
 
     def check(self, outputs, targets):
-        if targets is not None:
+        if targets is None:
+            self.loss.check_outputs(outputs)
+        else:
             self.loss.check(outputs, targets)
-        elif not self.natural:
-            raise ValueError(f"{self}: targets are needed, for this loss is not of natural parameters")
 
 
-def _safe_exp(exponent, factor):
+@dataclasses.dataclass(frozen=True)
+class _OneExample:
+    """The loss of one example, a function that equals those of equal losses, so that jit does not trace it anew."""
+
+    loss: OutputLoss
+
+    def __call__(self, output, target):
+        return jnp.sum(self.loss.value(*jax.tree.map(lambda x: x[None], (output, target))))
+
+
+def _log_softmax(logits):
+    """The logarithm of softmax over the last axis.
+
+    It and its derivatives have small relative errors even where a probability is close to 1, because the largest logit
+    stays out of the sum.
+    """
+    index = jnp.argmax(logits, axis=-1, keepdims=True)
+    is_largest = index == jnp.arange(logits.shape[-1], dtype=index.dtype)
+    largest = jnp.sum(jnp.where(is_largest, logits, 0), axis=-1, keepdims=True)
+    shifted = jnp.where(is_largest, 0, logits - largest)
+    others = jnp.sum(jnp.where(is_largest, 0, jnp.exp(shifted)), axis=-1, keepdims=True)
+    return shifted - jnp.log1p(others)
+
+
+def _times_exp(factor, exponent):
     """factor * exp(exponent), zero where the factor is zero even if the exponential overflows."""
-    return jnp.where(factor > 0, factor * jnp.exp(jnp.where(factor > 0, exponent, 0)), 0)
+    return factor * jnp.exp(jnp.where(factor == 0, 0, exponent))
 
 
 def _check_choice(name, value, choices):

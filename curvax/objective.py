@@ -27,8 +27,8 @@ class Objective:
     once. Several terms, such as the interior and the boundary of a physics-informed network, are summed by
     ``Objective.from_terms``.
 
-    The objective is the mean over examples, which stand on axis 0 of the outputs; the loss of a sequence is the sum over
-    its steps. Weights and masks change that as ``curvax.Term`` says.
+    The objective is the mean over examples, which stand on axis 0 of the outputs; the loss of a sequence is the sum
+    over its steps. Weights and masks change that as ``curvax.Term`` says.
 
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
@@ -106,8 +106,9 @@ class Objective:
         Example:
             >>> def network(w, x):
             ...     return jnp.tanh(x @ w)
-            >>> interior = curvax.Term(network, curvax.losses.squared_error(), select=lambda b: b["interior"])
-            >>> boundary = curvax.Term(network, curvax.losses.squared_error(), select=lambda b: b["boundary"], weight=10.0)
+            >>> loss = curvax.losses.squared_error()
+            >>> interior = curvax.Term(network, loss, select=lambda batch: batch["interior"])
+            >>> boundary = curvax.Term(network, loss, select=lambda batch: batch["boundary"], weight=10.0)
             >>> objective = curvax.Objective.from_terms(interior, boundary)
             >>> part = (jnp.ones((3, 2)), jnp.ones((3, 1)))
             >>> objective(jnp.zeros((2, 1)), {"interior": part, "boundary": part})
@@ -188,7 +189,8 @@ class Objective:
 
         Example:
             >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error(), l2=0.1)
-            >>> jax.jit(lambda l2: objective.replace(l2=l2)(jnp.ones((1, 1)), (jnp.ones((1, 1)), jnp.ones((1, 1)))))(2.0)
+            >>> w, batch = jnp.ones((1, 1)), (jnp.ones((1, 1)), jnp.ones((1, 1)))
+            >>> jax.jit(lambda l2: objective.replace(l2=l2)(w, batch))(2.0)
             Array(1., dtype=float...)
         """
         unknown = set(changes) - {"l2", "l2_mask", "terms"}
@@ -223,11 +225,27 @@ class Objective:
 
     @classmethod
     def tree_unflatten(cls, l2_mask, children):
-        return cls.__new__(cls)._set(*children, l2_mask)
+        terms, l2 = children
+        return cls.__new__(cls)._set(terms, l2, l2_mask)
 
     def __repr__(self):
         terms = ", ".join(f"{getattr(t.model_fn, '__name__', t.model_fn)} -> {t.loss}" for t in self.terms)
         return f"Objective({terms}, l2={self.l2})"
+
+
+def point_at(
+    objective: Objective, params: PyTree, batch: PyTree, at: CurvaturePoint | None, chunk_size: int | None = None
+) -> CurvaturePoint:
+    """The point that was given, or the one at (params, batch)."""
+    if at is not None:
+        if params is not None or batch is not None or chunk_size is not None:
+            raise ValueError("pass either at= or params, batch and chunk_size: the point has them already")
+        if not isinstance(at, CurvaturePoint):
+            raise TypeError(f"at= takes the curvature point of objective.value_and_grad, got {type(at).__name__}")
+        return at
+    if params is None or batch is None:
+        raise ValueError("pass params and batch, or at= (the third result of objective.value_and_grad)")
+    return objective.linearize(params, batch, chunk_size=chunk_size)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

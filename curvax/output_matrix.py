@@ -1,7 +1,8 @@
-r"""Positive semi-definite matrices on the outputs of a model, one for each case of a batch, never formed where avoidable.
+r"""Symmetric matrices on the outputs of a model, one for each case of a batch, never formed where avoidable.
 
 Every matrix C answers four products, each taken for all cases at once: C u, S u and S^T v with S^T S = C, and the
-pseudo-inverse C^+ u. Vectors are pytrees shaped like the model's outputs; v has ``root_structure``.
+pseudo-inverse C^+ u. Vectors are pytrees shaped like the model's outputs; v has ``root_structure``. All matrices are
+positive semi-definite but the exact Hessian of a non-convex loss, which has no S.
 """
 
 from __future__ import annotations
@@ -44,6 +45,14 @@ class OutputMatrix:
         """C^+ u with the Moore-Penrose pseudo-inverse."""
         raise NotImplementedError
 
+    def pinv_quadratic(self, vector: PyTree) -> jax.Array:
+        """u^T C^+ u for each example; infinite where u leaves the range of C and where C has a negative eigenvalue.
+
+        That is twice the most by which u^T x - 1/2 x^T C x rises. A part outside the range below sqrt(eps) ||u|| is
+        taken for rounding. Forms the matrix of each example.
+        """
+        return _dense_of(self, vector, 1).pinv_quadratic(vector)
+
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,7 +75,7 @@ class DiagonalOutputs(OutputMatrix):
 
     def pinv_product(self, vector: PyTree) -> PyTree:
         def divide(u, d):
-            return jnp.where(d > 0, u / jnp.where(d > 0, d, 1), 0)
+            return jnp.where(d > 0, u / jnp.where(d > 0, d, 1).astype(u.dtype), 0)
 
         return jax.tree.map(divide, vector, self.entries)
 
@@ -77,7 +86,8 @@ class SoftmaxOutputs(OutputMatrix):
     r"""The matrix a (diag(p) - p p^T) over the last axis: ``mass`` a, and p the softmax given by its logarithm.
 
     With q = sqrt(p), S = sqrt(a) (I - q q^T) diag(q), where I - q q^T is a projection because ||q|| = 1. The
-    pseudo-inverse is P diag(p)^{-1} P / a with P the projection on vectors of zero sum.
+    pseudo-inverse is P diag(p)^{-1} P / a with P the projection on vectors of zero sum, both among the classes whose
+    probability is not zero.
     """
 
     log_probabilities: jax.Array
@@ -89,23 +99,24 @@ class SoftmaxOutputs(OutputMatrix):
 
     def product(self, vector: PyTree) -> PyTree:
         p = jnp.exp(self.log_probabilities)
-        return self.mass[..., None] * p * (vector - _inner(p, vector))
+        return self.mass[..., None] * p * _project(vector, p, 1)
 
     def sqrt_product(self, vector: PyTree) -> PyTree:
         p, q = jnp.exp(self.log_probabilities), jnp.exp(self.log_probabilities / 2)
-        return jnp.sqrt(self.mass)[..., None] * q * (vector - _inner(p, vector))
+        return jnp.sqrt(self.mass)[..., None] * q * _project(vector, p, 1)
 
     def sqrt_transpose_product(self, vector: PyTree) -> PyTree:
         q = jnp.exp(self.log_probabilities / 2)
-        return jnp.sqrt(self.mass)[..., None] * q * (vector - q * _inner(q, vector))
+        return jnp.sqrt(self.mass)[..., None] * q * _project(vector, q, q)
 
     def pinv_product(self, vector: PyTree) -> PyTree:
-        def centred(u):
-            return u - jnp.mean(u, axis=-1, keepdims=True)
+        diagonal = self.mass[..., None] * jnp.exp(self.log_probabilities)
+        support = diagonal > 0
 
-        mass = jnp.where(self.mass > 0, self.mass, 1)[..., None]
-        result = centred(centred(vector) * jnp.exp(-self.log_probabilities)) / mass
-        return jnp.where(self.mass[..., None] > 0, result, 0)
+        def centred(u):
+            return jnp.where(support, u - jnp.mean(u, axis=-1, keepdims=True, where=support), 0)
+
+        return centred(centred(vector) / jnp.where(support, diagonal, 1))
 
 
 @register_dataclass
@@ -123,31 +134,33 @@ class RankOneOutputs(OutputMatrix):
 
     @property
     def root_structure(self) -> PyTree:
-        leaf = jax.tree.leaves(self.vectors)[0]
-        return jax.ShapeDtypeStruct(leaf.shape[: self.case_axes + 1], leaf.dtype)
+        leaves = jax.tree.leaves(self.vectors)
+        return jax.ShapeDtypeStruct(leaves[0].shape[: self.case_axes + 1], trees.wide_dtype(*leaves))
 
     def product(self, vector: PyTree) -> PyTree:
         return self.sqrt_transpose_product(self.sqrt_product(vector))
 
     def sqrt_product(self, vector: PyTree) -> PyTree:
+        dtype = self.root_structure.dtype
+
         def inner(g, u):
-            products = g * jnp.expand_dims(u, self.case_axes).astype(g.dtype)
+            products = g.astype(dtype) * jnp.expand_dims(u, self.case_axes).astype(dtype)
             return jnp.sum(products, axis=tuple(range(self.case_axes + 1, g.ndim)))
 
-        return self._root_count() * sum(jax.tree.leaves(jax.tree.map(inner, self.vectors, vector)))
+        return self._root_weight() * sum(jax.tree.leaves(jax.tree.map(inner, self.vectors, vector)))
 
     def sqrt_transpose_product(self, vector: PyTree) -> PyTree:
         def combine(g):
-            return self._root_count() * jnp.sum(g * _expand_right(vector, g.ndim), axis=self.case_axes)
+            products = g.astype(vector.dtype) * _expand_right(vector, g.ndim)
+            return (self._root_weight() * jnp.sum(products, axis=self.case_axes)).astype(g.dtype)
 
         return jax.tree.map(combine, self.vectors)
 
     def pinv_product(self, vector: PyTree) -> PyTree:
-        dense = _dense_of(self, vector, self.case_axes)
-        return dense.pinv_product(vector)
+        return _dense_of(self, vector, self.case_axes).pinv_product(vector)
 
-    def _root_count(self):
-        return 1 / math.sqrt(jax.tree.leaves(self.vectors)[0].shape[self.case_axes])
+    def _root_weight(self):
+        return 1 / math.sqrt(self.root_structure.shape[self.case_axes])
 
 
 @register_dataclass
@@ -159,8 +172,8 @@ class AutodiffOutputs(OutputMatrix):
         function: (output, target) -> loss of one example.
         outputs: z, batch axis first.
         targets: y, batch axis first.
-        treatment: "exact" takes the Hessian as it is, "absolute" the absolute values of its eigenvalues, "clipped" drops
-            the negative ones (Martens 2016, section 4.4.3; the last two form the Hessian of each example).
+        treatment: "exact" takes the Hessian as it is, "absolute" the absolute values of its eigenvalues, "clipped"
+            drops the negative ones (Martens 2016, section 4.4.3; the last two form the Hessian of each example).
         convex: Whether the Hessian is known to be positive semi-definite.
     """
 
@@ -184,38 +197,44 @@ class AutodiffOutputs(OutputMatrix):
         return jax.vmap(one)(self.outputs, self.targets, trees.cast_like(vector, self.outputs))
 
     def sqrt_product(self, vector: PyTree) -> PyTree:
-        return self._dense().sqrt_product(vector)
+        return self._root().sqrt_product(vector)
 
     def sqrt_transpose_product(self, vector: PyTree) -> PyTree:
-        return self._dense().sqrt_transpose_product(vector)
+        return self._root().sqrt_transpose_product(vector)
 
     def pinv_product(self, vector: PyTree) -> PyTree:
-        return self._dense(signed=True).pinv_product(vector)
+        return self._dense().pinv_product(vector)
 
-    def _dense(self, signed=False):
-        if self.treatment == "exact" and not self.convex and not signed:
+    def pinv_quadratic(self, vector: PyTree) -> jax.Array:
+        return self._dense().pinv_quadratic(vector)
+
+    def _root(self):
+        if self.treatment == "exact" and not self.convex:
             raise ValueError(
-                "the Hessian of a non-convex loss with treatment 'exact' has no square root; make the loss with"
-                " curvature='absolute' or 'clipped'"
+                "the Hessian of a non-convex loss, taken as it is (curvature='exact'), has no square root; make the"
+                " loss with another curvature"
             )
+        return self._dense()
+
+    def _dense(self):
         matrix = _dense_of(dataclasses.replace(self, treatment="exact"), self.outputs, 1)
-        if signed:
-            return matrix
-        treat = jnp.abs if self.treatment == "absolute" else lambda values: jnp.maximum(values, 0)
-        return dataclasses.replace(matrix, values=treat(matrix.values))
+        if self.treatment == "absolute":
+            return dataclasses.replace(matrix, values=jnp.abs(matrix.values))
+        if self.treatment == "clipped" or self.convex:
+            return dataclasses.replace(matrix, values=jnp.maximum(matrix.values, 0))
+        return matrix
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class EigenOutputs(OutputMatrix):
-    """A dense matrix for each case by its eigenvalues (cases..., m) and eigenvectors (cases..., m, m)."""
+    """A dense matrix for each case by its eigenvalues (cases..., m) and eigenvectors (cases..., m, m).
+
+    The root is symmetric: S u is shaped like u, whatever its structure.
+    """
 
     values: jax.Array
     vectors: jax.Array
-
-    @property
-    def root_structure(self) -> PyTree:
-        return trees.structure_of(self.values)
 
     def product(self, vector: PyTree) -> PyTree:
         return self._apply(vector, lambda values: values)
@@ -227,20 +246,35 @@ class EigenOutputs(OutputMatrix):
 
     def pinv_product(self, vector: PyTree) -> PyTree:
         def invert(values):
-            largest = jnp.max(jnp.abs(values), axis=-1, keepdims=True)
-            kept = jnp.abs(values) > largest * (values.shape[-1] * jnp.finfo(values.dtype).eps)
+            kept = jnp.abs(values) > _rounding(values)
             return jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
 
         return self._apply(vector, invert)
+
+    def pinv_quadratic(self, vector: PyTree) -> jax.Array:
+        def one(values, vectors, u):
+            squares = (vectors.T @ trees.ravel(u).astype(values.dtype)) ** 2
+            rounding = _rounding(values)
+            flat = values <= rounding
+            # Rounding makes a vector of the range seem to leave it a little. That little is charged at the least
+            # curvature that can be told from zero, so that the result errs upwards.
+            leaves_range = flat & (squares > jnp.finfo(squares.dtype).eps * jnp.sum(squares))
+            bounded = ~jnp.any(leaves_range | (values < -rounding))
+            return jnp.where(bounded, jnp.sum(squares / jnp.maximum(values, rounding)), jnp.inf)
+
+        return self._vmapped(one)(self.values, self.vectors, vector)
 
     def _apply(self, vector, function):
         def one(values, vectors, u):
             flat = trees.ravel(u).astype(values.dtype)
             return trees.unravel(vectors @ (function(values) * (vectors.T @ flat)), u)
 
+        return self._vmapped(one)(self.values, self.vectors, vector)
+
+    def _vmapped(self, one):
         for _ in range(self.values.ndim - 1):
             one = jax.vmap(one)
-        return one(self.values, self.vectors, vector)
+        return one
 
 
 def _dense_of(matrix: OutputMatrix, like: PyTree, case_axes: int) -> EigenOutputs:
@@ -260,8 +294,20 @@ def _dense_of(matrix: OutputMatrix, like: PyTree, case_axes: int) -> EigenOutput
     return EigenOutputs(values, vectors)
 
 
-def _inner(left, right):
-    return jnp.sum(left * right, axis=-1, keepdims=True)
+def _rounding(values):
+    """The size below which an eigenvalue cannot be told from zero."""
+    largest = jnp.max(jnp.abs(values), axis=-1, keepdims=True)
+    return jnp.where(largest > 0, largest, 1) * (values.shape[-1] * jnp.finfo(values.dtype).eps)
+
+
+def _project(vector, left, right):
+    """vector - right (left^T vector) over the last axis, a projection, applied twice.
+
+    Where one probability is close to 1 the first application cancels; the second removes the rounding it leaves.
+    """
+    for _ in range(2):
+        vector = vector - right * jnp.sum(left * vector, axis=-1, keepdims=True)
+    return vector
 
 
 def _expand_right(array, ndim):

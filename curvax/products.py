@@ -8,6 +8,7 @@ bilinear forms need only the push forward.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,7 +19,7 @@ from jax.tree_util import register_dataclass
 from curvax import trees
 from curvax.curvature_point import CurvaturePoint, Piece
 from curvax.linear_map import LinearMap, Noise, Sum
-from curvax.objective import Objective
+from curvax.objective import Objective, point_at
 from curvax.output_matrix import OutputMatrix, RankOneOutputs
 from curvax.term import scale_cases
 
@@ -318,7 +319,7 @@ class OverBatches(LinearMap):
         if iter(batches) is batches:
             raise TypeError("over_batches reads the batches many times: pass a list or a loader, not an iterator")
         self._make, self._objective, self._params, self._batches = make, objective, params, batches
-        counts = jax.jit(lambda params, batch: [cases.count for cases in objective.linearize(params, batch).cases])
+        counts = jax.jit(lambda params, batch: [cases.num_cases for cases in objective.linearize(params, batch).cases])
         self._counts = [counts(params, batch) for batch in batches]
         if not self._counts:
             raise ValueError("over_batches got no batches")
@@ -341,14 +342,12 @@ class OverBatches(LinearMap):
         return self._accumulate(self._quadratic, vector)
 
     def _accumulate(self, function, *vectors):
-        total = None
-        for batch, counts in zip(self._batches, self._counts, strict=True):
-            part = function(self._share(counts), self._params, batch, *vectors)
-            total = part if total is None else trees.add(total, part)
-        return total
+        batches = zip(self._batches, self._counts, strict=True)
+        parts = (function(self._share(counts), self._params, batch, *vectors) for batch, counts in batches)
+        return functools.reduce(trees.add, parts)
 
     def _share(self, counts):
-        """The objective with each term weighted by this batch's share of all cases, and of the penalty an equal share."""
+        """The objective with its terms weighted by the batch's share of all cases, and its part of the penalty."""
         terms = tuple(
             dataclasses.replace(term, weight=term.weight * (count / jnp.maximum(total, 1)))
             for term, count, total in zip(self._objective.terms, counts, self._totals, strict=True)
@@ -430,15 +429,3 @@ def _with_penalty(matrix, point):
     if point.objective.l2 is None:
         return matrix
     return Sum((matrix, LeafScalars(point.objective.penalty_curvature(point.params), point.params)))
-
-
-def point_at(objective, params, batch, at, chunk_size) -> CurvaturePoint:
-    if at is not None:
-        if params is not None or batch is not None or chunk_size is not None:
-            raise ValueError("pass either at= or params, batch and chunk_size: the point has them already")
-        if not isinstance(at, CurvaturePoint):
-            raise TypeError(f"at= takes the curvature point of objective.value_and_grad, got {type(at).__name__}")
-        return at
-    if params is None or batch is None:
-        raise ValueError("pass params and batch, or at= (the third result of objective.value_and_grad)")
-    return objective.linearize(params, batch, chunk_size=chunk_size)

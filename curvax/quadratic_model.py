@@ -13,7 +13,7 @@ from jax.tree_util import register_dataclass
 from curvax import products, trees
 from curvax.curvature_point import CurvaturePoint
 from curvax.linear_map import LinearMap
-from curvax.objective import Objective
+from curvax.objective import Objective, point_at
 from curvax.term import weighted_sum
 
 PyTree = Any
@@ -49,7 +49,7 @@ def quadratic_model(
         >>> M(jnp.ones((2, 1))).item(), objective(jnp.ones((2, 1)), batch).item()
         (0.0, 0.0)
     """
-    point = products.point_at(objective, params, batch, at, None)
+    point = point_at(objective, params, batch, at)
     loss, gradient = point.value_and_gradient()
     return QuadraticModel(loss, gradient, curvature(point.objective, at=point), damping)
 
@@ -136,7 +136,7 @@ def model_lower_bound(
         >>> curvax.model_lower_bound(objective, jnp.zeros((2, 1)), (jnp.eye(2), jnp.ones((2, 1))))
         Array(-0.5, dtype=float...)
     """
-    point = products.point_at(objective, params, batch, at, None)
+    point = point_at(objective, params, batch, at)
 
     def one(piece):
         return weighted_sum(piece.scale, piece.loss.squared_newton_decrement(piece.outputs, piece.targets))

@@ -17,8 +17,7 @@ PyTree = Any
 Scalar = Any
 
 
-def _static(default=dataclasses.MISSING):
-    return dataclasses.field(default=default, metadata={"static": True})
+_STATIC = {"static": True}
 
 
 @register_dataclass
@@ -49,14 +48,14 @@ class Term:
         Array(5., dtype=float...)
     """
 
-    model_fn: Callable[[PyTree, PyTree], PyTree] = _static()
-    loss: OutputLoss = _static()
-    select: Callable[[PyTree], tuple[PyTree, PyTree]] | None = _static(None)
+    model_fn: Callable[[PyTree, PyTree], PyTree] = dataclasses.field(metadata=_STATIC)
+    loss: OutputLoss = dataclasses.field(metadata=_STATIC)
+    select: Callable[[PyTree], tuple[PyTree, PyTree]] | None = dataclasses.field(default=None, metadata=_STATIC)
     weight: Scalar = 1.0
-    example_weights: Callable[[PyTree], jax.Array] | None = _static(None)
-    mask: Callable[[PyTree], jax.Array] | None = _static(None)
-    example_axes: Any = _static(0)
-    has_aux: bool = _static(False)
+    example_weights: Callable[[PyTree], jax.Array] | None = dataclasses.field(default=None, metadata=_STATIC)
+    mask: Callable[[PyTree], jax.Array] | None = dataclasses.field(default=None, metadata=_STATIC)
+    example_axes: Any = dataclasses.field(default=0, metadata=_STATIC)
+    has_aux: bool = dataclasses.field(default=False, metadata=_STATIC)
 
     def apply(self, params: PyTree, inputs: PyTree) -> tuple[PyTree, PyTree]:
         """The model's outputs, in float32 or wider, and its auxiliary outputs (None if it has none)."""

@@ -167,7 +167,7 @@ def leaf_paths(tree: PyTree) -> list[str]:
 
 
 def embed(part: PyTree, whole: PyTree) -> PyTree:
-    """``part``, whose leaves are some of those of ``whole`` by path, filled up with zeros to the structure of ``whole``.
+    """``part``, whose leaves are some of those of ``whole`` by path, filled up with zeros to all of them.
 
     >>> embed({"a": None, "b": jnp.ones(1)}, {"a": jnp.ones(2), "b": jnp.ones(1)})
     {'a': Array([0., 0.], dtype=float...), 'b': Array([1.], dtype=float...)}
@@ -178,8 +178,8 @@ def embed(part: PyTree, whole: PyTree) -> PyTree:
     unknown = sorted(set(present) - set(leaf_paths(whole)))
     if unknown:
         raise ValueError(
-            f"leaf {unknown[0]!r} is not among the parameters, which are {_listed(leaf_paths(whole))}; pass a tree whose"
-            " leaves are all or some of the parameters of the objective"
+            f"leaf {unknown[0]!r} is not among the parameters, which are {_listed(leaf_paths(whole))}; pass a"
+            " tree whose leaves are all or some of the parameters of the objective"
         )
     leaves, treedef = jax.tree.flatten(whole)
     filled = [present.get(path) for path in leaf_paths(whole)]

@@ -1,0 +1,278 @@
+"""Traces from products alone: Hutchinson, Hutch++, XTrace, and trace f(A) by stochastic Lanczos quadrature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from curvax import trees
+from curvax.estimators import _blocks as blocks
+from curvax.estimators.lanczos import check_at_least, gauss_quadrature, lanczos
+from curvax.linear_map import LinearMap
+
+Scalar = Any
+
+
+class TraceEstimate(NamedTuple):
+    """An unbiased estimate of a trace and what it may be off by."""
+
+    value: jax.Array
+    """The estimate, a scalar."""
+    standard_error: jax.Array
+    """Its estimated standard deviation; infinite where one sample cannot tell."""
+
+
+def hutchinson_trace(
+    linear_map: LinearMap, key: jax.Array, *, num_samples: int, distribution: str = "rademacher"
+) -> TraceEstimate:
+    r"""The mean of v^T A v over random v with E[v v^T] = I; the variance is 2 (|A|_F^2 - |diag A|^2) / num_samples.
+
+    Costs ``num_samples`` calls of ``linear_map.quadratic``, which for Gauss-Newton and Fisher maps is a forward pass
+    only. Samples are taken one after another in the memory of one; ``jax.vmap`` over keys takes several together.
+
+    Args:
+        linear_map: A, symmetric.
+        key: A PRNG key.
+        num_samples: How many v to draw.
+        distribution: ``"rademacher"`` (entries -1 or +1, the lowest variance) or ``"normal"``, whose variance is
+            2 |A|_F^2 / num_samples.
+
+    Returns:
+        A ``TraceEstimate``.
+
+    Raises:
+        ValueError: If ``num_samples`` is less than one or the distribution is unknown.
+
+    Example:
+        >>> A = curvax.Diagonal({"w": jnp.array([1.0, 2.0]), "b": jnp.array([3.0])})
+        >>> curvax.estimators.hutchinson_trace(A, jax.random.key(0), num_samples=2)
+        TraceEstimate(value=Array(6., dtype=float...), standard_error=Array(0., dtype=float...))
+
+    Source: Hutchinson 1990; Avron and Toledo 2011 (the variances).
+    """
+    check_at_least("num_samples", num_samples, 1)
+    draw, dtype = sampler(distribution), blocks.dtype_of(linear_map)
+
+    def one(sample_key):
+        return linear_map.quadratic(draw(sample_key, linear_map.structure)).astype(dtype)
+
+    return _mean(jax.lax.map(one, jax.random.split(key, num_samples)))
+
+
+def hutch_plus_plus(linear_map: LinearMap, key: jax.Array, *, num_products: int) -> TraceEstimate:
+    r"""The trace on the range of a random sketch exactly, and Hutchinson's estimate of the rest.
+
+    With Q an orthonormal basis of A S for random S, trace A = trace Q^T A Q + trace P A P, P = I - Q Q^T. The first
+    part takes two thirds of the products, the second is estimated with the remaining third. For positive semi-definite
+    A the relative error falls as 1 / num_products, against 1 / sqrt(num_products) for Hutchinson; a map of rank at most
+    ``num_products // 3`` gives its trace exactly.
+
+    Args:
+        linear_map: A, symmetric.
+        key: A PRNG key.
+        num_products: The number of products with A. A third as many vectors are held in memory, three times over.
+
+    Returns:
+        A ``TraceEstimate``; the standard error is that of the second part.
+
+    Raises:
+        ValueError: If ``num_products`` is less than 3 or the sketch would be wider than the number of parameters.
+
+    Example:
+        >>> A = curvax.from_matvec(lambda v: jnp.full(50, 2.0) * jnp.sum(v), jnp.zeros(50))  # rank one
+        >>> curvax.estimators.hutch_plus_plus(A, jax.random.key(0), num_products=6).value.round(6)
+        Array(100., dtype=float...)
+
+    Source: Meyer, Musco, Musco and Woodruff 2021, Algorithm 1.
+    """
+    check_at_least("num_products", num_products, 3)
+    width = num_products // 3
+    _check_products(linear_map, num_products, 3)
+    sketch_key, rest_key = jax.random.split(key)
+    basis, _ = blocks.qr(blocks.block_product(linear_map, _draw_block(linear_map, sketch_key, width, "normal")))
+    tests = _draw_block(linear_map, rest_key, num_products - 2 * width, "rademacher")
+    tests = blocks.without(tests, basis)
+    exact = jnp.sum(blocks.row_dots(basis, blocks.block_product(linear_map, basis)))
+    rest = _mean(blocks.row_dots(tests, blocks.block_product(linear_map, tests)))
+    return TraceEstimate(exact + rest.value, rest.standard_error)
+
+
+def xtrace(linear_map: LinearMap, key: jax.Array, *, num_products: int) -> TraceEstimate:
+    r"""The exchangeable estimator: every test vector serves in the sketch and, left out of it, in the estimate.
+
+    With test vectors w_1 ... w_k, k = num_products / 2, and Q_i an orthonormal basis of the products A w_j, j != i, it
+    is the mean over i of trace Q_i^T A Q_i + (n - k + 1) u^T A u / |u|^2, u = (I - Q_i Q_i^T) w_i. All come from one
+    factorisation of A Omega = Q R: Q_i Q_i^T = Q (I - s_i s_i^T) Q^T for the unit vector s_i orthogonal to the columns
+    of R other than i. A map of rank less than k gives its trace exactly.
+
+    Args:
+        linear_map: A, symmetric.
+        key: A PRNG key.
+        num_products: The number of products with A, even. Half as many vectors are held in memory, three times over.
+
+    Returns:
+        A ``TraceEstimate``; the standard error is that of the k leave-one-out estimates, taken as independent.
+
+    Raises:
+        ValueError: If ``num_products`` is odd, less than 4 or more than twice the number of parameters.
+
+    Example:
+        >>> A = curvax.from_matvec(lambda v: jnp.full(50, 2.0) * jnp.sum(v), jnp.zeros(50))  # rank one
+        >>> curvax.estimators.xtrace(A, jax.random.key(0), num_products=4).value.round(6)
+        Array(100., dtype=float...)
+
+    Source: Epperly, Tropp and Webber 2024, XTrace with normalised test vectors.
+    """
+    if num_products < 4 or num_products % 2:
+        raise ValueError(f"num_products is {num_products}; it must be even and at least 4")
+    count = num_products // 2
+    _check_products(linear_map, num_products, 2)
+    tests = _draw_block(linear_map, key, count, "normal")
+    basis, triangle = blocks.qr(blocks.block_product(linear_map, tests))
+    projected = blocks.gram(basis, blocks.block_product(linear_map, basis))
+    overlaps, squared_norms = blocks.gram(basis, tests), blocks.row_dots(tests, tests)
+    return _mean(_leave_one_out(triangle, projected, overlaps, squared_norms, trees.size(linear_map.structure)))
+
+
+def slq_trace(
+    function: Callable[[jax.Array], jax.Array],
+    linear_map: LinearMap,
+    key: jax.Array,
+    *,
+    num_steps: int,
+    num_samples: int,
+) -> TraceEstimate:
+    r"""trace f(A) by stochastic Lanczos quadrature: the mean of v^T f(A) v, each by ``num_steps`` Lanczos steps.
+
+    The sampling error falls with ``num_samples`` and is what ``standard_error`` tells; the error of the quadrature,
+    zero for polynomials f up to degree 2 num_steps - 1, falls with ``num_steps`` and is not in it.
+
+    Args:
+        function: f, elementwise on arrays of eigenvalues.
+        linear_map: A, symmetric.
+        key: A PRNG key.
+        num_steps: Lanczos steps, and vectors held in memory.
+        num_samples: Rademacher vectors v, one after another.
+
+    Returns:
+        A ``TraceEstimate``.
+
+    Raises:
+        ValueError: If a count is less than one.
+
+    Example:
+        >>> A = curvax.Diagonal(jnp.array([1.0, 4.0, 9.0]))
+        >>> curvax.estimators.slq_trace(jnp.sqrt, A, jax.random.key(0), num_steps=3, num_samples=2).value.round(6)
+        Array(6., dtype=float...)
+
+    Source: Ubaru, Chen and Saad 2017, Algorithm 1.
+    """
+    check_at_least("num_samples", num_samples, 1)
+    dimension = trees.size(linear_map.structure)
+
+    def one(sample_key):
+        start = trees.random_rademacher(sample_key, linear_map.structure)
+        nodes, weights = gauss_quadrature(lanczos(linear_map, start, num_steps=num_steps))
+        return dimension * jnp.sum(weights * function(nodes))
+
+    return _mean(jax.lax.map(one, jax.random.split(key, num_samples)))
+
+
+def slq_logdet(
+    linear_map: LinearMap, key: jax.Array, *, num_steps: int, num_samples: int, damping: Scalar = 0.0
+) -> TraceEstimate:
+    r"""log det(A + damping I) = trace log(A + damping I), by stochastic Lanczos quadrature.
+
+    Args:
+        linear_map: A, symmetric, with A + damping I positive definite.
+        key: A PRNG key.
+        num_steps: As in ``slq_trace``; about sqrt(condition number) are needed.
+        num_samples: As in ``slq_trace``.
+        damping: lambda, a scalar.
+
+    Returns:
+        A ``TraceEstimate``; not a number where the Lanczos process meets a negative eigenvalue of A + damping I.
+
+    Raises:
+        ValueError: If a count is less than one.
+
+    Example:
+        >>> A = curvax.Diagonal(jnp.array([1.0, 2.0, 4.0]))
+        >>> curvax.estimators.slq_logdet(A, jax.random.key(0), num_steps=3, num_samples=2).value.round(6)
+        Array(2.079442, dtype=float...)
+
+    Source: Ubaru, Chen and Saad 2017, section 3.
+    """
+
+    def function(nodes):
+        return jnp.log(nodes + jnp.asarray(damping, nodes.dtype))
+
+    return slq_trace(function, linear_map, key, num_steps=num_steps, num_samples=num_samples)
+
+
+def sampler(distribution: str) -> Callable:
+    """The function of a key and a structure that draws a vector from the distribution of that name."""
+    samplers = {"rademacher": trees.random_rademacher, "normal": trees.random_normal}
+    if distribution not in samplers:
+        raise ValueError(f"distribution is {distribution!r}; it must be one of {', '.join(map(repr, samplers))}")
+    return samplers[distribution]
+
+
+def _draw_block(linear_map, key, count, distribution):
+    draw = sampler(distribution)
+    drawn = jax.vmap(lambda k: draw(k, linear_map.structure))(jax.random.split(key, count))
+    return blocks.cast(drawn, blocks.dtype_of(linear_map))
+
+
+def _mean(samples):
+    count = samples.shape[0]
+    value = jnp.mean(samples)
+    if count == 1:
+        return TraceEstimate(value, jnp.full_like(value, jnp.inf))
+    # Scaled before it is squared: the deviations of a tiny map would underflow.
+    deviations = samples - value
+    largest = jnp.max(jnp.abs(deviations))
+    unit = jnp.where(largest > 0, largest, 1)
+    return TraceEstimate(value, unit * jnp.sqrt(jnp.sum((deviations / unit) ** 2) / (count * (count - 1))))
+
+
+def _leave_one_out(triangle, projected, overlaps, squared_norms, dimension):
+    """The k estimates of XTrace from R, H = Q^T A Q, W = Q^T Omega and the |w_i|^2."""
+    count = triangle.shape[0]
+    with jax.default_matmul_precision("highest"):
+        left_out = _orthogonal_to_other_columns(triangle)
+        outside = triangle - projected @ overlaps
+        along = jnp.sum(left_out * overlaps, axis=0)
+        energy = jnp.sum(left_out * (projected @ left_out), axis=0)
+    # u_i = (I - Q Q^T) w_i + (s_i^T w_i) Q s_i, and column i of `outside` is Q^T A (I - Q Q^T) w_i.
+    quadratic = (
+        -jnp.sum(overlaps * outside, axis=0) + 2 * along * jnp.sum(left_out * outside, axis=0) + along**2 * energy
+    )
+    length = jnp.maximum(squared_norms - jnp.sum(overlaps**2, axis=0), 0) + along**2
+    quotient = jnp.where(length > 0, quadratic / length, 0)
+    return jnp.trace(projected) - energy + (dimension - count + 1) * quotient
+
+
+def _orthogonal_to_other_columns(triangle):
+    """Unit vectors s_i, as columns, with s_i^T R_j = 0 for j != i: the directions of the columns of R^{-T}.
+
+    Singular values below rounding are raised to it, which leaves a product s_i^T R_j of that size. Where R is singular
+    any such s_i will do: it is then orthogonal to the range of A, and what is left out with it is zero.
+    """
+    left, values, right = jnp.linalg.svd(triangle)
+    level = jnp.finfo(values.dtype).eps * values[0] * values.size
+    raised = jnp.maximum(values, jnp.where(level > 0, level, 1))
+    inverse = jnp.matmul(left * (raised[-1] / raised), right, precision="highest")
+    return inverse / jnp.linalg.norm(inverse, axis=0)
+
+
+def _check_products(linear_map, num_products, multiple):
+    dimension = trees.size(linear_map.structure)
+    if num_products // multiple > dimension:
+        raise ValueError(
+            f"num_products is {num_products}, more than {multiple} times the {dimension} parameters of the map;"
+            f" linear_map.trace() is exact and takes {dimension} products"
+        )

@@ -1,0 +1,122 @@
+"""The system A x = b in units in which no inner product over- or underflows, shared by the conjugate-gradient solvers.
+
+Vectors are divided by a power of two near |b|, which is exact: the iterates for b and for 2^k b have the same digits.
+Iterates and residuals are held in float32 or wider, search directions in the dtypes of b, so that the direction that is
+multiplied by A is the one that is added to the iterate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from curvax import trees
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaledSystem:
+    """``right`` = b / unit, and the products with A and P^{-1} / preconditioner_unit on vectors in these units."""
+
+    matvec: Callable[[PyTree], PyTree]
+    preconditioner: Callable[[PyTree], PyTree] | None
+    like: PyTree
+    right: PyTree
+    unit: jax.Array
+    preconditioner_unit: jax.Array
+
+    def multiply(self, direction: PyTree) -> PyTree:
+        return product(self.matvec, direction, self.like, "matvec")
+
+    def probe(self, direction: PyTree) -> Probe:
+        product = self.multiply(direction)
+        norm = trees.norm(product)
+        norm = jnp.where(norm == 0, 1, norm)
+        unit_product = trees.scale(1 / norm, product)
+        slope = trees.vdot(direction, unit_product)
+        # A cosine between p and A p below rounding says nothing about its sign. For definite A the cosine is at least
+        # 2 / sqrt(condition number), so that this spares all but hopeless systems.
+        flat = slope <= jnp.finfo(slope.dtype).eps * jnp.sqrt(trees.vdot(direction, direction))
+        return Probe(unit_product, norm, jnp.where(flat, 1, slope), flat)
+
+    def precondition(self, residual: PyTree) -> PyTree:
+        if self.preconditioner is None:
+            return residual
+        preconditioned = product(self.preconditioner, residual, self.like, "preconditioner")
+        return trees.scale(1 / self.preconditioner_unit, preconditioned)
+
+    def descent(self, preconditioned: PyTree, factor: jax.Array, direction: PyTree) -> PyTree:
+        """-y + factor * p, in the dtypes of b."""
+        return narrow(trees.add_scaled(trees.scale(-1.0, preconditioned), factor, direction), self.like)
+
+    def outward(self, vector: PyTree) -> PyTree:
+        """A vector in the units of the caller and the dtypes of b."""
+        return narrow(trees.scale(self.unit, vector), self.like)
+
+
+class Probe(NamedTuple):
+    """A p = ``norm * unit_product``, the slope p^T A p / norm, and whether p is flat: without positive curvature.
+
+    The slope of a flat direction is 1.
+    """
+
+    unit_product: PyTree
+    norm: jax.Array
+    slope: jax.Array
+    flat: jax.Array
+
+
+def scaled_system(matvec, b, x0, preconditioner) -> tuple[ScaledSystem, PyTree, PyTree]:
+    """The system, and x_0 and r_0 = A x_0 - b in its units; x_0 is zero where b is zero or ``x0`` is not finite."""
+    trees.check_floating(b, "b")
+    b = jax.tree.map(jnp.asarray, b)
+    right = wide(b)
+    size = trees.norm(right)
+    if x0 is None:
+        start, residual = trees.zeros_like(right), trees.scale(-1.0, right)
+    else:
+        trees.check_like(x0, b, "x0", "b")
+        start = wide(narrow(jax.tree.map(jnp.asarray, x0), b))
+        start = trees.where((size > 0) & trees.all_finite(start), start, trees.zeros_like(start))
+        residual = trees.sub(product(matvec, start, b, "matvec"), right)
+    unit = power_of_two(jnp.maximum(size, trees.norm(residual)))
+
+    def inward(vector):
+        return jax.tree.map(lambda leaf: leaf / unit.astype(leaf.dtype), vector)
+
+    residual = inward(residual)
+    preconditioner_unit = jnp.ones_like(unit)
+    if preconditioner is not None:
+        image = product(preconditioner, residual, b, "preconditioner")
+        preconditioner_unit = power_of_two(trees.norm(image)) / power_of_two(trees.norm(residual))
+    system = ScaledSystem(matvec, preconditioner, trees.structure_of(b), inward(right), unit, preconditioner_unit)
+    return system, inward(start), residual
+
+
+def product(function, vector, like, name) -> PyTree:
+    """``function(vector)``, called in the dtypes of ``like`` and returned in float32 or wider."""
+    image = function(narrow(vector, like))
+    trees.check_like(image, like, f"the result of {name}", "the entries of b")
+    return wide(image)
+
+
+def wide(tree: PyTree) -> PyTree:
+    """Every leaf in float32 or wider."""
+    return jax.tree.map(lambda leaf: leaf.astype(trees.wide_dtype(leaf)), tree)
+
+
+narrow = trees.cast_like
+
+
+def power_of_two(value: jax.Array) -> jax.Array:
+    """The power of two just below a positive number; 1 for zero and for what is not finite."""
+    unsigned = jnp.dtype(f"uint{8 * value.dtype.itemsize}")
+    bits = jax.lax.bitcast_convert_type(value, unsigned)
+    exponent_bits = jax.lax.bitcast_convert_type(jnp.full_like(value, jnp.inf), unsigned)
+    power = jax.lax.bitcast_convert_type(bits & exponent_bits, value.dtype)
+    return jnp.where((power > 0) & (power < jnp.inf), power, 1)

@@ -1,0 +1,79 @@
+"""The walk back over stored conjugate-gradient iterates to the one that is best for the objective itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from curvax.solvers.conjugate_gradient import StoredIterates
+
+PyTree = Any
+
+
+class BacktrackResult(NamedTuple):
+    """What ``backtrack`` returns.
+
+    Attributes:
+        value: The chosen iterate.
+        iteration: Its number in the run of conjugate gradients.
+        model_value: q there.
+        objective: The objective there.
+        evaluations: How often the objective was evaluated.
+    """
+
+    value: PyTree
+    iteration: jax.Array
+    model_value: jax.Array
+    objective: jax.Array
+    evaluations: jax.Array
+
+
+def backtrack(stored: StoredIterates, objective: Callable[[PyTree], jax.Array]) -> BacktrackResult:
+    """Goes from the last stored iterate backwards for as long as the objective improves.
+
+    Along a run of conjugate gradients the quadratic model always improves, but the objective may have been best long
+    before the end.
+
+    Args:
+        stored: ``CGResult.stored``, of a run with ``store_at``.
+        objective: x -> h, the objective at the parameters plus x, a scalar; a representative part of the data will do.
+
+    Returns:
+        A ``BacktrackResult``. A last iterate where the objective is not finite counts as worst.
+
+    Example:
+        >>> result = curvax.solvers.cg(
+        ...     lambda v: jnp.array([1.0, 2.0, 3.0]) * v, jnp.ones(3), max_iterations=3, tolerance=0.0, store_at=(1, 2)
+        ... )
+        >>> chosen = curvax.solvers.backtrack(result.stored, lambda x: (jnp.linalg.norm(x) - 1.0) ** 2)
+        >>> chosen.iteration.item(), chosen.evaluations.item()
+        (2, 3)
+
+    Source: Martens 2016, sections 4.6.7 and 4.11.
+    """
+
+    def at(slot):
+        return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, slot, keepdims=False), stored.values)
+
+    def evaluate(slot):
+        value = objective(at(slot))
+        return jnp.where(jnp.isnan(value), jnp.inf, value)
+
+    def walking(carry):
+        slot, best, _, _ = carry
+        return (slot == best) & (slot > 0)
+
+    def step_back(carry):
+        slot, best, value, evaluations = carry
+        earlier = evaluate(slot - 1)
+        # An infinite objective says nothing about where to stop.
+        better = (earlier < value) | ~jnp.isfinite(value)
+        return slot - 1, jnp.where(better, slot - 1, best), jnp.where(better, earlier, value), evaluations + 1
+
+    last = jnp.maximum(stored.used - 1, 0)
+    start = (last, last, evaluate(last), jnp.ones((), jnp.int32))
+    _, best, value, evaluations = jax.lax.while_loop(walking, step_back, start)
+    return BacktrackResult(at(best), stored.iterations[best], stored.model_values[best], value, evaluations)

@@ -1,0 +1,310 @@
+"""Preconditioned conjugate gradients on pytrees, with what Hessian-free optimisation asks of it.
+
+Martens 2016, Algorithm 2 and sections 4.2, 4.6.7, 4.8 and 4.11.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from curvax import trees
+from curvax.solvers._scaled_system import ScaledSystem, narrow, scaled_system
+from curvax.solvers.monitors import Monitor
+from curvax.solvers.stop_reasons import StopReason, first_reason
+
+PyTree = Any
+Scalar = Any
+
+
+class StoredIterates(NamedTuple):
+    """Some iterates of a run of ``cg``, in their order, the last iterate always among them.
+
+    The slots after the first ``used`` hold the starting point x_0, as iterate 0.
+
+    Attributes:
+        values: The iterates; every leaf has a leading axis over the slots.
+        iterations: The number of each iterate, shape (slots,).
+        model_values: q at each iterate, shape (slots,).
+        used: The number of slots in use.
+    """
+
+    values: PyTree
+    iterations: jax.Array
+    model_values: jax.Array
+    used: jax.Array
+
+
+class CGResult(NamedTuple):
+    """What ``cg`` returns.
+
+    Attributes:
+        value: The last iterate x, in the dtypes of b; finite whatever happened.
+        reason: Why the run stopped, a ``StopReason`` code.
+        iterations: The number of steps taken. A run that ends in negative curvature has used one product more.
+        residual_norm: |A x - b|, by the recurrence.
+        model_value: q(x) = 1/2 x^T A x - b^T x.
+        model_trace: q(x_0), ..., q(x_max_iterations); the entries after the last step repeat its value.
+        negative_curvature_direction: A descent direction p with p^T A p <= 0 (to rounding) where that is the reason,
+            otherwise zero. Its length means nothing.
+        stored: The iterates asked for by ``store_at``, else None.
+        monitor_state: The final state of the monitor, else None.
+    """
+
+    value: PyTree
+    reason: jax.Array
+    iterations: jax.Array
+    residual_norm: jax.Array
+    model_value: jax.Array
+    model_trace: jax.Array
+    negative_curvature_direction: PyTree
+    stored: StoredIterates | None
+    monitor_state: PyTree
+
+
+def cg(
+    matvec: Callable[[PyTree], PyTree],
+    b: PyTree,
+    *,
+    x0: PyTree | None = None,
+    preconditioner: Callable[[PyTree], PyTree] | None = None,
+    max_iterations: int,
+    tolerance: Scalar,
+    progress_tolerance: Scalar | None = None,
+    store_at: Sequence[int] | None = None,
+    monitor: Monitor | None = None,
+) -> CGResult:
+    r"""Minimises q(x) = 1/2 x^T A x - b^T x, that is, solves A x = b, by preconditioned conjugate gradients.
+
+    Every threshold is relative, so that b and 10^{-30} b need the same steps. One product with A is used in each
+    iteration, one more for a warm start. Under ``vmap`` a lane that has stopped keeps its result while others go on.
+
+    With b rounded to unit roundoff u and x the solution, no arithmetic of that precision brings the true residual below
+    about u |A| |x|; the residual of the recurrence, which is the one tested and returned, goes on falling.
+
+    Args:
+        matvec: v -> A v, linear and symmetric; a ``LinearMap`` or any function of a pytree shaped like b. A should be
+            positive semi-definite; where it shows that it is not, the run ends.
+        b: The right-hand side, a pytree of floating-point arrays.
+        x0: A warm start, shaped like b; None is zero and saves a product. Ignored where b is zero.
+        preconditioner: r -> P^{-1} r with P symmetric positive definite, for instance a ``diagonal_preconditioner``.
+            The scale of P does not matter.
+        max_iterations: The hard cap, a Python integer.
+        tolerance: Stop when |A x - b| <= tolerance * |b|.
+        progress_tolerance: Stop at iteration j when (q_j - q_{j-k}) / q_j < progress_tolerance with k = max(10, j/10),
+            tested once j > k and q_j < 0; a warm start may begin with q_0 > 0. Martens takes 1e-4. None: no such stop.
+        store_at: The numbers of the iterates to keep, for instance ``geometric_iterations(max_iterations)``; the last
+            iterate is kept in any case. Memory is one copy of b for each. None: nothing is stored.
+        monitor: A rule of the caller's own that sees every iterate and can stop the run; see ``Monitor``.
+
+    Returns:
+        A ``CGResult``.
+
+    Raises:
+        TypeError: A leaf of b is not real floating-point.
+        ValueError: ``x0`` or a product differs from b in structure or shape, or an iteration count is out of range.
+
+    Example:
+        >>> A = jnp.array([[4.0, 1.0], [1.0, 3.0]])
+        >>> result = curvax.solvers.cg(lambda v: A @ v, jnp.array([1.0, 2.0]), max_iterations=10, tolerance=1e-10)
+        >>> jnp.allclose(A @ result.value, jnp.array([1.0, 2.0])), result.iterations.item()
+        (Array(True, dtype=bool), 2)
+
+    Source: Martens 2016, Algorithm 2, eq. 4.2 (the progress rule) and section 4.6.7 (the stored iterates).
+    """
+    if max_iterations < 1:
+        raise ValueError(f"max_iterations is {max_iterations}; it must be at least 1")
+    system, x, residual = scaled_system(matvec, b, x0, preconditioner)
+    threshold = jnp.asarray(tolerance, system.unit.dtype) * trees.norm(system.right)
+    state = _start(system, x, residual, threshold, max_iterations, store_at, monitor)
+
+    def running(state):
+        return (state.reason == StopReason.MAX_ITERATIONS) & (state.iteration < max_iterations)
+
+    def step(state):
+        return _step(system, state, threshold, progress_tolerance, monitor)
+
+    return _result(system, jax.lax.while_loop(running, step, state))
+
+
+def every_iterations(period: int, max_iterations: int) -> tuple[int, ...]:
+    """The numbers period, 2 period, ... up to ``max_iterations``, for ``store_at``.
+
+    >>> every_iterations(4, 10)
+    (4, 8)
+    """
+    return tuple(range(period, max_iterations + 1, period))
+
+
+def geometric_iterations(max_iterations: int, ratio: float = 1.3) -> tuple[int, ...]:
+    """The rounded powers of ``ratio`` up to ``max_iterations``, for ``store_at`` (Martens 2010: 1.3).
+
+    >>> geometric_iterations(30)
+    (1, 2, 3, 4, 5, 6, 8, 11, 14, 18, 23, 30)
+    """
+    numbers, power = set(), ratio
+    if ratio <= 1:
+        raise ValueError(f"ratio is {ratio}; its powers must grow, so it must be above 1")
+    while round(power) <= max_iterations:
+        numbers.add(round(power))
+        power *= ratio
+    return tuple(sorted(numbers))
+
+
+class _State(NamedTuple):
+    iteration: jax.Array
+    reason: jax.Array
+    x: PyTree
+    residual: PyTree
+    direction: PyTree
+    descent: jax.Array  # r^T P^{-1} r
+    residual_norm: jax.Array
+    trace: jax.Array
+    stored: _Store | None
+    monitor_state: PyTree
+
+
+class _Store(NamedTuple):
+    values: PyTree
+    iterations: jax.Array
+    numbers: jax.Array
+
+
+def _start(system, x, residual, threshold, max_iterations, store_at, monitor):
+    preconditioned = system.precondition(residual)
+    descent = trees.vdot(residual, preconditioned)
+    residual_norm = jnp.sqrt(trees.vdot(residual, residual))
+    model_value = _model_value(system, x, residual)
+    reason = first_reason(
+        (~jnp.isfinite(residual_norm + model_value), StopReason.NON_FINITE),
+        (residual_norm <= threshold, StopReason.CONVERGED),
+        (~jnp.isfinite(descent), StopReason.NON_FINITE),
+        (descent <= 0, StopReason.BREAKDOWN),
+    )
+    return _State(
+        iteration=jnp.zeros((), jnp.int32),
+        reason=reason,
+        x=x,
+        residual=residual,
+        direction=narrow(trees.scale(-1.0, preconditioned), system.like),
+        descent=descent,
+        residual_norm=residual_norm,
+        trace=jnp.full((max_iterations + 1,), model_value),
+        stored=None if store_at is None else _empty_store(system, x, store_at, max_iterations),
+        monitor_state=None if monitor is None else monitor.state,
+    )
+
+
+def _model_value(system, x, residual):
+    return 0.5 * trees.vdot(trees.sub(residual, system.right), x)
+
+
+def _step(system: ScaledSystem, state: _State, threshold, progress_tolerance, monitor) -> _State:
+    p = state.direction
+    unit_product, product_norm, slope, flat = system.probe(p)
+    length = state.descent / slope
+    x = trees.add_scaled(state.x, length / product_norm, p)
+    residual = trees.add_scaled(state.residual, length, unit_product)
+    residual_norm = jnp.sqrt(trees.vdot(residual, residual))
+    model_value = _model_value(system, x, residual)
+    defect = first_reason(
+        (~jnp.isfinite(product_norm), StopReason.NON_FINITE),
+        (flat, StopReason.NEGATIVE_CURVATURE),
+        (~jnp.isfinite(residual_norm + model_value), StopReason.NON_FINITE),
+    )
+    # A defective step is not taken: everything but the reason stays as it was.
+    taken = defect == StopReason.MAX_ITERATIONS
+    x, residual = trees.where(taken, (x, residual), (state.x, state.residual))
+    iteration = state.iteration + taken.astype(jnp.int32)
+    trace = jnp.where(taken & (jnp.arange(state.trace.size, dtype=jnp.int32) >= iteration), model_value, state.trace)
+
+    preconditioned = system.precondition(residual)
+    descent = trees.vdot(residual, preconditioned)
+    direction = system.descent(preconditioned, descent / state.descent, p)
+    monitor_state, monitored = _monitored(monitor, state.monitor_state, system, x, iteration)
+    verdict = first_reason(
+        (residual_norm <= threshold, StopReason.CONVERGED),
+        (~jnp.isfinite(descent), StopReason.NON_FINITE),
+        (descent <= 0, StopReason.BREAKDOWN),
+        (_stalled(trace, iteration, progress_tolerance), StopReason.PROGRESS),
+        (monitored, StopReason.MONITOR),
+    )
+    return _State(
+        iteration=iteration,
+        reason=jnp.where(taken, verdict, defect),
+        x=x,
+        residual=residual,
+        direction=trees.where(taken, direction, p),
+        descent=descent,
+        residual_norm=jnp.where(taken, residual_norm, state.residual_norm),
+        trace=trace,
+        stored=_stored(state.stored, system, x, iteration),
+        monitor_state=trees.where(taken, monitor_state, state.monitor_state),
+    )
+
+
+def _stalled(trace, iteration, progress_tolerance):
+    """Martens 2016, eq. 4.2, with q = M - M(0)."""
+    if progress_tolerance is None:
+        return jnp.zeros((), bool)
+    window = jnp.maximum(10, iteration // 10)
+    now, before = trace[iteration], trace[iteration - window]
+    return (iteration > window) & (now < 0) & (now - before > jnp.asarray(progress_tolerance, now.dtype) * now)
+
+
+def _monitored(monitor, monitor_state, system, x, iteration):
+    if monitor is None:
+        return None, jnp.zeros((), bool)
+    return monitor.update(monitor_state, system.outward(x), iteration)
+
+
+def _empty_store(system, x, store_at, max_iterations):
+    unknown = [number for number in store_at if not 1 <= number <= max_iterations]
+    if unknown:
+        raise ValueError(f"store_at asks for iterate {unknown[0]}; iterates are numbered 1 to {max_iterations}")
+    numbers = jnp.array(sorted({*store_at, max_iterations}), jnp.int32)
+    first = system.outward(x)
+    return _Store(
+        values=jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (numbers.size, *leaf.shape)), first),
+        iterations=jnp.zeros_like(numbers),
+        numbers=numbers,
+    )
+
+
+def _stored(store, system, x, iteration):
+    """Writes every iterate into the next slot, over its predecessor, until the number due in that slot is reached."""
+    if store is None:
+        return None
+    slot = jnp.sum(store.numbers < iteration, dtype=jnp.int32)
+
+    def write(values, value):
+        return jax.lax.dynamic_update_index_in_dim(values, value, slot, 0)
+
+    return _Store(
+        values=jax.tree.map(write, store.values, system.outward(x)),
+        iterations=store.iterations.at[slot].set(iteration),
+        numbers=store.numbers,
+    )
+
+
+def _result(system, state):
+    trace = state.trace * system.unit * system.unit
+    negative = state.reason == StopReason.NEGATIVE_CURVATURE
+    stored = None
+    if state.stored is not None:
+        numbers = state.stored.iterations
+        stored = StoredIterates(state.stored.values, numbers, trace[numbers], jnp.sum(numbers > 0, dtype=jnp.int32))
+    return CGResult(
+        value=system.outward(state.x),
+        reason=state.reason,
+        iterations=state.iteration,
+        residual_norm=state.residual_norm * system.unit,
+        model_value=trace[-1],
+        model_trace=trace,
+        negative_curvature_direction=trees.where(negative, state.direction, trees.zeros_like(state.direction)),
+        stored=stored,
+        monitor_state=state.monitor_state,
+    )

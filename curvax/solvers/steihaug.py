@@ -1,0 +1,183 @@
+"""Conjugate gradients inside a ball or an ellipsoid (Toint 1981, Steihaug 1983; Martens 2016, section 4.6.6)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from curvax import trees
+from curvax.solvers._scaled_system import narrow, scaled_system
+from curvax.solvers.stop_reasons import StopReason, first_reason
+
+PyTree = Any
+Scalar = Any
+
+
+class SteihaugResult(NamedTuple):
+    """What ``steihaug`` returns.
+
+    Attributes:
+        value: The step x, in the dtypes of b; finite whatever happened.
+        reason: Why the run stopped, a ``StopReason`` code: CONVERGED and MAX_ITERATIONS in the interior, BOUNDARY and
+            NEGATIVE_CURVATURE on the boundary.
+        iterations: The number of steps taken, the one to the boundary included.
+        on_boundary: Whether ||x||_P = radius.
+        negative_curvature: Whether the last step followed a direction without positive curvature.
+        norm: ||x||_P.
+        residual_norm: |A x - b|, by the recurrence.
+        model_value: q(x) = 1/2 x^T A x - b^T x.
+    """
+
+    value: PyTree
+    reason: jax.Array
+    iterations: jax.Array
+    on_boundary: jax.Array
+    negative_curvature: jax.Array
+    norm: jax.Array
+    residual_norm: jax.Array
+    model_value: jax.Array
+
+
+def steihaug(
+    matvec: Callable[[PyTree], PyTree],
+    b: PyTree,
+    *,
+    radius: Scalar,
+    preconditioner: Callable[[PyTree], PyTree] | None = None,
+    max_iterations: int,
+    tolerance: Scalar,
+) -> SteihaugResult:
+    r"""Approximately minimises q(x) = 1/2 x^T A x - b^T x over ||x||_P <= radius by truncated conjugate gradients.
+
+    Conjugate gradients from zero, along which ||x||_P grows, until the next iterate would leave the region or a
+    direction without positive curvature shows; then on along that direction to the boundary. A may be indefinite. For
+    positive semi-definite A the decrease is at least half of what the exact solution of the trust-region problem
+    attains, provided the run is not cut short by ``tolerance`` or ``max_iterations`` (Yuan 2000).
+
+    Args:
+        matvec: v -> A v, linear and symmetric; a ``LinearMap`` or any function of a pytree shaped like b.
+        b: The right-hand side, minus the gradient in a trust-region method; a pytree of floating-point arrays.
+        radius: r > 0, finite.
+        preconditioner: r -> P^{-1} r with P symmetric positive definite. It sets the shape of the region,
+            ||x||_P = sqrt(x^T P x), which is tracked without products with P. None: the Euclidean ball.
+        max_iterations: The hard cap.
+        tolerance: Stop when |A x - b| <= tolerance * |b|.
+
+    Returns:
+        A ``SteihaugResult``. Where b is zero, x is zero.
+
+    Raises:
+        TypeError: A leaf of b is not real floating-point.
+        ValueError: A product differs from b in structure or shape, or ``max_iterations`` is below 1.
+
+    Example:
+        >>> A = jnp.diag(jnp.array([1.0, -2.0]))
+        >>> result = curvax.solvers.steihaug(lambda v: A @ v, jnp.ones(2), radius=3.0, max_iterations=9, tolerance=1e-8)
+        >>> result.on_boundary.item(), result.negative_curvature.item(), round(result.norm.item(), 6)
+        (True, True, 3.0)
+
+    Source: Steihaug 1983; Martens 2016, section 4.6.6.
+    """
+    if max_iterations < 1:
+        raise ValueError(f"max_iterations is {max_iterations}; it must be at least 1")
+    system, zero, residual = scaled_system(matvec, b, None, preconditioner)
+    dtype, root = system.unit.dtype, jnp.sqrt(system.preconditioner_unit)
+    threshold = jnp.asarray(tolerance, dtype) * trees.norm(system.right)
+    # x is held in units of the radius, so that neither a tiny nor a huge one is lost in the squares.
+    limit = jnp.asarray(radius, dtype) * root
+    x_unit = jnp.minimum(limit, system.unit / jnp.finfo(dtype).eps ** 2)
+    limit_squared = (limit / x_unit) ** 2
+    reach = x_unit / system.unit
+
+    def step(state):
+        p = state.direction
+        unit_product, product_norm, slope, flat = system.probe(p)
+        length = state.descent / slope / product_norm / reach
+        inside = ~flat & (state.xx + length * (2 * state.xp + length * state.pp) < limit_squared)
+        room = limit_squared - state.xx
+        to_boundary = room / (state.xp + jnp.sqrt(state.xp**2 + state.pp * room))
+        length = jnp.where(inside, length, to_boundary)
+
+        x = trees.add_scaled(state.x, length, p)
+        residual = trees.add_scaled(state.residual, length * reach * product_norm, unit_product)
+        residual_norm = trees.norm(residual)
+        preconditioned = system.precondition(residual)
+        descent = trees.vdot(residual, preconditioned)
+        factor = descent / state.descent
+        direction = system.descent(preconditioned, factor, p)
+        if preconditioner is None:
+            image, xx = None, trees.vdot(x, x)
+        else:
+            image = trees.add_scaled(trees.scale(-1.0, residual), factor, state.image)
+            xx = state.xx + length * (2 * state.xp + length * state.pp)
+        xp, pp = (trees.vdot(vector, direction if image is None else image) for vector in (x, direction))
+
+        verdict = first_reason(
+            (~jnp.isfinite(product_norm + residual_norm), StopReason.NON_FINITE),
+            (flat, StopReason.NEGATIVE_CURVATURE),
+            (~inside, StopReason.BOUNDARY),
+            (residual_norm <= threshold, StopReason.CONVERGED),
+            (~jnp.isfinite(descent), StopReason.NON_FINITE),
+            (descent <= 0, StopReason.BREAKDOWN),
+        )
+        iteration = state.iteration + 1
+        after = _State(iteration, verdict, x, residual, residual_norm, direction, image, descent, xx, xp, pp)
+        taken = jnp.isfinite(product_norm + residual_norm)
+        return trees.where(taken, after, state._replace(reason=verdict))
+
+    def running(state):
+        return (state.reason == StopReason.MAX_ITERATIONS) & (state.iteration < max_iterations)
+
+    state = jax.lax.while_loop(running, step, _start(system, zero, residual, threshold))
+    negative = state.reason == StopReason.NEGATIVE_CURVATURE
+    return SteihaugResult(
+        value=narrow(trees.scale(x_unit, state.x), system.like),
+        reason=state.reason,
+        iterations=state.iteration,
+        on_boundary=negative | (state.reason == StopReason.BOUNDARY),
+        negative_curvature=negative,
+        norm=jnp.sqrt(state.xx) * x_unit / root,
+        residual_norm=state.residual_norm * system.unit,
+        model_value=0.5 * trees.vdot(trees.sub(state.residual, system.right), state.x) * x_unit * system.unit,
+    )
+
+
+class _State(NamedTuple):
+    iteration: jax.Array
+    reason: jax.Array
+    x: PyTree
+    residual: PyTree
+    residual_norm: jax.Array
+    direction: PyTree
+    image: PyTree  # P p, or None where P = I
+    descent: jax.Array  # r^T P^{-1} r
+    xx: jax.Array  # x^T P x
+    xp: jax.Array  # x^T P p
+    pp: jax.Array  # p^T P p
+
+
+def _start(system, zero, residual, threshold):
+    preconditioned = system.precondition(residual)
+    descent = trees.vdot(residual, preconditioned)
+    residual_norm = trees.norm(residual)
+    return _State(
+        iteration=jnp.zeros((), jnp.int32),
+        reason=first_reason(
+            (~jnp.isfinite(residual_norm), StopReason.NON_FINITE),
+            (residual_norm <= threshold, StopReason.CONVERGED),
+            (~jnp.isfinite(descent), StopReason.NON_FINITE),
+            (descent <= 0, StopReason.BREAKDOWN),
+        ),
+        x=zero,
+        residual=residual,
+        residual_norm=residual_norm,
+        direction=narrow(trees.scale(-1.0, preconditioned), system.like),
+        image=None if system.preconditioner is None else trees.scale(-1.0, residual),
+        descent=descent,
+        xx=jnp.zeros_like(descent),
+        xp=jnp.zeros_like(descent),
+        pp=descent,
+    )

@@ -1,0 +1,145 @@
+"""The trust-region problem solved exactly by an eigendecomposition (More and Sorensen 1983; Martens 2016, 4.6.6)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from curvax import trees
+
+Scalar = Any
+
+
+class TrustRegionStep(NamedTuple):
+    """The solution of a trust-region problem.
+
+    Attributes:
+        step: p, shape (n,).
+        multiplier: sigma >= 0 with (B + sigma I) p = -g; zero where p is inside the region.
+        hard_case: Whether g has no component along the lowest eigenvectors of an indefinite B, so that the equation for
+            sigma leaves p short of the boundary and a lowest eigenvector fills the rest: one solution of several.
+        model_value: g^T p + 1/2 p^T B p.
+    """
+
+    step: jax.Array
+    multiplier: jax.Array
+    hard_case: jax.Array
+    model_value: jax.Array
+
+
+def dense_trust_region(matrix: jax.Array, gradient: jax.Array, radius: Scalar) -> TrustRegionStep:
+    r"""Minimises g^T p + 1/2 p^T B p over ||p|| <= radius exactly, for any symmetric B, definite or not.
+
+    The solution is the one with (B + sigma I) p = -g, B + sigma I positive semi-definite, sigma >= 0 and
+    sigma (||p|| - radius) = 0: Tikhonov damping of strength sigma.
+
+    Args:
+        matrix: B, symmetric, shape (n, n).
+        gradient: g, shape (n,).
+        radius: A positive number.
+
+    Returns:
+        A ``TrustRegionStep``.
+
+    Raises:
+        ValueError: The shapes do not fit each other.
+
+    Example:
+        >>> solution = curvax.solvers.dense_trust_region(jnp.diag(jnp.array([-1.0, 2.0])), jnp.array([0.0, 3.0]), 2.0)
+        >>> solution.hard_case.item(), solution.multiplier.item(), solution.step[1].item()
+        (True, 1.0, -1.0)
+
+    Source: More and Sorensen 1983; Martens 2016, section 4.6.6.
+    """
+    if gradient.ndim != 1 or matrix.shape != gradient.shape * 2:
+        raise ValueError(
+            f"matrix has shape {matrix.shape} and gradient {gradient.shape}; they must be (n, n) and (n,);"
+            " pytrees become vectors by curvax.trees.ravel and maps matrices by to_dense()"
+        )
+    dtype = trees.wide_dtype(matrix, gradient)
+    values, vectors = jnp.linalg.eigh(matrix.astype(dtype))
+    precision = jax.lax.Precision.HIGHEST
+    solution = diagonal_trust_region(values, jnp.matmul(gradient.astype(dtype), vectors, precision=precision), radius)
+    return solution._replace(step=jnp.matmul(vectors, solution.step, precision=precision))
+
+
+def diagonal_trust_region(eigenvalues: jax.Array, gradient: jax.Array, radius: Scalar) -> TrustRegionStep:
+    r"""``dense_trust_region`` for a diagonal B, in which every structured B that can be diagonalised ends.
+
+    sigma is the root of 1/||p(sigma)|| = 1/radius with p_i(sigma) = -g_i / (lambda_i + sigma). It is sought as
+    s = sigma + lambda_min, which keeps its digits near the hard case, by Newton's method from below, from where the
+    concave left side makes it converge monotonically.
+
+    Args:
+        eigenvalues: lambda, shape (n,), in any order.
+        gradient: The components of g along the eigenvectors, shape (n,).
+        radius: A positive number.
+
+    Returns:
+        A ``TrustRegionStep`` whose ``step`` holds the components along the eigenvectors.
+
+    Example:
+        >>> curvax.solvers.diagonal_trust_region(jnp.array([1.0, 2.0]), jnp.array([3.0, 0.0]), 1.0).multiplier.item()
+        2.0
+
+    Source: More and Sorensen 1983, section 3.
+    """
+    dtype = trees.wide_dtype(eigenvalues, gradient)
+    radius = jnp.asarray(radius, dtype)
+    # In units of the radius and of the largest |eigenvalue|, every threshold below is relative.
+    unit = jnp.max(jnp.abs(eigenvalues.astype(dtype)))
+    unit = jnp.where(unit > 0, unit, 1)
+    values, slopes = eigenvalues.astype(dtype) / unit, gradient.astype(dtype) / unit / radius
+    rounding = 10 * eigenvalues.size * jnp.finfo(dtype).eps
+
+    lowest = jnp.min(values)
+    gaps = values - lowest
+    in_lowest = gaps <= rounding
+    rest = _solved(jnp.where(in_lowest, 0, slopes), jnp.where(in_lowest, 1, gaps))
+    lowest_slope = trees.norm(jnp.where(in_lowest, slopes, 0))
+    degenerate = (lowest <= rounding) & (lowest_slope <= rounding * trees.norm(slopes)) & (trees.norm(rest) < 1)
+    hard_case = degenerate & (lowest < -rounding)
+    first_lowest = jnp.arange(values.size) == jnp.argmin(values)
+    fill = jnp.sqrt(jnp.maximum(1 - trees.norm(rest) ** 2, 0)) * jnp.where(slopes > 0, -1, 1).astype(dtype)
+    degenerate_step = rest + jnp.where(hard_case & first_lowest, fill, 0)
+
+    newton_step = _solved(slopes, values)
+    inside = (lowest > 0) & (trees.norm(newton_step) <= 1)
+    shift = _boundary_shift(slopes, gaps, jnp.maximum(lowest, 0))
+    boundary_step = _solved(slopes, gaps + shift)
+
+    step = jnp.where(inside, newton_step, jnp.where(degenerate, degenerate_step, boundary_step))
+    sigma = jnp.where(inside, 0, jnp.where(degenerate, jnp.maximum(-lowest, 0), shift - lowest))
+    model_value = jnp.sum(slopes * step) + 0.5 * jnp.sum(values * step**2)
+    return TrustRegionStep(step * radius, sigma * unit, hard_case & ~inside, model_value * unit * radius * radius)
+
+
+def _solved(slopes, curvatures):
+    """-g_i / d_i, where zero over zero is zero."""
+    return -slopes / jnp.where((slopes == 0) & (curvatures == 0), 1, curvatures)
+
+
+def _boundary_shift(slopes, gaps, least):
+    """The s >= ``least`` with ||g / (gaps + s)|| = 1, from a lower bound upwards."""
+    lower = jnp.maximum(least, trees.norm(jnp.where(gaps == 0, slopes, 0)))
+
+    def improve(carry):
+        count, shift, _ = carry
+        step = _solved(slopes, gaps + shift)
+        length = trees.norm(step)
+        direction = step / jnp.where(length > 0, length, 1)
+        change = (length - 1) / jnp.sum(direction * _quotient(direction, gaps + shift))
+        raised = shift + change
+        return count + 1, jnp.where(raised > shift, raised, shift), raised > shift
+
+    def running(carry):
+        count, _, raised = carry
+        return raised & (count < 100)
+
+    return jax.lax.while_loop(running, improve, (0, lower, jnp.array(True)))[1]
+
+
+def _quotient(numerator, denominator):
+    return -_solved(numerator, denominator)

@@ -1,0 +1,360 @@
+"""The matrix: every optimiser through every property that the library promises of all of them."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from conformance_methods import METHODS
+from conformance_networks import FRAMEWORKS, batch, objective, plain, weights
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import curvax
+
+every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+
+
+def make_step(tx, goal, **jit_options):
+    """A jitted training step, and the list that grows by one whenever it is traced."""
+    traces = []
+
+    def step(params, state, data):
+        traces.append(1)
+        loss, grads, at = goal.value_and_grad(params, data)
+        updates, state = tx.update(grads, state, params, at=at)
+        return optax.apply_updates(params, updates), state, loss
+
+    return jax.jit(step, **jit_options), traces
+
+
+def reference(method):
+    """Parameters and state after one plain step on ``batch()``."""
+    return _reference(method.name)
+
+
+@functools.cache
+def _reference(name):
+    method = next(method for method in METHODS if method.name == name)
+    goal = objective(plain())
+    tx = method(goal)
+    step, _ = make_step(tx, goal)
+    return step(weights(), tx.init(weights()), batch())
+
+
+def assert_close(actual, expected, tolerance=1e-9):
+    actual, expected = jax.tree.leaves(actual), jax.tree.leaves(expected)
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(e), rtol=tolerance, atol=tolerance)
+
+
+def assert_equal(actual, expected):
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(e))
+
+
+def skeleton(tree):
+    return jax.tree.structure(tree), [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]
+
+
+@every_method
+def test_twenty_scanned_steps_equal_twenty_calls_and_reduce_the_loss(method):
+    goal = objective(plain())
+    tx = method(goal)
+    step, traces = make_step(tx, goal)
+
+    @jax.jit
+    def scanned(params, state, data):
+        def body(carry, _):
+            params, state, loss = step(*carry, data)
+            return (params, state), loss
+
+        return jax.lax.scan(body, (params, state), length=20)
+
+    (params, state), losses = scanned(weights(), tx.init(weights()), batch())
+    assert losses[-1] < 0.9 * losses[0]
+
+    called, called_state = weights(), tx.init(weights())
+    for _ in range(20):
+        called, called_state, _ = step(called, called_state, batch())
+    assert len(traces) == 1, "the step was traced again"
+    assert_close(called, params)
+    assert skeleton(called_state) == skeleton(state) == skeleton(tx.init(weights()))
+
+
+@every_method
+def test_state_is_arrays_that_shapes_alone_can_build(method):
+    tx = method(objective(plain()))
+    state = tx.init(weights())
+    assert all(isinstance(leaf, jax.Array) and leaf.size for leaf in jax.tree.leaves(state))
+    assert skeleton(jax.eval_shape(tx.init, weights())) == skeleton(state)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), weights())
+    assert skeleton(jax.eval_shape(lambda: tx.init(shapes))) == skeleton(state)
+
+
+@every_method
+def test_batch_and_at_give_the_same_update(method):
+    goal = objective(plain())
+    tx = method(goal)
+
+    @jax.jit
+    def step(params, state, data):
+        _, grads = jax.value_and_grad(goal)(params, data)
+        updates, state = tx.update(grads, state, params, batch=data)
+        return optax.apply_updates(params, updates), state
+
+    assert_close(step(weights(), tx.init(weights()), batch()), reference(method)[:2])
+
+
+@every_method
+def test_vmap_over_seeds_equals_one_at_a_time(method):
+    goal = objective(plain())
+    tx = method(goal)
+    step, _ = make_step(tx, goal)
+    many = jax.tree.map(lambda leaf: jnp.stack([leaf, 0.5 * leaf, leaf + 0.1]), weights())
+    states = jax.vmap(tx.init)(many)
+    params, _, losses = jax.vmap(step, in_axes=(0, 0, None))(many, states, batch())
+    for index in range(3):
+        one = jax.tree.map(lambda leaf, i=index: leaf[i], many)
+        alone, _, loss = step(one, tx.init(one), batch())
+        assert_close(jax.tree.map(lambda leaf, i=index: leaf[i], params), alone)
+        assert_close(losses[index], loss)
+
+
+@every_method
+def test_donated_buffers(method):
+    goal = objective(plain())
+    tx = method(goal)
+    step, _ = make_step(tx, goal, donate_argnums=(0, 1))
+    params, state = jax.tree.map(jnp.copy, weights()), tx.init(weights())
+    params, state, _ = step(params, state, batch())
+    assert_close((params, state), reference(method)[:2])
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_dtypes_are_stable_for_narrow_parameters_under_x64(method, dtype):
+    goal = objective(plain())
+    tx = method(goal)
+    step, _ = make_step(tx, goal)
+    params, data = weights(dtype), batch(dtype=dtype)
+    state = tx.init(params)
+    new_params, new_state, loss = step(params, state, data)
+    assert skeleton(new_params) == skeleton(params)
+    assert skeleton(new_state) == skeleton(state)
+    assert jnp.float64 not in {leaf.dtype for leaf in jax.tree.leaves((new_params, new_state, loss))}
+    precision = 1e-4 if dtype == jnp.float32 else 0.05
+    assert_close(jax.tree.map(lambda leaf: leaf.astype(jnp.float64), new_params), reference(method)[0], precision)
+
+
+@every_method
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_every_framework_takes_the_same_step(method, framework):
+    """The trained networks agree as functions, whatever the containers and the layout of their weights."""
+    network = FRAMEWORKS[framework]()
+    goal = objective(network)
+    tx = method(goal)
+    step, _ = make_step(tx, goal)
+    params, state, loss = step(network.params, tx.init(network.params), batch())
+    expected, _, expected_loss = reference(method)
+    assert_close(loss, expected_loss)
+    inputs = batch(seed=7)[0]
+    assert_close(network.model_fn(params, inputs), plain().model_fn(expected, inputs))
+    assert jax.tree.structure(params) == jax.tree.structure(network.params)
+    _, second, _ = step(params, state, batch())
+    assert skeleton(second) == skeleton(state)
+
+
+@every_method
+def test_inside_chain_and_apply_if_finite(method):
+    goal = objective(plain())
+    tx = optax.apply_if_finite(optax.chain(method(goal), optax.scale(0.5)), max_consecutive_errors=3)
+    step, _ = make_step(tx, goal)
+    params, _, _ = step(weights(), tx.init(weights()), batch())
+    halved = jax.tree.map(lambda old, new: old + 0.5 * (new - old), weights(), reference(method)[0])
+    assert_close(params, halved)
+
+
+def only(names):
+    return {name: name in names for name in weights()}
+
+
+def frozen_reference(method, names):
+    """One step on the problem in which all parameters but these are constants of the model."""
+    constants = {name: leaf for name, leaf in weights().items() if name not in names}
+    network = plain()
+    goal = curvax.Objective(
+        lambda params, x: network.model_fn({**constants, **params}, x), objective(network).terms[0].loss
+    )
+    visible = {name: leaf for name, leaf in weights().items() if name in names}
+    tx = method(goal)
+    step, _ = make_step(tx, goal)
+    return step(visible, tx.init(visible), batch())[0]
+
+
+@every_method
+@pytest.mark.parametrize("wrapper", ["masked", "partition"])
+def test_hidden_leaves_are_constants_to_the_method(method, wrapper):
+    goal, shown = objective(plain()), {"w1", "w2"}
+    if wrapper == "masked":
+        tx = optax.chain(optax.masked(method(goal), only(shown)), optax.masked(optax.set_to_zero(), only({"b1", "b2"})))
+    else:
+        labels = {name: "matrix" if name in shown else "rest" for name in weights()}
+        tx = optax.partition({"matrix": method(goal), "rest": optax.sgd(0.1)}, labels)
+    step, _ = make_step(tx, goal)
+    params, state, _ = step(weights(), tx.init(weights()), batch())
+    expected = frozen_reference(method, shown)
+    assert_close({name: params[name] for name in shown}, expected)
+    gradient = jax.grad(goal)(weights(), batch())
+    rate = 0.0 if wrapper == "masked" else 0.1
+    assert_close(params["b1"], weights()["b1"] - rate * gradient["b1"])
+    assert skeleton(step(params, state, batch())[1]) == skeleton(state)
+
+
+@every_method
+def test_masked_parameters_with_batch_say_what_to_do(method):
+    goal = objective(plain())
+    tx = optax.masked(method(goal), only({"w1"}))
+    gradient = jax.grad(goal)(weights(), batch())
+    with pytest.raises(ValueError, match="pass at= from"):
+        tx.update(gradient, tx.init(weights()), weights(), batch=batch())
+
+
+@every_method
+def test_multi_steps_uses_the_mean_gradient_and_the_last_curvature(method):
+    goal = objective(plain())
+    inner = method(goal)
+    tx = optax.MultiSteps(inner, every_k_schedule=2)
+    step, _ = make_step(tx, goal)
+    # optax accumulates in float32 whatever the parameters are, and divides floats by integers.
+    start, (first, second) = weights(jnp.float32), (batch(seed=seed, dtype=jnp.float32) for seed in (1, 2))
+    with jax.numpy_dtype_promotion("standard"):
+        params, state, _ = step(start, tx.init(start), first)
+        assert_equal(params, start)
+        params, state, _ = step(params, state, second)
+
+    @jax.jit
+    def expected(start):
+        gradients = [jax.grad(goal)(start, data) for data in (first, second)]
+        mean = jax.tree.map(lambda a, b: (a + b) / 2, *gradients)
+        at = goal.linearize(start, second)
+        return optax.apply_updates(start, inner.update(mean, inner.init(start), start, at=at)[0])
+
+    assert_close(params, expected(start), 1e-5)
+
+
+@every_method
+def test_inject_hyperparams_traces_numbers_and_leaves_objective_alone(method):
+    goal = objective(plain())
+    tx = optax.inject_hyperparams(method.make, static_args=method.static)(goal, **method.hyperparameters)
+    if method.learning_rate is not None:
+        tx = optax.chain(tx, optax.scale(-method.learning_rate))
+    step, _ = make_step(tx, goal)
+    params, state, _ = step(weights(), tx.init(weights()), batch())
+    assert_close(params, reference(method)[0], 1e-6)
+    assert skeleton(state) == skeleton(tx.init(weights()))
+
+
+@every_method
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_a_batch_sharded_over_eight_devices_takes_the_same_step(method, axis_type):
+    goal = objective(plain())
+    tx = method(goal)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
+    with jax.set_mesh(mesh):
+        replicated = jax.device_put((weights(), tx.init(weights())), NamedSharding(mesh, PartitionSpec()))
+        data = jax.device_put(batch(), NamedSharding(mesh, PartitionSpec("data")))
+        step, traces = make_step(tx, goal)
+        params, state, _ = step(*replicated, data)
+        assert_close((params, state), reference(method)[:2])
+        step(params, state, data)
+    assert len(traces) == 1
+
+
+@every_method
+def test_saved_and_restored_it_goes_on_bit_for_bit(method, tmp_path):
+    goal = objective(plain())
+    tx = method(goal)
+    step, _ = make_step(tx, goal)
+    params, state, _ = step(weights(), tx.init(weights()), batch())
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "checkpoint", {"params": params, "state": state})
+        checkpointer.wait_until_finished()
+        shapes = jax.eval_shape(lambda p: {"params": p, "state": tx.init(p)}, weights())
+        shardings = jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=weights()["w1"].sharding), shapes
+        )
+        restored = checkpointer.restore(tmp_path / "checkpoint", shardings)
+    assert_equal(step(restored["params"], restored["state"], batch()), step(params, state, batch()))
+
+
+@every_method
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_batch_that_is_not_finite_changes_nothing_but_the_count_of_skipped_steps(method, bad):
+    goal = objective(plain())
+    tx = method(goal)
+    step, _ = make_step(tx, goal)
+    params, state, _ = reference(method)
+    inputs, targets = batch()
+    new_params, new_state, _ = step(params, state, (inputs.at[0, 0].set(bad), targets))
+    assert_equal(new_params, params)
+    changed = [
+        jax.tree_util.keystr(path)
+        for (path, new), old in zip(
+            jax.tree_util.tree_flatten_with_path(new_state)[0], jax.tree.leaves(state), strict=True
+        )
+        if not np.array_equal(new, old)
+    ]
+    assert all(re.search("skipped|accepted", name) for name in changed), changed
+    if any("skipped" in jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]):
+        assert any("skipped" in name for name in changed)
+
+
+@every_method
+def test_zero_gradient_one_example_and_another_batch_size(method):
+    goal = objective(plain())
+    tx = method(goal)
+    step, _ = make_step(tx, goal)
+    params, state, _ = step(weights(), tx.init(weights()), batch())
+    for data in (batch(size=1), batch(size=3)):
+        new_params, new_state, loss = step(params, state, data)
+        assert skeleton(new_state) == skeleton(state)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(new_params))
+        assert goal(new_params, data) <= loss * (1 + 1e-9)
+
+    @jax.jit
+    def still(params, state, data):
+        at = goal.linearize(params, data)
+        return tx.update(jax.tree.map(jnp.zeros_like, params), state, params, at=at)
+
+    updates, after = still(params, state, batch())
+    assert_equal(updates, jax.tree.map(jnp.zeros_like, updates))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
+
+
+@every_method
+def test_misuse_is_an_error_that_says_what_to_do(method):
+    goal = objective(plain())
+    tx = method(goal)
+    state, params = tx.init(weights()), weights()
+    _, grads, at = goal.value_and_grad(params, batch())
+    with pytest.raises(ValueError, match="empty"):
+        goal.value_and_grad(params, (jnp.zeros((0, 3)), jnp.zeros((0,), jnp.int32)))
+    with pytest.raises(ValueError, match="empty"):
+        tx.update(grads, state, params, batch=(jnp.zeros((0, 3)), jnp.zeros((0,), jnp.int32)))
+    with pytest.raises(ValueError, match="one of at= and batch="):
+        tx.update(grads, state, params)
+    with pytest.raises(ValueError, match="one of at= and batch="):
+        tx.update(grads, state, params, at=at, batch=batch())
+    with pytest.raises(ValueError, match="'surplus'"):
+        tx.update({**grads, "surplus": jnp.ones(3)}, state, params, at=at)
+    with pytest.raises(ValueError, match=r"updates\['w1'\] has shape \(4, 3\)"):
+        tx.update({**grads, "w1": grads["w1"].T}, state, params, at=at)
+    with pytest.raises(TypeError, match="updates\\['b1'\\] has dtype int32"):
+        tx.update({**grads, "b1": jnp.ones(4, jnp.int32)}, state, params, at=at)
+    with pytest.raises(TypeError, match="value_and_grad"):
+        tx.update(grads, state, params, at=batch())

@@ -1,0 +1,175 @@
+"""Martens' progress rule (CG-2), the iterate store and the walk back over it (CG-5), and monitors (CG-3)."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from curvax import solvers
+from curvax.solvers import StopReason
+
+N = 300
+DIAGONAL = np.geomspace(1e-4, 1, N)
+B = np.random.default_rng(0).standard_normal(N)
+CAP = 200
+
+
+@functools.partial(jax.jit, static_argnames="store_at")
+def run(b, x0, progress_tolerance, *, store_at=None):
+    return solvers.cg(
+        lambda v: DIAGONAL * v,
+        b,
+        x0=x0,
+        max_iterations=CAP,
+        tolerance=0.0,
+        progress_tolerance=progress_tolerance,
+        store_at=store_at,
+    )
+
+
+@functools.cache
+def full_run(warm):
+    """The iterates 1 to CAP of a run without a progress rule."""
+    return run(B, warm * np.ones(N), -np.inf, store_at=solvers.every_iterations(1, CAP))
+
+
+def first_stalled(q, progress_tolerance, guarded=True):
+    """Eq. 4.2 as it is printed, with q = M - M(0)."""
+    for j in range(1, CAP + 1):
+        k = max(10, j // 10)
+        if j > k and (q[j] < 0 or not guarded) and (q[j] - q[j - k]) / q[j] < progress_tolerance:
+            return j
+    return CAP
+
+
+@pytest.mark.parametrize("warm", [0.0, 300.0, -3000.0])
+@pytest.mark.parametrize("progress_tolerance", [5e-2, 1e-2, 1e-3, 1e-4])
+def test_progress_rule_stops_where_the_formula_does(warm, progress_tolerance):
+    trace = np.asarray(full_run(warm).model_trace)
+    expected = first_stalled(trace, progress_tolerance)
+    result = run(B, warm * np.ones(N), progress_tolerance)
+    assert result.iterations == expected
+    assert result.reason == (StopReason.PROGRESS if expected < CAP else StopReason.MAX_ITERATIONS)
+    np.testing.assert_allclose(result.model_trace[:expected], trace[:expected], rtol=1e-9)
+    assert np.all(result.model_trace[expected:] == result.model_value)
+
+
+def test_cases_of_the_progress_rule_are_telling():
+    """In one the window grows; in another a rule without the guard on q would stop before q is below zero."""
+    trace = np.asarray(full_run(0.0).model_trace)
+    assert 100 < first_stalled(trace, 1e-3) < CAP
+    trace = np.asarray(full_run(-3000.0).model_trace)
+    assert trace[first_stalled(trace, 5e-2, guarded=False)] > 0 > trace[first_stalled(trace, 5e-2)]
+
+
+def test_progress_is_relative_to_the_scale_of_b():
+    for scale in (1e-100, 1e100):
+        assert run(B * scale, np.zeros(N), 1e-3).iterations == run(B, np.zeros(N), 1e-3).iterations
+
+
+def test_store_keeps_the_iterates_asked_for_and_the_last():
+    everything = full_run(0.0)
+    store_at = solvers.geometric_iterations(CAP)
+    result = run(B, np.zeros(N), 1e-2, store_at=store_at)
+    last = int(result.iterations)
+    numbers = [number for number in store_at if number < last] + [last]
+    assert result.stored.used == len(numbers) < len(store_at)
+    assert result.stored.iterations.tolist() == numbers + [0] * (len(store_at) + 1 - len(numbers))
+    for slot, number in enumerate(numbers):
+        np.testing.assert_allclose(
+            result.stored.values[slot], everything.stored.values[number - 1], rtol=1e-9, atol=1e-9
+        )
+        np.testing.assert_allclose(result.stored.model_values[slot], everything.model_trace[number], rtol=1e-9)
+    assert np.all(result.stored.values[len(numbers) - 1] == result.value)
+    assert not np.any(result.stored.values[len(numbers) :])
+
+
+def test_store_numbers():
+    assert solvers.geometric_iterations(250) == tuple(sorted({round(1.3**j) for j in range(1, 22)}))
+    assert solvers.every_iterations(10, 35) == (10, 20, 30)
+
+
+def test_nothing_is_stored_unless_asked():
+    result = run(B, np.zeros(N), 1e-2)
+    assert result.stored is None
+    assert result.monitor_state is None
+    assert all(leaf.size for leaf in jax.tree.leaves(result))
+
+
+def objective(x):
+    """A function that the quadratic model describes near zero only."""
+    return 0.5 * jnp.sum(DIAGONAL * x**2) - jnp.sum(B * x) + 2e-4 * jnp.sum(x**2)
+
+
+def values_along(run_result):
+    return np.asarray(jax.vmap(objective)(run_result.stored.values))
+
+
+def test_backtracking_walks_back_while_the_objective_improves():
+    result = run(B, np.zeros(N), 1e-4, store_at=solvers.geometric_iterations(CAP))
+    used = int(result.stored.used)
+    values = values_along(result)[:used]
+    best = used - 1
+    while best > 0 and values[best - 1] < values[best]:
+        best -= 1
+    assert 3 < best < used - 3
+    chosen = jax.jit(lambda stored: solvers.backtrack(stored, objective))(result.stored)
+    assert chosen.iteration == result.stored.iterations[best]
+    assert chosen.evaluations == used - best + 1
+    np.testing.assert_allclose(chosen.objective, values[best], rtol=1e-12)
+    np.testing.assert_allclose(chosen.value, result.stored.values[best])
+    assert chosen.model_value == result.stored.model_values[best]
+
+
+def test_backtracking_passes_over_iterates_where_the_objective_overflows():
+    stored = run(B, np.zeros(N), 1e-4, store_at=solvers.geometric_iterations(CAP)).stored
+    lengths = np.linalg.norm(stored.values, axis=1)
+    limit = lengths[5] * 1.001
+    chosen = jax.jit(lambda s: solvers.backtrack(s, lambda x: jnp.where(jnp.linalg.norm(x) > limit, jnp.nan, -1.0)))(
+        stored
+    )
+    assert chosen.iteration == stored.iterations[5]
+    nowhere = jax.jit(lambda s: solvers.backtrack(s, lambda x: jnp.nan * jnp.sum(x)))(stored)
+    assert nowhere.objective == np.inf
+
+
+def monitored(monitor):
+    return jax.jit(lambda b: solvers.cg(lambda v: DIAGONAL * v, b, max_iterations=CAP, tolerance=0.0, monitor=monitor))(
+        B
+    )
+
+
+@pytest.mark.parametrize("period", [1, 7])
+def test_reduction_monitor_stops_at_ninety_per_cent_of_the_best(period):
+    reductions = -values_along(full_run(0.0))
+    largest = 0.0
+    for iteration in range(period, CAP + 1, period):
+        largest = max(largest, reductions[iteration - 1])
+        if reductions[iteration - 1] < 0.9 * largest:
+            break
+    result = monitored(solvers.reduction_monitor(objective, 0.0, period=period))
+    assert result.reason == StopReason.MONITOR
+    assert result.iterations == iteration < CAP
+    np.testing.assert_allclose(result.monitor_state, largest, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("window", "margin"), [(10, 0.0), (3, 0.0), (10, 20.0)])
+def test_lookback_monitor_stops_when_worse_than_before(window, margin):
+    values = values_along(full_run(0.0))
+    stops = [i + 1 for i in range(window, CAP) if values[i] > values[i - window] + margin * 1.5]
+    result = monitored(solvers.lookback_monitor(lambda x: objective(x) + 1.5, 1.5, window=window, margin=margin))
+    assert result.reason == StopReason.MONITOR
+    assert result.iterations == stops[0]
+    np.testing.assert_allclose(result.monitor_state[-1], values[stops[0] - 1] + 1.5, rtol=1e-9)
+
+
+def test_monitor_stops_at_a_non_finite_objective():
+    result = monitored(solvers.lookback_monitor(lambda x: jnp.nan * jnp.sum(x), 1.0))
+    assert result.iterations == 1
+
+
+def test_every_reason_has_a_text():
+    assert set(solvers.STOP_REASONS) == set(StopReason)
+    assert StopReason(int(run(B, np.zeros(N), 1e-2).reason)).text == solvers.STOP_REASONS[2]
