@@ -84,9 +84,9 @@ def figures(state: PyTree) -> dict[str, Any]:
 def minibatches(inputs: np.ndarray, targets: np.ndarray, size: int, seed: int = 0) -> Iterator[PyTree]:
     """Random batches of one size without end: every epoch a new shuffle, its incomplete last batch left out."""
     generator = np.random.default_rng(seed)
-    inputs, targets = jnp.asarray(inputs), jnp.asarray(targets)
+    data = jnp.asarray(inputs), jnp.asarray(targets)
     while True:
         order = generator.permutation(len(inputs))
         for start in range(0, len(order) - size + 1, size):
             chosen = order[start : start + size]
-            yield inputs[chosen], targets[chosen]
+            yield tuple(leaf[chosen] for leaf in data)

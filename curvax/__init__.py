@@ -1,7 +1,9 @@
 """curvax: curvature of any JAX model as pure functions, and second-order optimisers as optax transformations."""
 
 from curvax import damping as damping
+from curvax import estimators as estimators
 from curvax import losses as losses
+from curvax import solvers as solvers
 from curvax import testing as testing
 from curvax import trees as trees
 from curvax._version import __version__ as __version__
@@ -20,5 +22,6 @@ from curvax.quadratic_model import model_lower_bound as model_lower_bound
 from curvax.quadratic_model import quadratic_model as quadratic_model
 from curvax.quadratic_model import reduction_ratio as reduction_ratio
 from curvax.term import Term as Term
+from curvax.transforms import hessian_free as hessian_free
 from curvax.transforms import levenberg_marquardt as levenberg_marquardt
 from curvax.transforms import scale_by_dense_curvature as scale_by_dense_curvature

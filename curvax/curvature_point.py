@@ -171,14 +171,14 @@ class CurvaturePoint:
             return jax.tree.leaves(self.linearizations[index].outputs)[0].shape[0]
         located = jax.tree.leaves(self._axes(index, (self.cases[index].inputs, self.cases[index].targets)))
         shapes = [(leaf.shape, axis) for leaf, axis in located if axis is not None]
-        lengths = {shape[axis] if axis < len(shape) else None for shape, axis in shapes}
-        if len(lengths) != 1 or None in lengths:
+        lengths = {shape[axis] if axis < len(shape) else -1 for shape, axis in shapes}
+        if len(lengths) != 1 or -1 in lengths:
             raise ValueError(
                 "cannot cut the batch into chunks: its leaves and their example axes are"
                 f" {', '.join(f'{shape} axis {axis}' for shape, axis in shapes)}, which do not agree on a number of"
                 " examples; say in example_axes where the examples are (None for what they share)"
             )
-        return lengths.pop()
+        return int(lengths.pop())
 
     def _chunked(self, index, function, extra):
         term, cases, size = self.objective.terms[index], self.cases[index], self.chunk_size

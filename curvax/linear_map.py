@@ -107,7 +107,7 @@ class LinearMap:
             basis = trees.unravel((jnp.arange(trees.size(like)) == index).astype(dtype), like)
             return trees.vdot(basis, self(basis)).astype(dtype)
 
-        return trees.unravel(jax.lax.map(entry, jnp.arange(trees.size(like)), batch_size=32), like)
+        return trees.unravel(jax.lax.map(entry, jnp.arange(trees.size(like))), like)
 
     def sample(self, key: jax.Array, distribution: Noise = trees.random_normal) -> PyTree:
         """A draw u with E[u u^T] = A, for positive semi-definite A; here by a dense square root.
@@ -128,7 +128,8 @@ class LinearMap:
         def column(row):
             return trees.ravel(self(trees.unravel(row, like)))
 
-        return jax.lax.map(column, identity, batch_size=128).T
+        # One product at a time: XLA's CPU backend runs batched matrix products in loops many times slower.
+        return jax.lax.map(column, identity).T
 
     def restrict(self, template: PyTree) -> LinearMap:
         """The principal submatrix of A that belongs to the leaves present in ``template``.

@@ -58,13 +58,13 @@ def test_every_column_quadratic_and_bilinear_form_equals_the_dense_matrix(kind, 
     check_map(jax.jit(EXACT[kind][0])(*problem[1:]), dense(kind, name), problem.params)
 
 
-@pytest.mark.parametrize("name", ["mlp", "sequence", "two_terms", "weighted", "regularised", "gaussian"])
+@pytest.mark.parametrize("name", ["sequence", "two_terms", "weighted"])
 @pytest.mark.parametrize("kind", EXACT)
 def test_results_do_not_depend_on_the_chunk_size(kind, name):
     problem = testing.problem(name)
-    for size in (1, 4):
-        chunked = jax.jit(functools.partial(EXACT[kind][0], chunk_size=size))(*problem[1:])
-        check_map(chunked, dense(kind, name), problem.params)
+    # The chunks do not divide the batch; those of one term of "two_terms" are larger than its batch.
+    chunked = jax.jit(functools.partial(EXACT[kind][0], chunk_size=2 if name == "sequence" else 4))(*problem[1:])
+    check_map(chunked, dense(kind, name), problem.params)
 
 
 @pytest.mark.parametrize("name", testing.PROBLEMS)
@@ -141,7 +141,7 @@ def test_ggn_differs_from_fisher_with_the_output_nonlinearity_in_the_model():
     assert np.linalg.eigvalsh(ggn).min() > -1e-12
 
 
-@pytest.mark.parametrize("name", ["mlp", "recurrent", "deep_linear", "poisson", "gaussian", "weighted", "sequence"])
+@pytest.mark.parametrize("name", ["recurrent", "deep_linear", "poisson", "gaussian", "weighted", "sequence"])
 def test_monte_carlo_fisher_converges_to_the_exact_one(name):
     _, objective, params, batch = testing.problem(name)
     exact = dense("fisher", name)
@@ -169,7 +169,7 @@ def test_monte_carlo_fisher_does_not_depend_on_the_chunk_size_and_is_a_function_
     assert np.abs(make(jax.random.key(1)) - whole).max() > 1e-3 * np.abs(whole).max()
 
 
-@pytest.mark.parametrize("name", ["mlp", "gaussian", "sequence", "weighted", "regularised", "two_terms"])
+@pytest.mark.parametrize("name", ["gaussian", "sequence", "weighted", "two_terms"])
 def test_samples_have_the_covariance_of_the_map(name):
     problem = testing.problem(name)
     matrix = curvax.ggn(*problem[1:])
@@ -189,8 +189,16 @@ def test_samples_have_the_covariance_of_the_map(name):
         close(sampled, draw(key[None])[0])
 
 
-@pytest.mark.parametrize("kind", EXACT)
-@pytest.mark.parametrize("name", ["weighted", "sequence", "two_terms", "regularised"])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("ggn", "weighted"),
+        ("ggn", "two_terms"),
+        ("fisher", "sequence"),
+        ("hessian", "regularised"),
+        ("empirical_fisher", "weighted"),
+    ],
+)
 def test_unequal_batches_accumulate_to_the_matrix_of_all_of_them(kind, name):
     _, objective, params, batch = testing.problem(name)
     half = jax.tree.map(lambda leaf: leaf[:2], batch)

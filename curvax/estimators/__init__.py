@@ -1,5 +1,6 @@
 """Traces, diagonals and spectra of linear maps that are known by their products only."""
 
+from curvax.estimators.chapelle_erhan import chapelle_erhan_diagonal as chapelle_erhan_diagonal
 from curvax.estimators.diagonals import hutchinson_diagonal as hutchinson_diagonal
 from curvax.estimators.eigenpairs import Eigenpairs as Eigenpairs
 from curvax.estimators.eigenpairs import top_eigenpairs as top_eigenpairs

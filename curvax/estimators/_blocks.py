@@ -78,19 +78,45 @@ def without(block: PyTree, basis: PyTree) -> PyTree:
     return trees.sub(block, combine(gram(basis, block).T, basis))
 
 
-def qr(block: PyTree) -> tuple[PyTree, jax.Array]:
-    """The factorisation v_i = sum_j R_ji q_j of a block of k <= n vectors, with q orthonormal whatever the rank.
+def expanded(basis: PyTree, vector: PyTree) -> tuple[jax.Array, PyTree, jax.Array]:
+    """What a vector has in the space of an orthonormal basis, which zero vectors may fill up, and what it has outside.
 
-    Each leaf is factorised by itself and then the stacked triangles (Demmel, Grigori, Hoemmen, Langou 2012), so that
-    leaves of different shapes are never joined.
+    Returns:
+        ``(coefficients, rest, length of rest)``, orthogonalised twice, so that what stands above rounding in ``rest``
+        is orthogonal to rounding.
     """
-    leaves, treedef = jax.tree.flatten(block)
-    panels = [leaf.reshape(leaf.shape[0], leaf.size // leaf.shape[0]).T for leaf in leaves]
-    factors = [jnp.linalg.qr(panel) for panel in panels]
-    joint, triangle = jnp.linalg.qr(jnp.concatenate([small for _, small in factors]))
-    basis, start = [], 0
-    for (orthonormal, small), leaf in zip(factors, leaves, strict=True):
-        rows = joint[start : start + small.shape[0]]
-        basis.append(jnp.matmul(orthonormal, rows, precision="highest").T.reshape(leaf.shape))
-        start += small.shape[0]
-    return treedef.unflatten(basis), triangle
+    first = gram(basis, vector)
+    rest = trees.sub(vector, combine(first, basis))
+    second = gram(basis, rest)
+    rest = trees.sub(rest, combine(second, basis))
+    return first + second, rest, trees.norm(rest)
+
+
+def unit(vector: PyTree, length: jax.Array, size: jax.Array) -> tuple[PyTree, jax.Array]:
+    """``vector`` over its ``length``, or zeros where that is rounding error of something of length ``size``; and which.
+
+    Ten units of rounding: noise that is taken for a new direction costs a step and does no other harm, but a new
+    direction taken for noise would cut off the small end of a spectrum.
+    """
+    new = length > 10 * jnp.finfo(length.dtype).eps * size
+    return trees.scale(jnp.where(new, 1 / length, 0), trees.where(new, vector, trees.zeros_like(vector))), new
+
+
+def orthonormalise(block: PyTree) -> tuple[PyTree, jax.Array]:
+    """The factorisation v_i = sum_j R_ji q_j with orthonormal q, where q_j = 0 if v_j depends on the v before it.
+
+    By Gram-Schmidt, twice, one vector after another. Householder factorisations of the leaves would be faster for many
+    vectors, but several batched LAPACK calls at once can deadlock on a CPU of few cores (jaxlib 0.10).
+    """
+    count = jax.tree.leaves(block)[0].shape[0]
+
+    def body(index, carry):
+        basis, triangle = carry
+        vector = row(block, index)
+        coefficients, rest, length = expanded(basis, vector)
+        direction, new = unit(rest, length, trees.norm(vector))
+        column = coefficients.at[index].set(jnp.where(new, length, 0))
+        return with_row(basis, index, direction), triangle.at[:, index].set(column)
+
+    dtype = jax.tree.leaves(block)[0].dtype
+    return jax.lax.fori_loop(0, count, body, (trees.zeros_like(block), jnp.zeros((count, count), dtype)))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from curvax import trees
 from curvax.estimators import _blocks as blocks
-from curvax.estimators.lanczos import check_at_least, expand, rounding_level
+from curvax.estimators.lanczos import check_at_least
 from curvax.linear_map import LinearMap
 
 PyTree = Any
@@ -151,11 +151,12 @@ def _fill(linear_map, state):
             lambda: _random_direction(linear_map, jax.random.fold_in(state.key, index), basis),
         )
         basis = blocks.with_row(basis, index, direction)
-        coefficients, rest, length, norm = expand(linear_map, basis, index, norm)
-        drawn = length > rounding_level(norm)
+        product = blocks.product(linear_map, direction)
+        norm = jnp.maximum(norm, trees.norm(product))
+        coefficients, rest, length = blocks.expanded(basis, product)
+        following, drawn = blocks.unit(rest, length, norm)
         matrix = matrix.at[:, index].set(coefficients[:size]).at[index, :].set(coefficients[:size])
-        basis = blocks.with_row(basis, index + 1, trees.scale(jnp.where(drawn, 1 / length, 0), rest))
-        return basis, matrix, drawn, jnp.where(drawn, length, 0), norm
+        return blocks.with_row(basis, index + 1, following), matrix, drawn, jnp.where(drawn, length, 0), norm
 
     matrix = jnp.diag(jnp.where(jnp.arange(size, dtype=jnp.int32) < state.held, state.values, 0))
     carry = state.basis, matrix, state.drawn, jnp.zeros_like(state.norm), state.norm
@@ -183,9 +184,8 @@ def _restarted(rotation, basis, kept, held, probe):
 def _random_direction(linear_map, key, basis):
     """A random unit vector orthogonal to the basis, which may be padded with zeros."""
     vector = blocks.cast(trees.random_normal(key, linear_map.structure), blocks.dtype_of(linear_map))
-    vector = blocks.without(blocks.without(vector, basis), basis)
-    length = trees.norm(vector)
-    return trees.scale(jnp.where(length > 0, 1 / length, 0), vector)
+    _, rest, length = blocks.expanded(basis, vector)
+    return blocks.unit(rest, length, trees.norm(vector))[0]
 
 
 def _runner_up_is_behind(values, residuals, num_pairs, resolution):

@@ -64,30 +64,30 @@ def lanczos(linear_map: LinearMap, start: PyTree, *, num_steps: int) -> LanczosR
     dtype = blocks.dtype_of(linear_map)
     start = blocks.cast(start, dtype)
     length = trees.norm(start)
-    first = trees.scale(jnp.where(length > 0, 1 / length, 0), start)
+    first, _ = blocks.unit(start, length, length)
     basis = blocks.with_row(blocks.zeros(linear_map, num_steps + 1), 0, first)
 
     def body(index, carry):
-        basis, diagonal, off_diagonal, largest, _ = carry
-        coefficients, remainder, length, largest = expand(linear_map, basis, index, largest)
-        kept = length > rounding_level(largest)
-        remainder = trees.where(kept, remainder, trees.zeros_like(remainder))
+        basis, diagonal, off_diagonal, largest = carry
+        product = blocks.product(linear_map, blocks.row(basis, index))
+        largest = jnp.maximum(largest, trees.norm(product))
+        coefficients, rest, length = blocks.expanded(basis, product)
+        direction, new = blocks.unit(rest, length, largest)
         return (
-            blocks.with_row(basis, index + 1, trees.scale(jnp.where(kept, 1 / length, 0), remainder)),
+            blocks.with_row(basis, index + 1, direction),
             diagonal.at[index].set(coefficients[index]),
-            off_diagonal.at[index].set(jnp.where(kept, length, 0)),
+            off_diagonal.at[index].set(jnp.where(new, length, 0)),
             largest,
-            remainder,
         )
 
     zero = jnp.zeros((num_steps,), dtype)
-    carry = basis, zero, zero, jnp.zeros((), dtype), trees.zeros_like(first)
-    basis, diagonal, off_diagonal, _, residual = jax.lax.fori_loop(0, num_steps, body, carry)
+    carry = basis, zero, zero, jnp.zeros((), dtype)
+    basis, diagonal, off_diagonal, _ = jax.lax.fori_loop(0, num_steps, body, carry)
     return LanczosResult(
         basis=jax.tree.map(lambda leaf: leaf[:-1], basis),
         diagonal=diagonal,
         off_diagonal=off_diagonal[:-1],
-        residual=residual,
+        residual=trees.scale(off_diagonal[-1], blocks.row(basis, num_steps)),
         num_valid=jnp.where(length > 0, 1 + jnp.sum(off_diagonal[:-1] > 0), 0),
     )
 
@@ -123,32 +123,6 @@ def gauss_quadrature(result: LanczosResult) -> tuple[jax.Array, jax.Array]:
     weights = jnp.where(valid, vectors[0] ** 2, 0)
     total = jnp.sum(weights)
     return jnp.where(valid, values, values[0]) * unit, weights / jnp.where(total > 0, total, 1)
-
-
-def expand(linear_map: LinearMap, basis: PyTree, index: Any, largest: jax.Array):
-    """One product with the basis vector ``index``, split into its part in the space of the basis and the rest.
-
-    Args:
-        linear_map: A.
-        basis: Orthonormal vectors up to ``index`` and zeros after.
-        index: j, which vector to multiply.
-        largest: The largest norm of a product so far, an estimate of |A| from below.
-
-    Returns:
-        ``(Q^T A q_j, rest, its norm, largest)``.
-    """
-    vector = blocks.product(linear_map, blocks.row(basis, index))
-    largest = jnp.maximum(largest, trees.norm(vector))
-    first = blocks.gram(basis, vector)
-    rest = trees.sub(vector, blocks.combine(first, basis))
-    second = blocks.gram(basis, rest)
-    rest = trees.sub(rest, blocks.combine(second, basis))
-    return first + second, rest, trees.norm(rest), largest
-
-
-def rounding_level(size: jax.Array) -> jax.Array:
-    """The length up to which the new part of a product of length ``size`` is taken for rounding error."""
-    return 10 * jnp.finfo(size.dtype).eps * size
 
 
 def check_at_least(name: str, value: int, least: int) -> None:

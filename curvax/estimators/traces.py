@@ -92,7 +92,9 @@ def hutch_plus_plus(linear_map: LinearMap, key: jax.Array, *, num_products: int)
     width = num_products // 3
     _check_products(linear_map, num_products, 3)
     sketch_key, rest_key = jax.random.split(key)
-    basis, _ = blocks.qr(blocks.block_product(linear_map, _draw_block(linear_map, sketch_key, width, "normal")))
+    basis, _ = blocks.orthonormalise(
+        blocks.block_product(linear_map, _draw_block(linear_map, sketch_key, width, "normal"))
+    )
     tests = _draw_block(linear_map, rest_key, num_products - 2 * width, "rademacher")
     tests = blocks.without(tests, basis)
     exact = jnp.sum(blocks.row_dots(basis, blocks.block_product(linear_map, basis)))
@@ -111,7 +113,7 @@ def xtrace(linear_map: LinearMap, key: jax.Array, *, num_products: int) -> Trace
     Args:
         linear_map: A, symmetric.
         key: A PRNG key.
-        num_products: The number of products with A, even. Half as many vectors are held in memory, three times over.
+        num_products: The number of products with A, even. Half as many vectors are held in memory, five times over.
 
     Returns:
         A ``TraceEstimate``; the standard error is that of the k leave-one-out estimates, taken as independent.
@@ -131,10 +133,25 @@ def xtrace(linear_map: LinearMap, key: jax.Array, *, num_products: int) -> Trace
     count = num_products // 2
     _check_products(linear_map, num_products, 2)
     tests = _draw_block(linear_map, key, count, "normal")
-    basis, triangle = blocks.qr(blocks.block_product(linear_map, tests))
-    projected = blocks.gram(basis, blocks.block_product(linear_map, basis))
-    overlaps, squared_norms = blocks.gram(basis, tests), blocks.row_dots(tests, tests)
-    return _mean(_leave_one_out(triangle, projected, overlaps, squared_norms, trees.size(linear_map.structure)))
+    products = blocks.block_product(linear_map, tests)
+    basis, triangle = blocks.orthonormalise(products)
+    images = blocks.block_product(linear_map, basis)
+    overlaps = blocks.gram(basis, tests)
+    # The parts of the tests outside the sketch and their products: vectors, and not differences of inner products,
+    # which would lose what is left when there are about as many tests as parameters.
+    outside = trees.sub(tests, blocks.combine(overlaps.T, basis))
+    outside_images = trees.sub(products, blocks.combine(overlaps.T, images))
+    return _mean(
+        _leave_one_out(
+            dimension=trees.size(linear_map.structure),
+            triangle=triangle,
+            projected=blocks.gram(basis, images),
+            overlaps=overlaps,
+            crossed=blocks.gram(images, outside),
+            quadratics=blocks.row_dots(outside, outside_images),
+            squared_norms=blocks.row_dots(outside, outside),
+        )
+    )
 
 
 def slq_trace(
@@ -239,21 +256,18 @@ def _mean(samples):
     return TraceEstimate(value, unit * jnp.sqrt(jnp.sum((deviations / unit) ** 2) / (count * (count - 1))))
 
 
-def _leave_one_out(triangle, projected, overlaps, squared_norms, dimension):
-    """The k estimates of XTrace from R, H = Q^T A Q, W = Q^T Omega and the |w_i|^2."""
-    count = triangle.shape[0]
-    with jax.default_matmul_precision("highest"):
-        left_out = _orthogonal_to_other_columns(triangle)
-        outside = triangle - projected @ overlaps
-        along = jnp.sum(left_out * overlaps, axis=0)
-        energy = jnp.sum(left_out * (projected @ left_out), axis=0)
-    # u_i = (I - Q Q^T) w_i + (s_i^T w_i) Q s_i, and column i of `outside` is Q^T A (I - Q Q^T) w_i.
-    quadratic = (
-        -jnp.sum(overlaps * outside, axis=0) + 2 * along * jnp.sum(left_out * outside, axis=0) + along**2 * energy
-    )
-    length = jnp.maximum(squared_norms - jnp.sum(overlaps**2, axis=0), 0) + along**2
-    quotient = jnp.where(length > 0, quadratic / length, 0)
-    return jnp.trace(projected) - energy + (dimension - count + 1) * quotient
+def _leave_one_out(*, dimension, triangle, projected, overlaps, crossed, quadratics, squared_norms):
+    """The k estimates of XTrace, with v_i = (I - Q Q^T) w_i and u_i = v_i + (s_i^T W_i) Q s_i.
+
+    Given are n, R, H = Q^T A Q, W = Q^T Omega, the Q^T A v_i as columns, the v_i^T A v_i and the |v_i|^2.
+    """
+    left_out = _orthogonal_to_other_columns(triangle)
+    energies = jnp.sum(left_out * jnp.matmul(projected, left_out, precision="highest"), axis=0)
+    along = jnp.sum(left_out * overlaps, axis=0)
+    quadratics += 2 * along * jnp.sum(left_out * crossed, axis=0) + along**2 * energies
+    squared_norms += along**2
+    quotients = jnp.where(squared_norms > 0, quadratics / squared_norms, 0)
+    return jnp.trace(projected) - energies + (dimension - triangle.shape[0] + 1) * quotients
 
 
 def _orthogonal_to_other_columns(triangle):

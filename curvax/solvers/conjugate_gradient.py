@@ -82,8 +82,9 @@ def cg(
     Every threshold is relative, so that b and 10^{-30} b need the same steps. One product with A is used in each
     iteration, one more for a warm start. Under ``vmap`` a lane that has stopped keeps its result while others go on.
 
-    With b rounded to unit roundoff u and x the solution, no arithmetic of that precision brings the true residual below
-    about u |A| |x|; the residual of the recurrence, which is the one tested and returned, goes on falling.
+    The residual that is tested and returned is that of the recurrence. The true one follows it down to the rounding of
+    the largest iterate times A, about u |A| |x| at worst with u the unit roundoff, and stays there; a tolerance below
+    that is met by the recurrence only. A second run with ``x0=result.value`` refines what the first one left.
 
     Args:
         matvec: v -> A v, linear and symmetric; a ``LinearMap`` or any function of a pytree shaped like b. A should be

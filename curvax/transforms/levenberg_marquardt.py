@@ -49,12 +49,12 @@ class LevenbergMarquardtState(NamedTuple):
     """State of ``levenberg_marquardt``.
 
     Attributes:
-        count: Steps so far.
+        steps: Steps so far.
         damping: lambda for the next step.
         info: Figures of the last step.
     """
 
-    count: jax.Array
+    steps: jax.Array
     damping: jax.Array
     info: LevenbergMarquardtInfo
 
@@ -144,7 +144,7 @@ def levenberg_marquardt(
 
         finite = trees.all_finite(loss, gradient, matrix)
         accepted = finite & (ratio > 0)
-        count = jnp.where(finite, optax.safe_increment(state.count), state.count)
+        steps = jnp.where(finite, optax.safe_increment(state.steps), state.steps)
         info = LevenbergMarquardtInfo(
             loss=loss.astype(dtype),
             new_loss=new_loss.astype(dtype),
@@ -159,12 +159,12 @@ def levenberg_marquardt(
             accepted=jnp.array(False), skipped_steps=optax.safe_increment(state.info.skipped_steps)
         )
         return trees.where(accepted, delta, trees.zeros_like(delta)), LevenbergMarquardtState(
-            count,
-            jnp.where(finite, rule(state.damping, ratio, count), state.damping),
+            steps,
+            jnp.where(finite, rule(state.damping, ratio, steps), state.damping),
             trees.where(finite, info, skipped),
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def scale_by_dense_curvature(
@@ -223,7 +223,7 @@ def scale_by_dense_curvature(
         scaled = trees.unravel(_solve(matrix, trees.ravel(updates), jnp.asarray(damping), scaling), updates)
         return trees.where(trees.all_finite(scaled), scaled, trees.zeros_like(scaled)), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def _dense(linear_map, curvature):

@@ -45,4 +45,21 @@ METHODS = [
         {"damping": 0.5},
         ("objective", "scaling", "curvature"),
     ),
+    Method(
+        "hessian_free",
+        curvax.hessian_free,
+        None,
+        {"initial_damping": 0.5},
+        (
+            "objective",
+            "rule",
+            "preconditioner_exponent",
+            "warm_start",
+            "max_iterations",
+            "progress_tolerance",
+            "sufficient_decrease",
+            "curvature",
+            "seed",
+        ),
+    ),
 ]

@@ -120,6 +120,9 @@ def test_small_curvature_is_not_taken_for_none(condition):
     result = solve(np.diag(diagonal), np.ones(N), 1e-9)
     assert result.reason == StopReason.CONVERGED
     np.testing.assert_allclose(result.value, 1 / diagonal, rtol=1e-3)
+    # From this b the cosine between the first direction and its product is the least that the condition allows.
+    result = solve(np.diag(diagonal), 1 / np.sqrt(diagonal), 1e-4)
+    assert result.reason == StopReason.CONVERGED
     diagonal = np.where(np.arange(N) < 4, 1.0, 1e-5).astype(np.float32)
     result = solve(np.diag(diagonal), np.ones(N, np.float32), 1e-5)
     assert result.reason == StopReason.CONVERGED
