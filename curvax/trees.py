@@ -37,7 +37,8 @@ def norm(tree: PyTree) -> jax.Array:
     leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.size]
     if not leaves:
         return jnp.zeros((), jnp.float32)
-    largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(leaf)).astype(wide_dtype(leaf)) for leaf in leaves])
+    dtype = wide_dtype(*leaves)
+    largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(leaf)).astype(dtype) for leaf in leaves])
     safe = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
     scaled = jax.tree.map(lambda leaf: leaf.astype(safe.dtype) / safe, tree)
     return safe * jnp.sqrt(vdot(scaled, scaled))

@@ -143,18 +143,22 @@ def test_ggn_differs_from_fisher_with_the_output_nonlinearity_in_the_model():
 
 @pytest.mark.parametrize("name", ["recurrent", "deep_linear", "poisson", "gaussian", "weighted", "sequence"])
 def test_monte_carlo_fisher_converges_to_the_exact_one(name):
+    """Along random directions, where the rare targets that make single entries heavy-tailed are mixed with others."""
     _, objective, params, batch = testing.problem(name)
     exact = dense("fisher", name)
+    directions = [trees.random_normal(jax.random.key(i), params) for i in range(6)]
 
+    @jax.jit
+    @jax.vmap
     def draw(key):
-        return curvax.fisher(objective, params, batch, key=key, num_samples=2).to_dense()
+        matrix = curvax.fisher(objective, params, batch, key=key, num_samples=2)
+        return jnp.stack([matrix.quadratic(v) for v in directions])
 
-    draws = np.asarray(jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(3), 400)))
-    error, deviation = draws.mean(0) - exact, draws.std(0) / np.sqrt(len(draws))
-    seen = deviation > 1e-12
-    assert np.abs(error[seen] / deviation[seen]).max() < 6
-    assert np.linalg.norm(error) < 0.2 * np.linalg.norm(exact)
-    assert np.abs(error[~seen]).max(initial=0) < 1e-10
+    draws = np.asarray(draw(jax.random.split(jax.random.key(3), 4000)))
+    expected = np.array([trees.ravel(v) @ exact @ trees.ravel(v) for v in directions])
+    deviation = draws.std(0) / np.sqrt(len(draws))
+    assert np.abs((draws.mean(0) - expected) / deviation).max() < 4.5
+    assert (deviation < 0.05 * expected).all(), "too few draws to notice a bias"
 
 
 def test_monte_carlo_fisher_does_not_depend_on_the_chunk_size_and_is_a_function_of_its_key():

@@ -6,6 +6,8 @@ Products of blocks ask for full precision, which accelerators do not give to flo
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import Any
 
 import jax
@@ -60,7 +62,7 @@ def gram(left: PyTree, right: PyTree) -> jax.Array:
         axes = tuple(range(1, x.ndim)), tuple(range(y.ndim - x.ndim + 1, y.ndim))
         return jnp.tensordot(x, y, axes, precision="highest")
 
-    return sum(jax.tree.leaves(jax.tree.map(one, left, right)))
+    return functools.reduce(operator.add, jax.tree.leaves(jax.tree.map(one, left, right)))
 
 
 def combine(coefficients: jax.Array, block: PyTree) -> PyTree:

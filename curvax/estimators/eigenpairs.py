@@ -14,6 +14,7 @@ from curvax.estimators.lanczos import check_at_least
 from curvax.linear_map import LinearMap
 
 PyTree = Any
+Scalar = Any
 
 
 class Eigenpairs(NamedTuple):
@@ -38,7 +39,7 @@ def top_eigenpairs(
     num_pairs: int,
     num_steps: int | None = None,
     max_restarts: int = 100,
-    tolerance: float | None = None,
+    tolerance: Scalar | None = None,
     which: str = "largest",
 ) -> Eigenpairs:
     r"""Eigenpairs at one end of the spectrum of a symmetric map, by thick-restart Lanczos.
@@ -81,7 +82,7 @@ def top_eigenpairs(
     check_at_least("max_restarts", max_restarts, 0)
     order = _order(which)
     dtype = blocks.dtype_of(linear_map)
-    tolerance = jnp.asarray(float(jnp.finfo(dtype).eps) ** (2 / 3) if tolerance is None else tolerance, dtype)
+    bound = jnp.asarray(float(jnp.finfo(dtype).eps) ** (2 / 3) if tolerance is None else tolerance, dtype)
     kept = num_pairs + (size - num_pairs) // 2
 
     def cycle(state):
@@ -90,9 +91,9 @@ def top_eigenpairs(
         norm = jnp.maximum(norm, jnp.max(jnp.abs(values)))
         residuals = jnp.abs(coupling * rotation[-1])
         # Half the tolerance, which leaves room for the part of a residual that a probe does not follow up.
-        settled = jnp.all(residuals[:num_pairs] <= tolerance / 2 * norm)
-        repeated = jnp.all(jnp.abs(values[:num_pairs] - state.settled_values) <= tolerance * norm)
-        behind = _runner_up_is_behind(values, residuals, num_pairs, tolerance * norm)
+        settled = jnp.all(residuals[:num_pairs] <= bound / 2 * norm)
+        repeated = jnp.all(jnp.abs(values[:num_pairs] - state.settled_values) <= bound * norm)
+        behind = _runner_up_is_behind(values, residuals, num_pairs, bound * norm)
         probe = settled & ~repeated
         held = jnp.where(probe, num_pairs, kept).astype(jnp.int32)
         return _State(
@@ -119,7 +120,7 @@ def top_eigenpairs(
         cycles=jnp.zeros((), jnp.int32),
     )
     state = jax.lax.while_loop(lambda state: ~state.done & (state.cycles <= max_restarts), cycle, initial)
-    return _result(linear_map, state, num_pairs, tolerance)
+    return _result(linear_map, state, num_pairs, bound)
 
 
 class _State(NamedTuple):
@@ -196,12 +197,12 @@ def _runner_up_is_behind(values, residuals, num_pairs, resolution):
     return residuals[num_pairs] <= jnp.maximum(gap, resolution)
 
 
-def _result(linear_map, state, num_pairs, tolerance):
+def _result(linear_map, state, num_pairs, bound):
     vectors = jax.tree.map(lambda leaf: leaf[:num_pairs], state.basis)
     values = state.values[:num_pairs]
     errors = trees.sub(blocks.block_product(linear_map, vectors), jax.vmap(trees.scale)(values, vectors))
     residuals = jax.vmap(trees.norm)(errors) / jnp.where(state.norm == 0, 1, state.norm)
-    return Eigenpairs(values, vectors, residuals, residuals <= tolerance, state.cycles - 1)
+    return Eigenpairs(values, vectors, residuals, residuals <= bound, state.cycles - 1)
 
 
 def _basis_size(dimension, num_pairs, num_steps):
