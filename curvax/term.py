@@ -115,12 +115,17 @@ def weighted_sum(scale: jax.Array, values: jax.Array) -> jax.Array:
     """sum_i scale_i values_i, where the axes of ``scale`` are leading axes of ``values``."""
     if scale.ndim == 0:
         return scale * jnp.sum(values)
-    return jnp.sum(expand_right(scale, values.ndim) * values)
+    return jnp.sum(_times(expand_right(scale, values.ndim), values))
 
 
 def scale_cases(scale: jax.Array, outputs: PyTree) -> PyTree:
     """Every case of ``outputs`` times its factor."""
-    return jax.tree.map(lambda z: expand_right(scale, z.ndim).astype(z.dtype) * z, outputs)
+    return jax.tree.map(lambda z: _times(expand_right(scale, z.ndim).astype(z.dtype), z), outputs)
+
+
+def _times(scale, values):
+    """``scale * values``, zero where the scale is zero even if a case that is left out has an infinite loss."""
+    return scale * values if scale.ndim == 0 else jnp.where(scale == 0, 0, scale * values)
 
 
 def expand_right(array: jax.Array, ndim: int) -> jax.Array:

@@ -63,6 +63,17 @@ def test_nothing_left_by_the_mask_is_zero_loss_and_zero_curvature():
     close(curvax.ggn(objective, at=at)(PARAMS)["w"], np.zeros((3, 2)))
 
 
+def test_a_case_that_the_mask_leaves_out_may_have_an_infinite_loss():
+    objective = curvax.Objective(
+        lambda w, x: x * w, curvax.losses.poisson(), select=lambda b: b[0], mask=lambda b: b[1]
+    )
+    batch = ((jnp.array([[1.0], [2000.0]]), jnp.ones((2, 1))), jnp.array([True, False]))
+    loss, gradient, at = objective.value_and_grad(jnp.ones(1), batch)
+    close(loss, np.e - 1)
+    close(gradient, [np.e - 1])
+    close(curvax.ggn(objective, at=at).to_dense(), [[np.e]])
+
+
 def test_padding_an_example_and_masking_it_changes_nothing():
     padded = jax.tree.map(lambda leaf: jnp.concatenate([leaf, jnp.full_like(leaf[:2], 7.0)]), BATCH)
     objective = squares(select=lambda b: b[0], mask=lambda b: b[1])
