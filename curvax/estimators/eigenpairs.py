@@ -190,11 +190,14 @@ def _random_direction(linear_map, key, basis):
 
 
 def _runner_up_is_behind(values, residuals, num_pairs, resolution):
-    """Whether the best unwanted Ritz value is within its residual of an eigenvalue behind the wanted ones."""
+    """Whether the best unwanted Ritz value is known well enough not to be on its way past the wanted ones.
+
+    A tenth of the gap: a Ritz value on its way to a further copy can rest for a while at a value that is behind.
+    """
     if num_pairs == values.shape[0]:
         return True
     gap = jnp.abs(values[num_pairs - 1] - values[num_pairs])
-    return residuals[num_pairs] <= jnp.maximum(gap, resolution)
+    return residuals[num_pairs] <= jnp.maximum(gap / 10, resolution)
 
 
 def _result(linear_map, state, num_pairs, bound):
