@@ -116,8 +116,8 @@ def xtrace(linear_map: LinearMap, key: jax.Array, *, num_products: int) -> Trace
         num_products: The number of products with A, even. Half as many vectors are held in memory, five times over.
 
     Returns:
-        A ``TraceEstimate``; the standard error is that of the k leave-one-out estimates taken as independent, which they
-        are not quite: it can be about a fifth too small.
+        A ``TraceEstimate``; the standard error is that of the k leave-one-out estimates taken as independent, which
+        they are not quite: it can be about a fifth too small.
 
     Raises:
         ValueError: If ``num_products`` is odd, less than 4 or more than twice the number of parameters.
