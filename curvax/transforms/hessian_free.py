@@ -191,16 +191,24 @@ def hessian_free(
         delta = chosen.value
 
         loss = local.loss.astype(dtype)
+        if held_out is None:  # the losses that judge the step are those of the curvature batch, and known
+            new_loss, judged = chosen.objective, loss
+        else:
+            new_loss = local.loss_at(trees.add(local.params, trees.embed(delta, local.params))).astype(dtype)
+            judged = loss_at(trees.zeros_like(delta))
         gradient = updates if curvature_at is None else trees.extract(local.value_and_gradient()[1], updates)
         slope = trees.vdot(gradient, delta)
         predicted = slope + matrix.quadratic(delta).astype(slope.dtype) / 2
-        new_loss = local.loss_at(trees.add(local.params, trees.embed(delta, local.params))).astype(dtype)
         ratio = reduction_ratio(loss, new_loss, predicted).astype(dtype)
         step_size = _backtracking_line_search(
-            loss_at, delta, trees.vdot(updates, delta).astype(dtype), sufficient_decrease
+            lambda step_size: loss_at(trees.scale(step_size, delta)),
+            judged,
+            chosen.objective,
+            trees.vdot(updates, delta).astype(dtype),
+            sufficient_decrease,
         )
 
-        finite = trees.all_finite(loss, updates, delta, matrix.quadratic(updates))
+        finite = trees.all_finite(loss, updates, delta, predicted)
         moved = trees.scale(step_size, delta)
         steps = jnp.asarray(optax.safe_increment(state.steps))
         info = HessianFreeInfo(
@@ -232,20 +240,25 @@ def hessian_free(
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
-def _backtracking_line_search(loss_at, delta, slope, sufficient_decrease, shrink=0.8, most=60):
-    """The first alpha of 1, shrink, shrink^2 ... with h(theta + alpha delta) <= h + c alpha g^T delta, else 0."""
-    start = loss_at(trees.zeros_like(delta))
+def _backtracking_line_search(loss_at, start, first, slope, sufficient_decrease, shrink=0.8, most=60):
+    """The first alpha of 1, shrink, shrink^2 ... with loss_at(alpha) <= start + c alpha g^T delta, else 0.
 
-    def insufficient(carry):
+    ``start`` is the loss at alpha = 0 and ``first`` that at alpha = 1; both are known.
+    """
+
+    def sufficient(step_size, value):
+        return value <= start + sufficient_decrease * step_size * slope
+
+    def searching(carry):
         step_size, value, tries = carry
-        return ~(value <= start + sufficient_decrease * step_size * slope) & (tries < most)
+        return ~sufficient(step_size, value) & (tries < most)
 
     def shorten(carry):
         step_size, _, tries = carry
         step_size = jnp.asarray(shrink, step_size.dtype) * step_size
-        return step_size, loss_at(trees.scale(step_size, delta)), tries + 1
+        return step_size, loss_at(step_size), tries + 1
 
     one = jnp.ones((), slope.dtype)
-    step_size, value, _ = jax.lax.while_loop(insufficient, shorten, (one, loss_at(delta), jnp.zeros((), jnp.int32)))
+    step_size, value, _ = jax.lax.while_loop(searching, shorten, (one, first, jnp.zeros((), jnp.int32)))
     # An ascent direction (possible from a warm start that was cut short) is never followed, however little it rises.
-    return jnp.where((value <= start + sufficient_decrease * step_size * slope) & (slope <= 0), step_size, 0)
+    return jnp.where(sufficient(step_size, value) & (slope <= 0), step_size, 0)
