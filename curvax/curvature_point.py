@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
 from curvax import trees
-from curvax.losses import OutputLoss
+from curvax.output_loss import OutputLoss
 from curvax.term import Term, scale_cases, weighted_sum, weighting
 
 if TYPE_CHECKING:

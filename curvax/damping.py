@@ -29,7 +29,7 @@ class DampingRule:
 
     Example:
         >>> rule = curvax.damping.DampingRule()
-        >>> rule(jnp.array(1.0), jnp.array(0.9), jnp.array(1)).round(4).item()
+        >>> print(f"{rule(jnp.array(1.0), jnp.array(0.9), jnp.array(1)):.4f}")
         0.6667
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -20,7 +21,7 @@ Noise = Callable[[jax.Array, PyTree], PyTree]
 _DENSE_LIMIT = 20_000
 
 
-class LinearMap:
+class LinearMap(abc.ABC):
     r"""A symmetric linear map A on pytrees of one structure; every curvature matrix of this library is one.
 
     A subclass gives ``structure`` and ``__call__``. Everything else has a default that is exact and forms the matrix,
@@ -39,10 +40,11 @@ class LinearMap:
     """
 
     @property
+    @abc.abstractmethod
     def structure(self) -> PyTree:
         """The pytree of ``jax.ShapeDtypeStruct`` of the vectors this map acts on."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def __call__(self, vector: PyTree) -> PyTree:
         """The product A v.
 
@@ -52,7 +54,6 @@ class LinearMap:
         Returns:
             A v, with the structure, shapes and dtypes of v.
         """
-        raise NotImplementedError
 
     def block(self, vectors: PyTree) -> PyTree:
         """The products A v_1 ... A v_k; every leaf of ``vectors`` has a leading axis of length k."""

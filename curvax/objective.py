@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from curvax import trees
 from curvax.curvature_point import CurvaturePoint
-from curvax.losses import OutputLoss
+from curvax.output_loss import OutputLoss
 from curvax.term import Term, evaluate, weighted_sum
 
 PyTree = Any

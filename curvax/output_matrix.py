@@ -7,6 +7,7 @@ positive semi-definite but the exact Hessian of a non-convex loss, which has no 
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 from collections.abc import Callable
@@ -21,29 +22,29 @@ from curvax import trees
 PyTree = Any
 
 
-class OutputMatrix:
+class OutputMatrix(abc.ABC):
     """The interface: a block-diagonal matrix over the cases of a batch."""
 
     @property
+    @abc.abstractmethod
     def root_structure(self) -> PyTree:
         """The ShapeDtypeStructs of S u, batch axis first."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def product(self, vector: PyTree) -> PyTree:
         """C u."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def sqrt_product(self, vector: PyTree) -> PyTree:
         """S u, where S^T S = C."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def sqrt_transpose_product(self, vector: PyTree) -> PyTree:
         """S^T v; if v has covariance I, the result has covariance C."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def pinv_product(self, vector: PyTree) -> PyTree:
         """C^+ u with the Moore-Penrose pseudo-inverse."""
-        raise NotImplementedError
 
     def pinv_quadratic(self, vector: PyTree) -> jax.Array:
         """u^T C^+ u for each example; infinite where u leaves the range of C and where C has a negative eigenvalue.
@@ -227,7 +228,7 @@ class AutodiffOutputs(OutputMatrix):
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class EigenOutputs(OutputMatrix):
+class EigenOutputs:
     """A dense matrix for each case by its eigenvalues (cases..., m) and eigenvectors (cases..., m, m).
 
     The root is symmetric: S u is shaped like u, whatever its structure.

@@ -99,8 +99,8 @@ def reduction_ratio(loss: Scalar, new_loss: Scalar, predicted_change: Scalar) ->
         rho, a scalar. Martens 2016, eq. 4.9, with M(0) subtracted as it must be.
 
     Example:
-        >>> curvax.reduction_ratio(jnp.array(2.0), jnp.array(1.0), jnp.array(-2.0)).round(6).item()
-        0.5
+        >>> print(f"{curvax.reduction_ratio(jnp.array(2.0), jnp.array(1.0), jnp.array(-2.0)):.6f}")
+        0.500000
         >>> curvax.reduction_ratio(jnp.array(2.0), jnp.array(jnp.nan), jnp.array(-2.0)).item()
         -inf
     """

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
 from curvax import trees
-from curvax.losses import OutputLoss
+from curvax.output_loss import OutputLoss
 
 PyTree = Any
 Scalar = Any

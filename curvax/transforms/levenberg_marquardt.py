@@ -102,8 +102,8 @@ def levenberg_marquardt(
         >>> optax.apply_updates(w, updates).round(3)
         Array([[1.],
                [1.]], dtype=float...)
-        >>> state.info.step_ratio.round(3).item()
-        1.0
+        >>> print(f"{state.info.step_ratio:.3f}")
+        1.000
     """
     rule = DampingRule() if rule is None else rule
     _check_scaling(scaling)
