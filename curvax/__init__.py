@@ -2,9 +2,12 @@
 
 from curvax import damping as damping
 from curvax import estimators as estimators
+from curvax import initializers as initializers
 from curvax import losses as losses
+from curvax import schedules as schedules
 from curvax import solvers as solvers
 from curvax import testing as testing
+from curvax import transforms as transforms
 from curvax import trees as trees
 from curvax._version import __version__ as __version__
 from curvax.curvature_point import CurvaturePoint as CurvaturePoint
@@ -22,6 +25,12 @@ from curvax.quadratic_model import model_lower_bound as model_lower_bound
 from curvax.quadratic_model import quadratic_model as quadratic_model
 from curvax.quadratic_model import reduction_ratio as reduction_ratio
 from curvax.term import Term as Term
+from curvax.transforms import average_iterates as average_iterates
+from curvax.transforms import averaged_params as averaged_params
 from curvax.transforms import hessian_free as hessian_free
+from curvax.transforms import krylov_subspace_descent as krylov_subspace_descent
 from curvax.transforms import levenberg_marquardt as levenberg_marquardt
+from curvax.transforms import natural_gradient as natural_gradient
+from curvax.transforms import newton_cg as newton_cg
 from curvax.transforms import scale_by_dense_curvature as scale_by_dense_curvature
+from curvax.transforms import scale_by_natural_gradient as scale_by_natural_gradient

@@ -84,7 +84,7 @@ class CurvaturePoint:
         for term in objective.terms:
             inputs, targets = term.split(batch)
             if chunk_size is None:
-                linearization, term_aux = _linearize(term, params, inputs)
+                linearization, term_aux = linearize_term(term, params, inputs)
                 outputs = linearization.outputs
                 linearizations.append(linearization)
                 aux.append(term_aux)
@@ -192,7 +192,7 @@ class CurvaturePoint:
             located = self._axes(index, (cases.inputs, cases.targets))
             inputs, targets = jax.tree.map(lambda pair: cut(*pair), located, is_leaf=_is_located)
             scale = cut(cases.scale, 0 if cases.scale.ndim else None)
-            linearization, _ = _linearize(term, self.params, inputs)
+            linearization, _ = linearize_term(term, self.params, inputs)
             extra_cut = jax.tree.map(lambda leaf: cut(leaf, 0), extra)
             return function(_piece(term, inputs, targets, scale, linearization, extra_cut))
 
@@ -236,7 +236,8 @@ def _is_located(node):
     return isinstance(node, _Located)
 
 
-def _linearize(term: Term, params: PyTree, inputs: PyTree) -> tuple[Linearization, PyTree]:
+def linearize_term(term: Term, params: PyTree, inputs: PyTree) -> tuple[Linearization, PyTree]:
+    """The linearisation of one term, and the model's auxiliary outputs."""
     outputs, jvp, aux = jax.linearize(lambda p: term.apply(p, inputs), params, has_aux=True)
     return Linearization(outputs, jvp, jax.linear_transpose(jvp, params)), aux
 

@@ -2,6 +2,8 @@
 
 from curvax.solvers.backtracking import BacktrackResult as BacktrackResult
 from curvax.solvers.backtracking import backtrack as backtrack
+from curvax.solvers.backtracking import best_stored as best_stored
+from curvax.solvers.backtracking import last_stored as last_stored
 from curvax.solvers.conjugate_gradient import CGResult as CGResult
 from curvax.solvers.conjugate_gradient import StoredIterates as StoredIterates
 from curvax.solvers.conjugate_gradient import cg as cg

@@ -1,4 +1,4 @@
-"""The walk back over stored conjugate-gradient iterates to the one that is best for the objective itself."""
+"""The choice among stored conjugate-gradient iterates by the objective itself, which the last need not be best for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PyTree = Any
 
 
 class BacktrackResult(NamedTuple):
-    """What ``backtrack`` returns.
+    """What ``backtrack``, ``best_stored`` and ``last_stored`` return.
 
     Attributes:
         value: The chosen iterate.
@@ -55,12 +55,8 @@ def backtrack(stored: StoredIterates, objective: Callable[[PyTree], jax.Array]) 
     Source: Martens 2016, sections 4.6.7 and 4.11.
     """
 
-    def at(slot):
-        return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, slot, keepdims=False), stored.values)
-
     def evaluate(slot):
-        value = objective(at(slot))
-        return jnp.where(jnp.isnan(value), jnp.inf, value)
+        return _evaluated(stored, objective, slot)
 
     def walking(carry):
         slot, best, _, _ = carry
@@ -73,7 +69,59 @@ def backtrack(stored: StoredIterates, objective: Callable[[PyTree], jax.Array]) 
         better = (earlier < value) | ~jnp.isfinite(value)
         return slot - 1, jnp.where(better, slot - 1, best), jnp.where(better, earlier, value), evaluations + 1
 
-    last = jnp.maximum(stored.used - 1, 0)
+    last = _last(stored)
     start = (last, last, evaluate(last), jnp.ones((), jnp.int32))
     _, best, value, evaluations = jax.lax.while_loop(walking, step_back, start)
-    return BacktrackResult(at(best), stored.iterations[best], stored.model_values[best], value, evaluations)
+    return _chosen(stored, best, value, evaluations)
+
+
+def best_stored(stored: StoredIterates, objective: Callable[[PyTree], jax.Array]) -> BacktrackResult:
+    """The stored iterate with the lowest objective, all of them evaluated.
+
+    Args:
+        stored: ``CGResult.stored``.
+        objective: x -> h, a scalar; on data that the curvature was not taken from, in Martens's second recipe.
+
+    Returns:
+        A ``BacktrackResult``.
+
+    Source: Martens 2016, section 4.11.
+    """
+    slots = jnp.arange(stored.iterations.size, dtype=jnp.int32)
+    values = jax.lax.map(lambda slot: _evaluated(stored, objective, slot), slots)
+    values = jnp.where(slots <= _last(stored), values, jnp.inf)
+    best = jnp.argmin(values)
+    return _chosen(stored, best, values[best], stored.used)
+
+
+def last_stored(stored: StoredIterates, objective: Callable[[PyTree], jax.Array]) -> BacktrackResult:
+    """The last iterate, with the objective there; no choice at all.
+
+    Args:
+        stored: ``CGResult.stored``.
+        objective: x -> h, a scalar.
+
+    Returns:
+        A ``BacktrackResult``.
+    """
+    last = _last(stored)
+    return _chosen(stored, last, _evaluated(stored, objective, last), jnp.ones((), jnp.int32))
+
+
+def _last(stored):
+    return jnp.maximum(stored.used - 1, 0)
+
+
+def _at(stored, slot):
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, slot, keepdims=False), stored.values)
+
+
+def _evaluated(stored, objective, slot):
+    value = objective(_at(stored, slot))
+    return jnp.where(jnp.isnan(value), jnp.inf, value)
+
+
+def _chosen(stored, slot, value, evaluations):
+    return BacktrackResult(
+        _at(stored, slot), stored.iterations[slot], stored.model_values[slot], value, jnp.asarray(evaluations)
+    )

@@ -62,7 +62,8 @@ def reduction_monitor(
         def look(largest):
             reduction = start - objective(x).astype(start.dtype)
             largest = jnp.maximum(largest, reduction)
-            return largest, ~(reduction >= jnp.asarray(fraction, start.dtype) * largest)
+            # A warm start may begin with an objective above h(0); the run ends only after a reduction has been seen.
+            return largest, (largest > 0) & ~(reduction >= jnp.asarray(fraction, start.dtype) * largest)
 
         return jax.lax.cond(iteration % period == 0, look, _carry_on, largest)
 
@@ -70,7 +71,12 @@ def reduction_monitor(
 
 
 def lookback_monitor(
-    objective: Callable[[PyTree], jax.Array], initial_value: Scalar, *, window: int = 10, margin: Scalar = 0.0
+    objective: Callable[[PyTree], jax.Array],
+    initial_value: Scalar,
+    *,
+    window: int = 10,
+    margin: Scalar = 0.0,
+    period: int = 1,
 ) -> Monitor:
     """Stops once the objective is worse than it was ``window`` iterates ago.
 
@@ -79,9 +85,10 @@ def lookback_monitor(
         initial_value: h(0), the objective at the parameters; sets the scale of ``margin`` and the dtype.
         window: How many iterates to look back; Martens takes about 10.
         margin: Worse by more than ``margin * |h(0)|`` counts.
+        period: The objective is evaluated at every ``period``-th iterate, and the window rounded to a multiple of it.
 
     Returns:
-        A ``Monitor`` whose state is the last ``window`` values of the objective, the oldest first.
+        A ``Monitor`` whose state is the values of the objective over the window, the oldest first.
 
     Source: Martens 2016, section 4.11 (the second recipe).
     """
@@ -89,11 +96,13 @@ def lookback_monitor(
     allowance = jnp.asarray(margin, start.dtype) * jnp.abs(start)
 
     def update(values, x, iteration):
-        del iteration
-        value = objective(x).astype(start.dtype)
-        return jnp.append(values[1:], value), ~(value <= values[0] + allowance)
+        def look(values):
+            value = objective(x).astype(start.dtype)
+            return jnp.append(values[1:], value), ~(value <= values[0] + allowance)
 
-    return Monitor(update, jnp.full((window,), jnp.inf, start.dtype))
+        return jax.lax.cond(iteration % period == 0, look, _carry_on, values)
+
+    return Monitor(update, jnp.full((max(1, round(window / period)),), jnp.inf, start.dtype))
 
 
 def _scalar(value):

@@ -1,9 +1,25 @@
 """The optimisers, one file for each method, as optax gradient transformations."""
 
+from curvax.transforms.hessian_free import RECIPE_A as RECIPE_A
+from curvax.transforms.hessian_free import RECIPE_B as RECIPE_B
+from curvax.transforms.hessian_free import RECIPE_C as RECIPE_C
 from curvax.transforms.hessian_free import HessianFreeInfo as HessianFreeInfo
 from curvax.transforms.hessian_free import HessianFreeState as HessianFreeState
 from curvax.transforms.hessian_free import hessian_free as hessian_free
+from curvax.transforms.iterate_averaging import IterateAveragingState as IterateAveragingState
+from curvax.transforms.iterate_averaging import average_iterates as average_iterates
+from curvax.transforms.iterate_averaging import averaged_params as averaged_params
+from curvax.transforms.krylov_subspace_descent import KrylovSubspaceDescentInfo as KrylovSubspaceDescentInfo
+from curvax.transforms.krylov_subspace_descent import KrylovSubspaceDescentState as KrylovSubspaceDescentState
+from curvax.transforms.krylov_subspace_descent import krylov_subspace_descent as krylov_subspace_descent
 from curvax.transforms.levenberg_marquardt import LevenbergMarquardtInfo as LevenbergMarquardtInfo
 from curvax.transforms.levenberg_marquardt import LevenbergMarquardtState as LevenbergMarquardtState
 from curvax.transforms.levenberg_marquardt import levenberg_marquardt as levenberg_marquardt
 from curvax.transforms.levenberg_marquardt import scale_by_dense_curvature as scale_by_dense_curvature
+from curvax.transforms.natural_gradient import NaturalGradientInfo as NaturalGradientInfo
+from curvax.transforms.natural_gradient import NaturalGradientState as NaturalGradientState
+from curvax.transforms.natural_gradient import natural_gradient as natural_gradient
+from curvax.transforms.natural_gradient import scale_by_natural_gradient as scale_by_natural_gradient
+from curvax.transforms.newton_cg import NewtonCGInfo as NewtonCGInfo
+from curvax.transforms.newton_cg import NewtonCGState as NewtonCGState
+from curvax.transforms.newton_cg import newton_cg as newton_cg

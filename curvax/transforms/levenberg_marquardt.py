@@ -11,11 +11,12 @@ import optax
 
 from curvax import products, trees
 from curvax.curvature_point import CurvaturePoint
-from curvax.damping import DampingRule
+from curvax.damping.rules import DampingRule
 from curvax.linear_map import LinearMap
 from curvax.objective import Objective
 from curvax.quadratic_model import reduction_ratio
 from curvax.transforms._point import point_for_update
+from curvax.transforms._step import empty_info, finish, next_count
 
 PyTree = Any
 Scaling = Literal["identity", "diagonal"]
@@ -111,14 +112,8 @@ def levenberg_marquardt(
     def init(params: PyTree) -> LevenbergMarquardtState:
         dtype = trees.wide_dtype(*jax.tree.leaves(params))
 
-        def zero():  # a buffer of its own for every leaf, so that the state can be donated
-            return jnp.zeros((), dtype)
-
-        damping = jnp.full((), initial_damping, dtype)
-        info = LevenbergMarquardtInfo(
-            zero(), zero(), zero(), damping + 0, zero(), zero(), jnp.zeros((), bool), jnp.zeros((), jnp.int32)
-        )
-        return LevenbergMarquardtState(jnp.zeros((), jnp.int32), damping, info)
+        info = empty_info(LevenbergMarquardtInfo, dtype, accepted=jnp.bool_, skipped_steps=jnp.int32)
+        return LevenbergMarquardtState(jnp.zeros((), jnp.int32), jnp.full((), initial_damping, dtype), info)
 
     def update(
         updates: PyTree,
@@ -142,9 +137,8 @@ def levenberg_marquardt(
         new_loss = at.loss_at(trees.add(at.params, trees.embed(delta, at.params)))
         ratio = reduction_ratio(loss, new_loss, predicted).astype(dtype)
 
-        finite = trees.all_finite(loss, gradient, matrix)
-        accepted = finite & (ratio > 0)
-        steps = jnp.where(finite, optax.safe_increment(state.steps), state.steps)
+        accepted = ratio > 0
+        steps = next_count(state.steps)
         info = LevenbergMarquardtInfo(
             loss=loss.astype(dtype),
             new_loss=new_loss.astype(dtype),
@@ -155,14 +149,9 @@ def levenberg_marquardt(
             accepted=accepted,
             skipped_steps=state.info.skipped_steps,
         )
-        skipped = state.info._replace(
-            accepted=jnp.array(False), skipped_steps=optax.safe_increment(state.info.skipped_steps)
-        )
-        return trees.where(accepted, delta, trees.zeros_like(delta)), LevenbergMarquardtState(
-            steps,
-            jnp.where(finite, rule(state.damping, ratio, steps), state.damping),
-            trees.where(finite, info, skipped),
-        )
+        taken = LevenbergMarquardtState(steps, rule(state.damping, ratio, steps), info)
+        moved = trees.where(accepted, delta, trees.zeros_like(delta))
+        return finish(trees.all_finite(loss, gradient, matrix), moved, taken, state)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 

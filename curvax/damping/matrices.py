@@ -1,0 +1,125 @@
+"""Damping matrices: lambda D with D the identity (Tikhonov) or a diagonal that follows the curvature's scales."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvax import trees
+from curvax.curvature_point import CurvaturePoint
+from curvax.estimators.chapelle_erhan import chapelle_erhan_diagonal
+from curvax.linear_map import Diagonal, LinearMap, Sum
+from curvax.products import LeafScalars
+
+PyTree = Any
+Scalar = Any
+Curvature = Callable[..., LinearMap]
+DiagonalEstimate = Callable[[LinearMap, jax.Array], PyTree]
+
+
+def tikhonov() -> Damping:
+    r"""Damping by lambda I: the damped matrix is B + lambda I (Martens 2016, section 4.6.1).
+
+    Component j of the step, in the eigenvectors of B, shrinks by lambda_j / (lambda_j + lambda). lambda has the units
+    of the curvature, so it depends on how parameters and objective are scaled.
+
+    Returns:
+        The damping, for ``curvax.hessian_free(objective, damping=...)`` or to be called by itself.
+
+    Example:
+        >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
+        >>> at = objective.linearize(jnp.zeros((2, 1)), (jnp.eye(2), jnp.ones((2, 1))))
+        >>> curvax.damping.tikhonov()(at, curvax.ggn, 2.0, jax.random.key(0)).to_dense()
+        Array([[2.5, 0. ],
+               [0. , 2.5]], dtype=float...)
+    """
+    return Tikhonov()
+
+
+def scale_sensitive(
+    *, exponent: float = 1.0, offset: float = 0.0, diagonal: PyTree | DiagonalEstimate | None = None
+) -> Damping:
+    r"""Damping by lambda D with D = (diag(d) + kappa I)^xi, where d is the diagonal of B (Martens 2016, section 4.6.3).
+
+    With xi = 1 and kappa = 0 this is the damping of Marquardt 1963: it does not depend on the scale of any single
+    parameter, nor on that of the objective. Martens warns not to use it alone, as it can restrict far too much where B
+    is far from diagonal; xi below 1 and kappa above 0 lie between it and Tikhonov's.
+
+    Args:
+        exponent: xi, in [0, 1].
+        offset: kappa, not negative.
+        diagonal: d as a fixed pytree shaped like the parameters, such as squared scales known in advance (D = C^T C),
+            or a function (B, key) -> d; by default one unbiased estimate a step (``chapelle_erhan_diagonal``), which
+            needs a B with ``sample``: Gauss-Newton or Fisher.
+
+    Returns:
+        The damping.
+
+    Raises:
+        ValueError: ``exponent`` or ``offset`` is out of range.
+
+    Example:
+        >>> objective = curvax.Objective(lambda w, x: x * w, curvax.losses.squared_error())
+        >>> at = objective.linearize(jnp.zeros(2), (jnp.array([[1.0, 3.0]]), jnp.zeros((1, 2))))
+        >>> damping = curvax.damping.scale_sensitive(diagonal=lambda B, key: B.diagonal())
+        >>> damping(at, curvax.ggn, 0.5, jax.random.key(0)).diagonal()
+        Array([ 1.5, 13.5], dtype=float...)
+    """
+    if not (0 <= exponent <= 1 and offset >= 0):
+        raise ValueError(f"scale_sensitive needs 0 <= exponent <= 1 and offset >= 0, got {exponent} and {offset}")
+    return ScaleSensitive(exponent, offset, chapelle_erhan_diagonal if diagonal is None else diagonal)
+
+
+class Damping(abc.ABC):
+    """What is added to a curvature matrix: a function of the point, of what makes the matrix, and of the strength."""
+
+    @abc.abstractmethod
+    def __call__(self, at: CurvaturePoint, curvature: Curvature, strength: Scalar, key: jax.Array) -> LinearMap:
+        """The damped matrix B + lambda D.
+
+        Args:
+            at: The curvature point.
+            curvature: What makes B from (objective, at=...): ``curvax.ggn``, ``curvax.fisher`` or ``curvax.hessian``.
+            strength: lambda, a scalar that may be traced.
+            key: A PRNG key, for estimates.
+
+        Returns:
+            The map on whole parameter pytrees. Its diagonal can be estimated by ``chapelle_erhan_diagonal`` where B's
+            can, which is what preconditioners do.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Tikhonov(Damping):
+    """See ``tikhonov``."""
+
+    def __call__(self, at: CurvaturePoint, curvature: Curvature, strength: Scalar, key: jax.Array) -> LinearMap:
+        del key
+        strength = jnp.asarray(strength)
+        scalars = jax.tree.map(lambda leaf: strength.astype(trees.wide_dtype(leaf)), at.params)
+        return Sum((curvature(at.objective, at=at), LeafScalars(scalars, at.params)))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ScaleSensitive(Damping):
+    """See ``scale_sensitive``."""
+
+    exponent: float
+    offset: float
+    diagonal: PyTree | DiagonalEstimate
+
+    def __call__(self, at: CurvaturePoint, curvature: Curvature, strength: Scalar, key: jax.Array) -> LinearMap:
+        matrix = curvature(at.objective, at=at)
+        diagonal = self.diagonal(matrix, key) if callable(self.diagonal) else self.diagonal
+        trees.check_like(diagonal, at.params, "diagonal")
+
+        def entries(leaf):
+            leaf = jnp.asarray(leaf).astype(trees.wide_dtype(leaf))
+            return jnp.asarray(strength).astype(leaf.dtype) * (leaf + self.offset) ** self.exponent
+
+        return Sum((matrix, Diagonal(jax.tree.map(entries, diagonal))))

@@ -1,0 +1,208 @@
+"""Rules that adapt damping or a trust region's radius to how well the quadratic model predicted the last step.
+
+===================  ================================  =====================  =====================  ======
+rule                 tests                             good                   bad                    period
+===================  ================================  =====================  =====================  ======
+``DampingRule()``    rho = actual / predicted change   > 3/4: times 2/3       < 1/4: times 3/2       1
+``kfac_rule()``      the same                          > 3/4: times 0.95^5    < 1/4: over 0.95^5     5
+``curveball_rule()`` the same                          > 3/2: times 0.999     < 1/2: over 0.999      5
+``RadiusRule()``     rho, and whether the step is long > 3/4: radius times 2  < 1/10: radius halved  1
+``BestOfThree()``    the model at three candidates     the best of gamma, gamma omega, gamma / omega 20
+===================  ================================  =====================  =====================  ======
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Scalar = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class DampingRule:
+    r"""lambda <- decrease * lambda where rho > good_ratio, lambda <- increase * lambda where rho < bad_ratio.
+
+    rho is the reduction ratio (``curvax.reduction_ratio``); the rule acts once in ``period`` steps. The defaults are
+    those of Martens 2016, section 4.6.5 (after Levenberg and Marquardt).
+
+    Attributes:
+        good_ratio: Above it the damping falls.
+        bad_ratio: Below it the damping grows; -inf, a step that failed, is below everything.
+        decrease: The factor in (0, 1] for good steps.
+        increase: The factor, at least 1, for bad steps.
+        period: Steps from one adaptation to the next (T_1 in K-FAC).
+        minimum: Damping never falls below it.
+        maximum: Damping never rises above it.
+
+    Example:
+        >>> rule = curvax.damping.DampingRule()
+        >>> print(f"{rule(jnp.array(1.0), jnp.array(0.9), jnp.array(1)):.4f}")
+        0.6667
+    """
+
+    good_ratio: float = 3 / 4
+    bad_ratio: float = 1 / 4
+    decrease: float = 2 / 3
+    increase: float = 3 / 2
+    period: int = 1
+    minimum: float = 1e-12
+    maximum: float = 1e12
+
+    def __post_init__(self):
+        if not (0 < self.decrease <= 1 <= self.increase and self.bad_ratio <= self.good_ratio and self.period >= 1):
+            raise ValueError(f"a damping rule needs 0 < decrease <= 1 <= increase and bad <= good ratio, got {self}")
+
+    def __call__(self, damping: jax.Array, step_ratio: jax.Array, count: jax.Array) -> jax.Array:
+        """The damping of the next step.
+
+        Args:
+            damping: lambda of the step taken.
+            step_ratio: rho of the step taken.
+            count: The number of the step taken, from 1; the rule acts where ``period`` divides it.
+
+        Returns:
+            The new lambda, in the dtype of ``damping``.
+        """
+        factor = jnp.where(step_ratio > self.good_ratio, self.decrease, 1.0)
+        factor = jnp.where(step_ratio < self.bad_ratio, self.increase, factor)
+        factor = jnp.where(count % self.period == 0, factor, 1.0)
+        return jnp.clip(damping * factor.astype(damping.dtype), self.minimum, self.maximum)
+
+
+def kfac_rule(period: int = 5, base: float = 19 / 20) -> DampingRule:
+    """The rule of K-FAC: lambda times omega_1 = base^period for good steps, divided by it for bad ones.
+
+    Args:
+        period: T_1, steps from one adaptation to the next.
+        base: What omega_1 is the ``period``-th power of, so that the rate of change does not depend on the period.
+
+    Returns:
+        The rule.
+
+    Example:
+        >>> rule = curvax.damping.kfac_rule()
+        >>> print(f"{rule(jnp.array(150.0), jnp.array(0.9), jnp.array(5)):.2f}")
+        116.07
+
+    Source: Martens 2016, section 6.6.5.
+    """
+    return DampingRule(decrease=base**period, increase=base**-period, period=period)
+
+
+def curveball_rule(period: int = 5, factor: float = 0.999) -> DampingRule:
+    """The rule of CurveBall: lambda times 0.999 where the change is above 3/2 of the predicted, over it below 1/2.
+
+    Args:
+        period: Steps from one adaptation to the next.
+        factor: The factor of one adaptation.
+
+    Returns:
+        The rule.
+
+    Example:
+        >>> curvax.damping.curveball_rule()(jnp.array(1.0), jnp.array(2.0), jnp.array(5)).item()
+        0.999
+
+    Source: Henriques et al. 2018, section 3.
+    """
+    return DampingRule(good_ratio=3 / 2, bad_ratio=1 / 2, decrease=factor, increase=1 / factor, period=period)
+
+
+@dataclasses.dataclass(frozen=True)
+class RadiusRule:
+    r"""Radius r <- grow * r where rho > good_ratio and the step is long, r <- shrink * r where rho < bad_ratio.
+
+    A step is long if its norm is above ``long_step * r``; a short one says nothing about the edge of the region.
+
+    Attributes:
+        good_ratio: Above it the region may grow.
+        bad_ratio: Below it the region shrinks; -inf, a step that failed, is below everything.
+        grow: The factor, at least 1, for good long steps.
+        shrink: The factor in (0, 1) for bad steps.
+        long_step: The fraction of the radius from which on a step is long.
+        minimum: The radius never falls below it.
+        maximum: The radius never rises above it.
+
+    Example:
+        >>> rule = curvax.damping.RadiusRule()
+        >>> rule(jnp.array(1.0), jnp.array(0.9), jnp.array(1.0)).item(), rule(jnp.array(1.0), -1.0, 1.0).item()
+        (2.0, 0.5)
+
+    Source: Nocedal and Wright 2006, algorithm 6.2, which Ramamurthy and Duffy 2017 use for L-SR1.
+    """
+
+    good_ratio: float = 3 / 4
+    bad_ratio: float = 1 / 10
+    grow: float = 2.0
+    shrink: float = 1 / 2
+    long_step: float = 4 / 5
+    minimum: float = 1e-12
+    maximum: float = 1e12
+
+    def __post_init__(self):
+        if not (0 < self.shrink < 1 <= self.grow and self.bad_ratio <= self.good_ratio and self.long_step >= 0):
+            raise ValueError(f"a radius rule needs 0 < shrink < 1 <= grow and bad <= good ratio, got {self}")
+
+    def __call__(self, radius: jax.Array, step_ratio: jax.Array, step_norm: jax.Array) -> jax.Array:
+        """The radius of the next step.
+
+        Args:
+            radius: r of the step taken.
+            step_ratio: rho of the step taken.
+            step_norm: Its norm, in the norm of the region.
+
+        Returns:
+            The new radius, in the dtype of ``radius``.
+        """
+        factor = jnp.where((step_ratio > self.good_ratio) & (step_norm > self.long_step * radius), self.grow, 1.0)
+        factor = jnp.where(step_ratio < self.bad_ratio, self.shrink, factor)
+        return jnp.clip(radius * factor.astype(radius.dtype), self.minimum, self.maximum)
+
+
+@dataclasses.dataclass(frozen=True)
+class BestOfThree:
+    r"""The greedy rule of K-FAC's factored damping gamma: of gamma, omega gamma and gamma / omega the best.
+
+    A damping that enters an approximate inverse cannot be judged by the reduction ratio alone; every ``period`` steps
+    all three candidates are tried, and the one with the lowest value of the exact quadratic model is kept.
+
+    Attributes:
+        factor: omega_2, in (0, 1).
+        period: T_2, steps from one trial to the next.
+        minimum: gamma never falls below it.
+        maximum: gamma never rises above it.
+
+    Example:
+        >>> rule = curvax.damping.BestOfThree(factor=0.5)
+        >>> candidates = rule.candidates(jnp.array(4.0))
+        >>> candidates.tolist(), rule.choose(candidates, jnp.array([-1.0, -3.0, jnp.nan])).item()
+        ([4.0, 2.0, 8.0], 2.0)
+
+    Source: Martens 2016, section 6.6.6.
+    """
+
+    factor: float = (19 / 20) ** 10
+    period: int = 20
+    minimum: float = 1e-12
+    maximum: float = 1e12
+
+    def __post_init__(self):
+        if not (0 < self.factor < 1 and self.period >= 1):
+            raise ValueError(f"the rule needs 0 < factor < 1 and a positive period, got {self}")
+
+    def due(self, count: jax.Array) -> jax.Array:
+        """Whether the step of that number, from 1, is one of those that try the candidates."""
+        return count % self.period == 0
+
+    def candidates(self, gamma: jax.Array) -> jax.Array:
+        """gamma, omega gamma and gamma / omega, shape (3,)."""
+        factors = jnp.array([1.0, self.factor, 1 / self.factor], gamma.dtype)
+        return jnp.clip(gamma * factors, self.minimum, self.maximum)
+
+    def choose(self, candidates: jax.Array, model_values: jax.Array) -> jax.Array:
+        """The candidate with the lowest model value; the first one where none is finite."""
+        return candidates[jnp.argmin(jnp.where(jnp.isnan(model_values), jnp.inf, model_values))]

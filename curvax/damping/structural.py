@@ -1,0 +1,215 @@
+"""Structural damping: a penalty on how much a step changes intermediate quantities of the model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import register_dataclass
+
+from curvax import products, trees
+from curvax.curvature_point import CurvaturePoint, linearize_term
+from curvax.damping.matrices import Curvature, Damping, Tikhonov
+from curvax.linear_map import LinearMap
+from curvax.output_loss import OutputLoss
+from curvax.output_matrix import OutputMatrix
+from curvax.standard_losses import SquaredError
+
+PyTree = Any
+Scalar = Any
+
+
+def structural(
+    intermediates: Callable[[PyTree], PyTree],
+    *,
+    strength: Scalar = 1 / 30,
+    relative: bool = False,
+    loss: OutputLoss | None = None,
+    base: Damping | None = None,
+) -> Damping:
+    r"""Damping by mu D_k with D_k the Gauss-Newton matrix of K(theta) = mean_i d(c(theta, x_i), c(theta_k, x_i)).
+
+    c are intermediate quantities, such as the hidden states of a recurrent network, whose change a step is to be
+    charged for even where the loss does not feel it; d is a loss that measures the change. K has no slope at theta_k,
+    so the damped model is M + mu/2 delta^T D_k delta + lambda/2 delta^T D delta with D from ``base``. The model is
+    extended by the outputs c, so one push forward and one pull back serve G and D_k together. The sum over the axes of
+    c, such as time, is taken as for every loss.
+
+    The model names c by returning it: make the objective with ``has_aux=True`` and let the model return
+    (outputs, aux); terms without aux are not damped in this way.
+
+    Args:
+        intermediates: aux -> c, a pytree of floating-point arrays with the examples on axis 0.
+        strength: mu; Martens and Sutskever take 1/30 for recurrent networks. May be traced.
+        relative: Whether mu is multiplied by lambda and so adapts with it, or stays as it is; the sources do not say
+            which of the two they did.
+        loss: d, ``squared_error`` by default; ``sigmoid_binary_cross_entropy`` for c the inputs of sigmoid units.
+        base: The damping that lambda scales; Tikhonov's by default.
+
+    Returns:
+        The damping.
+
+    Raises:
+        ValueError: When called: no term has aux, an array of c has no example axis of the batch's length, or the
+            curvature is the Hessian.
+
+    Example:
+        >>> def model(w, x):
+        ...     hidden = x * w[0]
+        ...     return hidden * w[1], hidden
+        >>> objective = curvax.Objective(model, curvax.losses.squared_error(), has_aux=True)
+        >>> at = objective.linearize(jnp.array([1.0, 2.0]), (jnp.ones((1, 1)), jnp.zeros((1, 1))))
+        >>> damping = curvax.damping.structural(lambda hidden: hidden, strength=3.0)
+        >>> damping(at, curvax.ggn, 0.5, jax.random.key(0)).to_dense()     # [2, 1]^T [2, 1] + diag(3, 0) + 0.5 I
+        Array([[7.5, 2. ],
+               [2. , 1.5]], dtype=float...)
+
+    Source: Martens and Sutskever 2011; Martens 2016, section 4.6.4.
+    """
+    distance = SquaredError() if loss is None else loss
+    return Structural(intermediates, strength, relative, distance, Tikhonov() if base is None else base)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Structural(Damping):
+    """See ``structural``."""
+
+    intermediates: Callable[[PyTree], PyTree]
+    strength: Scalar
+    relative: bool
+    loss: OutputLoss
+    base: Damping
+
+    def __call__(self, at: CurvaturePoint, curvature: Curvature, strength: Scalar, key: jax.Array) -> LinearMap:
+        if curvature is products.hessian:
+            raise ValueError("structural damping extends a Gauss-Newton or Fisher matrix; pass curvature=curvax.ggn")
+        weight = jnp.asarray(self.strength)
+        if self.relative:
+            weight = weight.astype(jnp.result_type(strength)) * strength
+        return self.base(self._extended(at, weight), curvature, strength, key)
+
+    def _extended(self, at: CurvaturePoint, weight: jax.Array) -> CurvaturePoint:
+        """The point of the model with outputs (z, c); mu travels with the targets, where it may be traced."""
+        if not any(term.has_aux for term in at.objective.terms):
+            raise ValueError(
+                "structural damping reads the intermediate quantities off the model's auxiliary outputs: let the model"
+                " return (outputs, aux) and make the objective with has_aux=True"
+            )
+        terms, all_cases, linearizations = [], [], []
+        for index, (term, cases) in enumerate(zip(at.objective.terms, at.cases, strict=True)):
+            if term.has_aux:
+                inputs_axes, targets_axes = _pair(term.example_axes)
+                count = at.num_examples(index)
+                term = dataclasses.replace(
+                    term,
+                    model_fn=_Extended(term.model_fn, self.intermediates),
+                    loss=_WithIntermediates(term.loss, self.loss),
+                    example_axes=(inputs_axes, (targets_axes, 0)),
+                    has_aux=False,
+                )
+                cases = cases._replace(targets=(cases.targets, jnp.full((count,), weight)))
+                _, chosen = jax.eval_shape(lambda p, x, term=term: term.apply(p, x)[0], at.params, cases.inputs)
+                _check_cases(chosen, cases.scale.shape or (count,))
+            if at.chunk_size is None:
+                linearizations.append(linearize_term(term, at.params, cases.inputs)[0])
+            terms.append(term)
+            all_cases.append(cases)
+        return dataclasses.replace(
+            at,
+            objective=at.objective.replace(terms=tuple(terms)),
+            cases=tuple(all_cases),
+            linearizations=tuple(linearizations) if at.chunk_size is None else None,
+            aux=None,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Extended:
+    """(params, inputs) -> (z, c)."""
+
+    model_fn: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
+    intermediates: Callable[[PyTree], PyTree]
+
+    def __call__(self, params, inputs):
+        outputs, aux = self.model_fn(params, inputs)
+        chosen = self.intermediates(aux)
+        trees.check_floating(chosen, "the intermediates of structural damping")
+        return outputs, chosen
+
+
+def _check_cases(chosen, shape):
+    for path, leaf in zip(trees.leaf_paths(chosen), jax.tree.leaves(chosen), strict=True):
+        if leaf.shape[: len(shape)] != shape:
+            raise ValueError(
+                f"structural damping: intermediates[{path!r}] of shape {leaf.shape} must begin with {shape}, the axes"
+                " of the cases; move the examples to axis 0 in the model or in intermediates="
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class _WithIntermediates(OutputLoss):
+    """The curvature of L(y, z) + mu d(c, c_k) on outputs (z, c), with targets (y, mu) and mu one number an example."""
+
+    loss: OutputLoss
+    distance: OutputLoss
+    has_value = False
+
+    def value(self, outputs, targets):
+        return self.loss.value(outputs[0], targets[0])
+
+    def curvature(self, outputs, targets):
+        return self._with(self.loss.curvature(outputs[0], targets[0]), outputs, targets)
+
+    def fisher(self, outputs, targets=None):
+        if targets is None:
+            raise ValueError("the strength of structural damping travels with the targets, and they are None")
+        return self._with(self.loss.fisher(outputs[0], targets[0]), outputs, targets)
+
+    def _with(self, matrix, outputs, targets):
+        return _Pair(matrix, self.distance.fisher(outputs[1]), targets[1])
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Pair(OutputMatrix):
+    """The block-diagonal matrix diag(first, weight * second) on pairs of outputs."""
+
+    first: OutputMatrix
+    second: OutputMatrix
+    weight: jax.Array
+
+    @property
+    def root_structure(self) -> PyTree:
+        return self.first.root_structure, self.second.root_structure
+
+    def product(self, vector):
+        return self.first.product(vector[0]), self._weighted(self.second.product(vector[1]), self.weight)
+
+    def sqrt_product(self, vector):
+        root = jnp.sqrt(self.weight)
+        return self.first.sqrt_product(vector[0]), self._weighted(self.second.sqrt_product(vector[1]), root)
+
+    def sqrt_transpose_product(self, vector):
+        root = jnp.sqrt(self.weight)
+        second = self._weighted(self.second.sqrt_transpose_product(vector[1]), root)
+        return self.first.sqrt_transpose_product(vector[0]), second
+
+    def pinv_product(self, vector):
+        inverse = jnp.where(self.weight > 0, 1 / jnp.where(self.weight > 0, self.weight, 1), 0)
+        return self.first.pinv_product(vector[0]), self._weighted(self.second.pinv_product(vector[1]), inverse)
+
+    def _weighted(self, vector, weight):
+        def times(leaf):
+            return leaf * weight.astype(leaf.dtype).reshape(weight.shape + (1,) * (leaf.ndim - 1))
+
+        return jax.tree.map(times, vector)
+
+
+def _pair(example_axes):
+    if isinstance(example_axes, (tuple, list)):
+        inputs_axes, targets_axes = example_axes
+        return inputs_axes, targets_axes
+    return example_axes, example_axes
