@@ -43,7 +43,7 @@ class HessianFreeInfo(NamedTuple):
         loss: h(theta) on the curvature batch.
         new_loss: h(theta + delta) there, before the line search.
         predicted_change: M(delta) - M(0) of the undamped model there.
-        step_ratio: rho, the actual over the predicted change; -inf where the step failed.
+        step_ratio: rho, the actual over the predicted change; -inf where the step failed or curvature was negative.
         damping: lambda that the step was computed with.
         cg_iterations: Steps of conjugate gradients.
         cg_reason: Why they stopped, a ``curvax.solvers.StopReason``.
@@ -124,8 +124,8 @@ def hessian_free(
     ``optax.MultiSteps`` the gradient is the mean over the mini-batches and everything else is of the last one. A step
     in which anything is not finite is skipped and counted: updates are zero and the state stays.
 
-    With an indefinite matrix (``curvature=curvax.hessian``) a run ends at the first direction of negative curvature;
-    ``curvax.newton_cg`` makes use of it.
+    With an indefinite matrix (``curvature=curvax.hessian``) a run ends at the first direction of negative curvature,
+    and the damping grows; ``curvax.newton_cg`` makes use of such a direction.
 
     Args:
         objective: The objective.
@@ -229,7 +229,9 @@ def hessian_free(
         gradient = updates if curvature_at is None else trees.extract(local.value_and_gradient()[1], updates)
         slope = trees.vdot(gradient, delta)
         predicted = (slope + matrix.quadratic(delta).astype(slope.dtype) / 2).astype(dtype)
-        ratio = reduction_ratio(loss, new_loss, predicted).astype(dtype)
+        # A matrix that is not positive definite needs more damping, however well the part of the step fared.
+        indefinite = result.reason == solvers.StopReason.NEGATIVE_CURVATURE
+        ratio = jnp.where(indefinite, -jnp.inf, reduction_ratio(loss, new_loss, predicted).astype(dtype))
         step_size = _backtracking_line_search(
             lambda step_size: judged_loss(trees.scale(step_size, delta)),
             judged,

@@ -1,0 +1,139 @@
+"""Structural damping: the Gauss-Newton matrix of the extended network is G + mu D_k (DM-3, T9)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import curvax
+from curvax import damping
+from curvax.testing import dense_ggn, flops
+
+KEY = jax.random.key(0)
+
+
+def recurrent(params, inputs):
+    """A tanh network over time: outputs at the last step; aux, the hidden states and their inputs."""
+    start = jnp.zeros((inputs.shape[0], params["recurrent"].shape[0]), inputs.dtype)
+
+    def step(hidden, x):
+        summed = x @ params["input"] + hidden @ params["recurrent"]
+        return jnp.tanh(summed), (jnp.tanh(summed), summed)
+
+    last, (hidden, summed) = jax.lax.scan(step, start, jnp.swapaxes(inputs, 0, 1))
+    aux = {"hidden": jnp.swapaxes(hidden, 0, 1), "summed": jnp.swapaxes(summed, 0, 1)}
+    return last @ params["output"], aux
+
+
+def setting(model=recurrent, **options):
+    keys = jax.random.split(jax.random.key(3), 5)
+    shapes = {"input": (2, 3), "recurrent": (3, 3), "output": (3, 2)}
+    params = {name: 0.7 * jax.random.normal(key, shapes[name]) for name, key in zip(shapes, keys, strict=False)}
+    batch = (jax.random.normal(keys[3], (5, 4, 2)), jax.random.randint(keys[4], (5,), 0, 2))
+    return curvax.Objective(model, curvax.losses.softmax_cross_entropy(), has_aux=True, **options), params, batch
+
+
+def penalty_matrix(name, distance, params, batch):
+    """D_k by an objective of its own, whose outputs are the intermediates; its curvature ignores the targets."""
+    alone = curvax.Objective(lambda p, x: recurrent(p, x)[1][name], distance)
+    inputs = batch[0]
+    return dense_ggn(alone, params, (inputs, 0.5 * jnp.ones((*inputs.shape[:2], 3))))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+@pytest.mark.parametrize(
+    ("name", "distance", "relative"),
+    [
+        ("hidden", curvax.losses.squared_error(), False),
+        ("summed", curvax.losses.sigmoid_binary_cross_entropy(), False),
+        ("hidden", curvax.losses.squared_error(), True),
+    ],
+)
+def test_the_extended_network_has_the_sum_of_both_matrices(name, distance, relative, chunk_size):
+    objective, params, batch = setting(l2=0.01)
+    piece = damping.structural(lambda aux: aux[name], strength=0.3, relative=relative, loss=distance)
+    at = objective.linearize(params, batch, chunk_size=chunk_size)
+    damped = jax.jit(lambda at, strength: piece(at, curvax.ggn, strength, KEY).to_dense())(at, 0.5)
+    mu = 0.3 * (0.5 if relative else 1)
+    matrix = dense_ggn(objective, params, batch)
+    expected = matrix + mu * penalty_matrix(name, distance, params, batch) + 0.5 * np.eye(len(matrix))
+    np.testing.assert_allclose(damped, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_fisher_and_another_base_damping():
+    objective, params, batch = setting()
+    base = damping.scale_sensitive(diagonal=jax.tree.map(jnp.ones_like, params), exponent=0.5)
+    piece = damping.structural(lambda aux: aux["hidden"], strength=2.0, base=base)
+    damped = piece(objective.linearize(params, batch), curvax.fisher, 0.5, KEY).to_dense()
+    matrix = dense_ggn(objective, params, batch)  # the softmax has natural parameters
+    expected = matrix + 2 * penalty_matrix("hidden", curvax.losses.squared_error(), params, batch)
+    np.testing.assert_allclose(damped, expected + 0.5 * np.eye(len(matrix)), rtol=1e-10, atol=1e-12)
+
+
+def test_the_diagonal_estimate_of_preconditioners_sees_the_penalty():
+    objective, params, batch = setting()
+    at = objective.linearize(params, batch)
+    damped = damping.structural(lambda aux: aux["hidden"], strength=5.0)(at, curvax.ggn, 0.1, KEY)
+
+    @jax.jit
+    @jax.vmap
+    def estimate(key):
+        return curvax.trees.ravel(curvax.estimators.chapelle_erhan_diagonal(damped, key))
+
+    draws = np.asarray(estimate(jax.random.split(jax.random.key(1), 3000)))
+    exact = np.asarray(curvax.trees.ravel(damped.diagonal()))
+    directions = np.random.default_rng(0).standard_normal((20, draws.shape[1]))
+    projected = draws @ directions.T
+    errors = (projected.mean(0) - directions @ exact) / (projected.std(0) / np.sqrt(len(draws)))
+    assert np.abs(errors).max() < 4.5
+
+
+def test_one_pass_serves_both_matrices():
+    """A product costs little more than without: no second recursion over time for the penalty."""
+    objective, params, batch = setting()
+    params = {"input": jnp.ones((2, 40)) / 9, "recurrent": jnp.ones((40, 40)) / 90, "output": jnp.ones((40, 2)) / 9}
+    piece = damping.structural(lambda aux: aux["hidden"])
+
+    def cost(damp):
+        at = objective.linearize(params, batch)
+        return flops(lambda at, v: damp(at, curvax.ggn, 0.1, KEY)(v), at, params) - flops(
+            lambda at: damp(at, curvax.ggn, 0.1, KEY).maps[0].point.linearizations[0].outputs, at
+        )
+
+    assert cost(piece) < 1.25 * cost(damping.tikhonov())
+
+
+def test_misuse_is_an_error_that_says_what_to_do():
+    objective, params, batch = setting()
+    at = objective.linearize(params, batch)
+    hidden = damping.structural(lambda aux: aux["hidden"])
+    with pytest.raises(ValueError, match=r"curvature=curvax\.ggn"):
+        hidden(at, curvax.hessian, 0.1, KEY)
+    time_first = damping.structural(lambda aux: {"states": jnp.swapaxes(aux["hidden"], 0, 1)})
+    with pytest.raises(ValueError, match=r"intermediates\['states'\] of shape \(4, 5, 3\) must begin with \(5,\)"):
+        time_first(at, curvax.ggn, 0.1, KEY)
+    scalar = damping.structural(lambda aux: jnp.sum(aux["hidden"]))
+    with pytest.raises(ValueError, match=r"of shape \(\) must begin with"):
+        scalar(at, curvax.ggn, 0.1, KEY)
+    whole = damping.structural(lambda aux: jnp.ones((5, 2), jnp.int32))
+    with pytest.raises(TypeError, match=r"intermediates of structural damping.*int32"):
+        whole(at, curvax.ggn, 0.1, KEY)
+    plain = curvax.Objective(lambda p, x: recurrent(p, x)[0], curvax.losses.softmax_cross_entropy())
+    with pytest.raises(ValueError, match="has_aux=True"):
+        hidden(plain.linearize(params, batch), curvax.ggn, 0.1, KEY)
+
+
+def test_a_mask_over_steps_needs_intermediates_with_steps():
+    def model(params, x):
+        hidden = jnp.tanh(x @ params)
+        return hidden, (hidden, jnp.sum(hidden, axis=1))
+
+    objective = curvax.Objective(
+        model, curvax.losses.squared_error(), has_aux=True, mask=lambda batch: batch[1][..., 0] > 0
+    )
+    inputs = jax.random.normal(KEY, (3, 4, 2))
+    at = objective.linearize(jnp.eye(2), (inputs, jnp.sign(inputs)))
+    steps = damping.structural(lambda aux: aux[0], strength=1.0)(at, curvax.ggn, 0.0, KEY)
+    np.testing.assert_allclose(steps.to_dense(), 2 * curvax.ggn(objective, at=at).to_dense(), rtol=1e-12)
+    with pytest.raises(ValueError, match=r"must begin with \(3, 4\)"):
+        damping.structural(lambda aux: aux[1])(at, curvax.ggn, 0.1, KEY)
