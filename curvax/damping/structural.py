@@ -26,17 +26,17 @@ def structural(
     intermediates: Callable[[PyTree], PyTree],
     *,
     strength: Scalar = 1 / 30,
-    relative: bool = False,
+    relative: bool = True,
     loss: OutputLoss | None = None,
     base: Damping | None = None,
 ) -> Damping:
-    r"""Damping by mu D_k with D_k the Gauss-Newton matrix of K(theta) = mean_i d(c(theta, x_i), c(theta_k, x_i)).
+    r"""Damping by lambda mu D_k with D_k the Gauss-Newton matrix of K(theta) = mean_i d(c(theta, x_i), c(theta_k, x_i)).
 
     c are intermediate quantities, such as the hidden states of a recurrent network, whose change a step is to be
     charged for even where the loss does not feel it; d is a loss that measures the change. K has no slope at theta_k,
-    so the damped model is M + mu/2 delta^T D_k delta + lambda/2 delta^T D delta with D from ``base``. The model is
-    extended by the outputs c, so one push forward and one pull back serve G and D_k together. The sum over the axes of
-    c, such as time, is taken as for every loss.
+    so the damped model is M + lambda/2 delta^T (D + mu D_k) delta with D from ``base``. The model is extended by the
+    outputs c, so one push forward and one pull back serve G and D_k together. The sum over the axes of c, such as time,
+    is taken as for every loss.
 
     The model names c by returning it: make the objective with ``has_aux=True`` and let the model return
     (outputs, aux); terms without aux are not damped in this way.
@@ -44,8 +44,9 @@ def structural(
     Args:
         intermediates: aux -> c, a pytree of floating-point arrays with the examples on axis 0.
         strength: mu; Martens and Sutskever take 1/30 for recurrent networks. May be traced.
-        relative: Whether mu is multiplied by lambda and so adapts with it, or stays as it is; the sources do not say
-            which of the two they did.
+        relative: Whether mu is multiplied by lambda and so adapts with it, or stays as it is. The sources do not say
+            which of the two they did; a fixed mu goes on holding the intermediate quantities in place once the model
+            is trusted, and then stalls the learning of long time lags (``benchmarks.rnn_tasks``).
         loss: d, ``squared_error`` by default; ``sigmoid_binary_cross_entropy`` for c the inputs of sigmoid units.
         base: The damping that lambda scales; Tikhonov's by default.
 
@@ -62,7 +63,7 @@ def structural(
         ...     return hidden * w[1], hidden
         >>> objective = curvax.Objective(model, curvax.losses.squared_error(), has_aux=True)
         >>> at = objective.linearize(jnp.array([1.0, 2.0]), (jnp.ones((1, 1)), jnp.zeros((1, 1))))
-        >>> damping = curvax.damping.structural(lambda hidden: hidden, strength=3.0)
+        >>> damping = curvax.damping.structural(lambda hidden: hidden, strength=3.0, relative=False)
         >>> damping(at, curvax.ggn, 0.5, jax.random.key(0)).to_dense()     # [2, 1]^T [2, 1] + diag(3, 0) + 0.5 I
         Array([[7.5, 2. ],
                [2. , 1.5]], dtype=float...)

@@ -15,6 +15,7 @@ from curvax.term import Term, evaluate, expand_right
 PyTree = Any
 
 
+@jax.jit
 def dense_hessian(objective: Objective, params: PyTree, batch: PyTree) -> jax.Array:
     """The Hessian of the objective by ``jax.hessian`` of the ravelled parameters.
 
@@ -34,6 +35,7 @@ def dense_hessian(objective: Objective, params: PyTree, batch: PyTree) -> jax.Ar
     return jax.hessian(lambda flat: objective(trees.unravel(flat, params), batch))(trees.ravel(params))
 
 
+@jax.jit
 def dense_ggn(objective: Objective, params: PyTree, batch: PyTree) -> jax.Array:
     """The generalised Gauss-Newton matrix sum_i scale_i J_i^T C_i J_i, from explicit Jacobians and explicit C_i.
 
@@ -48,6 +50,7 @@ def dense_ggn(objective: Objective, params: PyTree, batch: PyTree) -> jax.Array:
     return _sandwich(objective, params, batch, lambda term, z, y: term.loss.curvature(z, y))
 
 
+@jax.jit
 def dense_fisher(objective: Objective, params: PyTree, batch: PyTree) -> jax.Array:
     """The Fisher matrix sum_i scale_i J_i^T F_R J_i, from explicit Jacobians and explicit F_R.
 
@@ -62,6 +65,7 @@ def dense_fisher(objective: Objective, params: PyTree, batch: PyTree) -> jax.Arr
     return _sandwich(objective, params, batch, lambda term, z, y: term.loss.fisher(z, y))
 
 
+@jax.jit
 def dense_empirical_fisher(objective: Objective, params: PyTree, batch: PyTree) -> jax.Array:
     """The empirical Fisher matrix sum_i scale_i g_i g_i^T, from the explicit gradient of every case.
 
@@ -81,6 +85,7 @@ def dense_empirical_fisher(objective: Objective, params: PyTree, batch: PyTree) 
     return _penalised(objective, params, sum(one(term) for term in objective.terms))
 
 
+@jax.jit
 def case_gradients(term: Term, params: PyTree, batch: PyTree) -> tuple[jax.Array, jax.Array]:
     """The gradient of the loss of every case of a term, by ``jax.jacrev``, and the factor of each case.
 

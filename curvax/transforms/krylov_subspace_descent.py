@@ -127,11 +127,13 @@ def krylov_subspace_descent(
             new_params = trees.add(local.params, trees.embed(delta, local.params))
             return (local.loss_at(new_params) if held_out is None else objective(new_params, held_out)).astype(dtype)
 
+        gradient_norm = trees.norm(updates).astype(dtype)
         subspace = solvers.krylov_subspace(
             curvature(local.objective, at=local).restrict(updates),
             updates,
             num_vectors=num_vectors,
-            extra=state.direction,
+            # Without a gradient there is nothing to do, not even along the last direction.
+            extra=trees.where(gradient_norm > 0, state.direction, trees.zeros_like(state.direction)),
         )
         minimum = solvers.minimize_in_subspace(
             loss_at, subspace, max_iterations=max_subspace_iterations, tolerance=tolerance
@@ -144,7 +146,7 @@ def krylov_subspace_descent(
             new_loss=minimum.objective.astype(dtype),
             dimension=jnp.sum(subspace.active, dtype=jnp.int32),
             subspace_iterations=minimum.iterations.astype(jnp.int32),
-            gradient_norm=trees.norm(updates).astype(dtype),
+            gradient_norm=gradient_norm,
             update_norm=trees.norm(delta).astype(dtype),
             skipped_steps=state.info.skipped_steps,
         )

@@ -63,7 +63,7 @@ def test_the_extended_network_has_the_sum_of_both_matrices(name, distance, relat
 def test_fisher_and_another_base_damping():
     objective, params, batch = setting()
     base = damping.scale_sensitive(diagonal=jax.tree.map(jnp.ones_like, params), exponent=0.5)
-    piece = damping.structural(lambda aux: aux["hidden"], strength=2.0, base=base)
+    piece = damping.structural(lambda aux: aux["hidden"], strength=2.0, relative=False, base=base)
     damped = piece(objective.linearize(params, batch), curvax.fisher, 0.5, KEY).to_dense()
     matrix = dense_ggn(objective, params, batch)  # the softmax has natural parameters
     expected = matrix + 2 * penalty_matrix("hidden", curvax.losses.squared_error(), params, batch)
@@ -133,7 +133,7 @@ def test_a_mask_over_steps_needs_intermediates_with_steps():
     )
     inputs = jax.random.normal(KEY, (3, 4, 2))
     at = objective.linearize(jnp.eye(2), (inputs, jnp.sign(inputs)))
-    steps = damping.structural(lambda aux: aux[0], strength=1.0)(at, curvax.ggn, 0.0, KEY)
+    steps = damping.structural(lambda aux: aux[0], strength=1.0, relative=False)(at, curvax.ggn, 0.0, KEY)
     np.testing.assert_allclose(steps.to_dense(), 2 * curvax.ggn(objective, at=at).to_dense(), rtol=1e-12)
     with pytest.raises(ValueError, match=r"must begin with \(3, 4\)"):
         damping.structural(lambda aux: aux[1])(at, curvax.ggn, 0.1, KEY)

@@ -207,7 +207,7 @@ def test_structural_damping_inside_the_method():
 
     goal = curvax.Objective(model, curvax.losses.softmax_cross_entropy(), has_aux=True)
     penalty = curvax.Objective(lambda p, x: jnp.tanh(x @ p["first"]), curvax.losses.squared_error())
-    tx = curvax.hessian_free(goal, damping=curvax.damping.structural(lambda hidden: hidden, strength=2.0), **EXACT)
+    tx = curvax.hessian_free(goal, damping=curvax.damping.structural(lambda hidden: hidden, strength=20.0), **EXACT)
     data = batch(0)
     (_, _), gradient, at = goal.value_and_grad(weights(), data, has_aux=True)
     updates, state = jax.jit(lambda g, s, at: tx.update(g, s, weights(), at=at))(gradient, tx.init(weights()), at)
