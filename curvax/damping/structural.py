@@ -30,7 +30,7 @@ def structural(
     loss: OutputLoss | None = None,
     base: Damping | None = None,
 ) -> Damping:
-    r"""Damping by lambda mu D_k with D_k the Gauss-Newton matrix of K(theta) = mean_i d(c(theta, x_i), c(theta_k, x_i)).
+    r"""Damping by lambda mu D_k with D_k the Gauss-Newton matrix of K = mean_i d(c(theta, x_i), c(theta_k, x_i)).
 
     c are intermediate quantities, such as the hidden states of a recurrent network, whose change a step is to be
     charged for even where the loss does not feel it; d is a loss that measures the change. K has no slope at theta_k,

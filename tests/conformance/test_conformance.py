@@ -151,7 +151,7 @@ def test_dtypes_are_stable_for_narrow_parameters_under_x64(method, dtype):
     assert_close(jax.tree.map(lambda leaf: leaf.astype(jnp.float64), new_params), reference(method)[0], precision)
 
 
-# What a framework changes is the containers, which all methods treat by the same functions: the first method meets every
+# A framework changes the containers only, which all methods treat by the same functions: the first method meets every
 # framework, the others two of them, and the rest under `make test-all`.
 FRAMEWORK_CASES = [
     pytest.param(
