@@ -4,13 +4,14 @@ BIN := .venv/bin
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench lint types clean
+.PHONY: help demo test test-all bench bench-rnn lint types clean
 
 help:
-	@echo "make demo      train a classifier and an autoencoder, second order against Adam: table and plot in demo/"
+	@echo "make demo      train a deep autoencoder, Hessian-free against Adam and NAG: table and plots in demo/"
 	@echo "make test      all tests but the slow ones"
 	@echo "make test-all  all tests"
-	@echo "make bench     costs and benchmarks into benchmarks/results/"
+	@echo "make bench     costs and autoencoders into benchmarks/results/, in 40 minutes or less; go on by the same command"
+	@echo "make bench-rnn the table over long time lags, an hour or less; go on by the same command"
 	@echo "make lint      ruff and pyright"
 
 .venv/ready: pyproject.toml
@@ -29,6 +30,10 @@ test-all: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.product_cost
+	$(BIN)/python -m benchmarks.autoencoder_bench
+
+bench-rnn: .venv/ready
+	$(BIN)/python -m benchmarks.rnn_tasks --table --minutes 60
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -1,0 +1,120 @@
+"""The optimisers of the benchmarks by name: how each is made, its default settings, and the grid it is tuned on."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+
+import curvax
+
+Settings = Mapping[str, Any]
+
+
+class Optimizer(NamedTuple):
+    """An entry of the registry.
+
+    Attributes:
+        make: (objective, settings) -> transformation; the settings without ``batch_size`` and ``curvature_size``.
+        defaults: Settings where nothing else is said. ``batch_size`` is the number of examples in a step, all if it is
+            larger; ``curvature_size``, where given, how many of them the curvature is taken from.
+        grid: What tuning tries in place of the defaults.
+    """
+
+    make: Callable[..., optax.GradientTransformation]
+    defaults: Settings
+    grid: tuple[Settings, ...]
+
+    def __call__(self, objective: curvax.Objective, settings: Settings) -> optax.GradientTransformation:
+        """The transformation with these settings."""
+        own = {name: value for name, value in settings.items() if name not in ("batch_size", "curvature_size")}
+        return self.make(objective, **own)
+
+
+def settings_of(name: str, **given: Any) -> dict[str, Any]:
+    """The default settings of an optimiser, with what is given and not None in their place.
+
+    Raises:
+        ValueError: The optimiser is unknown, or has no such setting.
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"there is no optimiser {name!r}; choose among {', '.join(OPTIMIZERS)}")
+    given = {key: value for key, value in given.items() if value is not None}
+    unknown = set(given) - set(OPTIMIZERS[name].defaults) - {"curvature_size"}
+    if unknown:
+        raise ValueError(f"{name} has no setting {unknown.pop()!r}; it has {', '.join(OPTIMIZERS[name].defaults)}")
+    return {**OPTIMIZERS[name].defaults, **given}
+
+
+def _first_order(transformation):
+    return lambda objective, **settings: transformation(**settings)
+
+
+def _nesterov(learning_rate, momentum):
+    """v <- mu v - epsilon grad h(theta + mu v) in the form of optax, mu growing to its maximum (Sutskever 2013)."""
+
+    def growing(step):
+        mu = 1 - 2.0 ** (-1 - jnp.log2(jnp.floor(step / 250) + 1))
+        return jnp.minimum(mu, momentum)
+
+    sgd = optax.inject_hyperparams(optax.sgd, static_args="nesterov")
+    return sgd(learning_rate, momentum=growing, nesterov=True)
+
+
+def _hessian_free(objective, damping, max_iterations, warm_start):
+    return curvax.hessian_free(
+        objective, initial_damping=damping, max_iterations=max_iterations, warm_start=warm_start, choice="walk"
+    )
+
+
+def _products(**options):
+    """All combinations of the values given for each setting."""
+    return tuple(dict(zip(options, values, strict=True)) for values in itertools.product(*options.values()))
+
+
+OPTIMIZERS: dict[str, Optimizer] = {
+    "hessian_free": Optimizer(
+        _hessian_free,
+        {"batch_size": 4000, "curvature_size": 1000, "damping": 1.0, "max_iterations": 30, "warm_start": 0.95},
+        (
+            {"batch_size": 4000, "curvature_size": 1000, "max_iterations": 30},
+            {"batch_size": 4000, "curvature_size": 500, "max_iterations": 20},
+            {"batch_size": 1000, "curvature_size": 1000, "max_iterations": 30},
+        ),
+    ),
+    "newton_cg": Optimizer(
+        lambda objective, radius, max_iterations: curvax.newton_cg(
+            objective, initial_radius=radius, max_iterations=max_iterations
+        ),
+        {"batch_size": 2000, "radius": 1.0, "max_iterations": 30},
+        _products(radius=(0.3, 3.0)),
+    ),
+    "natural_gradient": Optimizer(
+        lambda objective, **settings: curvax.natural_gradient(objective, **settings),
+        {"batch_size": 2000, "learning_rate": 1.0, "damping": 10.0, "max_iterations": 20, "warm_start": 0.9},
+        _products(damping=(1.0, 10.0, 100.0)),
+    ),
+    "krylov_subspace_descent": Optimizer(
+        lambda objective, **settings: curvax.krylov_subspace_descent(objective, **settings),
+        {"batch_size": 2000, "num_vectors": 15, "max_subspace_iterations": 15},
+        _products(num_vectors=(10, 20)),
+    ),
+    "adam": Optimizer(
+        _first_order(optax.adam),
+        {"batch_size": 200, "learning_rate": 1e-3},
+        _products(batch_size=(200, 1000), learning_rate=(1e-3, 3e-3)),
+    ),
+    "nag": Optimizer(
+        _first_order(_nesterov),
+        {"batch_size": 200, "learning_rate": 3e-4, "momentum": 0.99},
+        _products(learning_rate=(3e-4, 1e-3), momentum=(0.9, 0.99)),
+    ),
+    "sgd": Optimizer(
+        _first_order(optax.sgd),
+        {"batch_size": 200, "learning_rate": 1e-3, "momentum": 0.9},
+        _products(learning_rate=(3e-4, 1e-3), momentum=(0.9, 0.99)),
+    ),
+}
