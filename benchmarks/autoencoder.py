@@ -237,7 +237,7 @@ def initial(sizes: tuple[int, ...], seed: int) -> PyTree:
     keys = jax.random.split(jax.random.key(seed), len(sizes) - 1)
     sparse = curvax.initializers.sparse(15, stddev=15**-0.5)
     return [
-        {"kernel": sparse(key, shape, jnp.float32), "bias": jnp.zeros(shape[1])}
+        {"kernel": sparse(key, shape, jnp.float32), "bias": jnp.zeros(shape[1], jnp.float32)}
         for key, shape in zip(keys, itertools.pairwise(sizes), strict=True)
     ]
 

@@ -12,6 +12,14 @@ from benchmarks import autoencoder, autoencoder_bench, demo
 from benchmarks.optimizers import OPTIMIZERS, settings_of
 from benchmarks.training import Batches, train
 
+
+@pytest.fixture(autouse=True)
+def _as_users_run_it():
+    """Benchmarks run in single precision and with jax's ordinary promotion, which optax's optimisers need."""
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 TINY = {"sizes": (64, 12, 3), "num_train": 60, "num_test": 20}
 
 
@@ -94,8 +102,7 @@ def test_nesterov_is_sutskevers_with_its_growing_momentum():
         mu = min(1 - 2 ** (-1 - np.log2(step // 250 + 1)), top)
         mus.append(mu)
         gradient = curvature * shown
-        with jax.numpy_dtype_promotion("standard"):
-            updates, state = tx.update(gradient, state, shown)
+        updates, state = tx.update(gradient, state, shown)
         v = mu * v - rate * gradient
         expected = shown + mu * v - rate * gradient
         shown = optax.apply_updates(shown, updates)
