@@ -81,7 +81,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
         {"batch_size": 4000, "curvature_size": 1000, "damping": 1.0, "max_iterations": 30, "warm_start": 0.95},
         (
             {"batch_size": 4000, "curvature_size": 1000, "max_iterations": 30},
-            {"batch_size": 4000, "curvature_size": 500, "max_iterations": 20},
+            {"batch_size": 4000, "curvature_size": 2000, "max_iterations": 20},
             {"batch_size": 1000, "curvature_size": 1000, "max_iterations": 30},
         ),
     ),
@@ -105,12 +105,12 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "adam": Optimizer(
         _first_order(optax.adam),
         {"batch_size": 200, "learning_rate": 1e-3},
-        _products(batch_size=(200, 1000), learning_rate=(1e-3, 3e-3)),
+        _products(learning_rate=(3e-4, 1e-3, 3e-3)),
     ),
     "nag": Optimizer(
         _first_order(_nesterov),
         {"batch_size": 200, "learning_rate": 3e-4, "momentum": 0.99},
-        _products(learning_rate=(3e-4, 1e-3), momentum=(0.9, 0.99)),
+        _products(learning_rate=(1e-3,), momentum=(0.9, 0.99)),
     ),
     "sgd": Optimizer(
         _first_order(optax.sgd),

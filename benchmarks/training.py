@@ -25,8 +25,9 @@ SECONDS_BETWEEN_CHECKPOINTS = 20.0
 class Batches(NamedTuple):
     """Random mini-batches as a function of the step alone, so that a resumed run sees those it would have seen.
 
-    Every epoch is a new shuffle, its incomplete last batch left out. The examples are cut on the host: indexing device
-    arrays costs more than a small step.
+    Every epoch is a new shuffle, its incomplete last batch left out; a batch of everything is shuffled too, so that
+    its first examples, which the curvature may be taken from, are others every time. The examples are cut on the host:
+    indexing device arrays costs more than a small step.
 
     Attributes:
         inputs: The training inputs.
@@ -42,11 +43,9 @@ class Batches(NamedTuple):
 
     def at(self, step: int) -> PyTree:
         """The batch of that step, counted from 0."""
-        if self.size >= len(self.inputs):
-            return self.inputs, self.targets
-        epoch, place = divmod(step, len(self.inputs) // self.size)
-        order = _shuffle(len(self.inputs), self.seed, epoch)
-        chosen = order[place * self.size : (place + 1) * self.size]
+        size = min(self.size, len(self.inputs))
+        epoch, place = divmod(step, len(self.inputs) // size)
+        chosen = _shuffle(len(self.inputs), self.seed, epoch)[place * size : (place + 1) * size]
         return self.inputs[chosen], self.targets[chosen]
 
 
@@ -68,7 +67,7 @@ def train(
     seconds: float | None = None,
     steps: int | None = None,
     evaluate: Callable[[PyTree], Record],
-    evaluations: int = 25,
+    evaluations: int = 12,
     curvature_size: int | None = None,
     checkpoints: Path | None = None,
 ) -> Run:

@@ -3,6 +3,7 @@
 from curvax import damping as damping
 from curvax import estimators as estimators
 from curvax import initializers as initializers
+from curvax import layers as layers
 from curvax import losses as losses
 from curvax import schedules as schedules
 from curvax import solvers as solvers
@@ -11,6 +12,9 @@ from curvax import transforms as transforms
 from curvax import trees as trees
 from curvax._version import __version__ as __version__
 from curvax.curvature_point import CurvaturePoint as CurvaturePoint
+from curvax.layers import Layers as Layers
+from curvax.layers import find_layers as find_layers
+from curvax.layers import tap as tap
 from curvax.linear_map import Diagonal as Diagonal
 from curvax.linear_map import LinearMap as LinearMap
 from curvax.linear_map import from_matvec as from_matvec

@@ -38,7 +38,7 @@ def test_batches_are_a_function_of_the_step_and_cover_every_epoch():
         np.testing.assert_array_equal(first[0], second[0])
         np.testing.assert_array_equal(first[1], 2 * first[0])
     whole = Batches(inputs, inputs, 50).at(7)
-    np.testing.assert_array_equal(whole[0], inputs)
+    np.testing.assert_array_equal(np.sort(whole[0], axis=0), inputs)
 
 
 @pytest.mark.parametrize("name", ["hessian_free", "adam"])
@@ -134,7 +134,7 @@ def test_the_command_line_leaves_log_plots_and_reconstructions(tmp_path, capsys)
 
 
 def test_the_bench_tunes_reports_and_does_not_repeat_what_is_on_file(tmp_path, monkeypatch):
-    case = autoencoder_bench.Case({"name": "digits", **TINY}, 0.01, 0.02, "a test")
+    case = autoencoder_bench.Case({"name": "digits", **TINY}, 0.02, "a test")
     monkeypatch.setitem(autoencoder_bench.CASES, "tiny", case)
     monkeypatch.setattr(autoencoder_bench, "NAMES", ("adam", "sgd"))
 

@@ -1,0 +1,238 @@
+"""Layers are found in every spelling, and their taps give every example's gradient, against autodiff in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import curvax
+from curvax import trees
+from tests.layers.cases import CASES, N
+
+
+@pytest.fixture(autouse=True)
+def _promotion():
+    """Modules of other libraries rely on jax's ordinary promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def setting(name):
+    case = CASES[name]()
+    objective = curvax.Objective(case.model, curvax.losses.squared_error())
+    outputs = case.model(case.params, case.inputs)
+    targets = jnp.asarray(np.random.default_rng(3).normal(size=outputs.shape))
+    return case, objective, (case.inputs, targets)
+
+
+SLOW = {name for name in CASES if name.startswith(("linen", "nnx", "equinox", "haiku"))} - {
+    *("linen_convolutions", "linen_attention", "linen_OptimizedLSTMCell", "linen_scan_over_layers", "linen_norms"),
+    *("linen_batch_norm_in_training", "nnx_attention", "nnx_GRUCell", "equinox_mlp", "equinox_attention", "haiku_lstm"),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES])
+def test_examples_gradients_are_those_of_autodiff(name):
+    case, objective, batch = setting(name)
+    layers = curvax.find_layers(objective, case.params, batch, fallback="gradient")
+    paths = trees.leaf_paths(case.params)
+    reasons = {paths[i]: reason for i, reason in layers.reasons.items()}
+    assert set(reasons) == set(case.without), str(layers)
+    for path, text in case.without.items():
+        assert text in reasons[path]
+    assert layers.couples_examples == case.couples
+    for path, kind in (case.kinds or {}).items():
+        assert layers[path].kind == kind
+
+    @jax.jit
+    def compute(params, batch):
+        tapped = curvax.tap(objective, layers, params, batch)
+        loss, gradient, (uses,) = tapped.value_and_gradient(tapped.loss_cotangents())
+        return loss, gradient, tapped.to_params([(use, use.per_example()) for use in uses])
+
+    loss, gradient, each = compute(case.params, batch)
+    true_loss, true_gradient, true_each = oracle(objective, case.couples)(case.params, batch)
+    np.testing.assert_allclose(loss, true_loss, rtol=1e-12)
+    for i, path in enumerate(paths):
+        ours, theirs = (jax.tree.leaves(tree)[i] for tree in (gradient, true_gradient))
+        np.testing.assert_allclose(ours, theirs, atol=case.atol, err_msg=path)
+        if path not in case.without and not case.couples:
+            ours, theirs = (jax.tree.leaves(tree)[i] for tree in (each, true_each))
+            np.testing.assert_allclose(ours, theirs, atol=case.atol, err_msg=path)
+
+
+def oracle(objective, couples):
+    """(params, batch) -> loss, gradient, and every example's gradient if examples are not coupled; by autodiff."""
+    if couples:
+        return jax.jit(lambda params, batch: (*jax.value_and_grad(objective)(params, batch), None))
+
+    @jax.jit
+    def compute(params, batch):
+        def one(example):
+            return jax.value_and_grad(objective)(params, jax.tree.map(lambda leaf: leaf[None], example))
+
+        losses, each = jax.vmap(one)(batch)
+        return jnp.mean(losses), jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), each), each
+
+    return compute
+
+
+@pytest.mark.parametrize("name", ["mlp_x_at_w", "scan_over_layers", "convolutions", "tied_embedding"])
+def test_pulling_back_once_gives_what_the_joint_sweep_gives(name):
+    case, objective, batch = setting(name)
+    layers = curvax.find_layers(objective, case.params, batch)
+
+    @jax.jit
+    def compute(params, batch):
+        tapped = curvax.tap(objective, layers, params, batch)
+        cotangents = tapped.loss_cotangents()
+        uses = tapped.pull_back(cotangents)
+        (columns,) = tapped.pull_back_columns(jax.tree.map(lambda leaf: leaf[None], cotangents))[:1]
+        summed = tapped.to_params([(use, use.gradient()) for use in uses])
+        weighted = tapped.to_params([(use, use.gradient(jnp.arange(1.0, N + 1))) for use in uses])
+        each = tapped.to_params([(use, use.per_example()) for use in uses])
+        return summed, weighted, each, columns.cotangents[0], uses[0].cotangents, tapped.point.value_and_gradient()
+
+    summed, weighted, each, columns, cotangents, point = compute(case.params, batch)
+    loss, gradient, true_each = oracle(objective, False)(case.params, batch)
+    np.testing.assert_allclose(point[0], loss, rtol=1e-12)
+    np.testing.assert_allclose(columns, cotangents, atol=1e-12)
+    weights = np.arange(1.0, N + 1)
+    for i, truth in enumerate(map(np.asarray, jax.tree.leaves(gradient))):
+        leaf = np.asarray(jax.tree.leaves(true_each)[i])
+        np.testing.assert_allclose(jax.tree.leaves(point[1])[i], truth, atol=1e-12)
+        np.testing.assert_allclose(jax.tree.leaves(summed)[i], N * truth, atol=1e-11)
+        np.testing.assert_allclose(jax.tree.leaves(weighted)[i], np.tensordot(weights, leaf, 1), atol=1e-10)
+        np.testing.assert_allclose(jax.tree.leaves(each)[i], leaf, atol=1e-11)
+
+
+def test_the_batch_may_have_another_size_and_the_step_is_traced_once():
+    case, objective, batch = setting("attention_with_merged_axes")
+    layers = curvax.find_layers(objective, *jax.eval_shape(lambda *tree: tree, case.params, batch))
+    traces = []
+
+    @jax.jit
+    def compute(params, batch):
+        traces.append(1)
+        tapped = curvax.tap(objective, layers, params, batch)
+        return tapped, tapped.value_and_gradient()[1]
+
+    for size in (N, 2 * N, 1, N):
+        inputs, targets = (jnp.concatenate([leaf, leaf])[:size] for leaf in batch)
+        _, gradient = compute(case.params, (inputs, targets))
+        truth = jax.grad(objective)(case.params, (inputs, targets))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), gradient, truth)
+    assert len(traces) == 3
+
+
+def test_a_tapped_point_passes_through_jit():
+    case, objective, batch = setting("mlp_x_at_w")
+    layers = curvax.find_layers(objective, case.params, batch)
+    tapped = jax.jit(lambda params, batch: curvax.tap(objective, layers, params, batch))(case.params, batch)
+
+    @jax.jit
+    def use(tapped):
+        (first,) = (u for u in tapped.pull_back(tapped.loss_cotangents()) if u.layer.name == "0/w")
+        return first.gradient(), curvax.ggn(at=tapped.point, objective=objective)(tapped.point.params)
+
+    gradient, product = use(tapped)
+    truth = jax.grad(objective)(case.params, batch)
+    np.testing.assert_allclose(gradient[0], N * truth[0]["w"], atol=1e-12)
+    expected = curvax.ggn(objective, case.params, batch)(case.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), product, expected)
+
+
+def test_a_parameter_without_structure_is_an_error_unless_chosen_otherwise():
+    case, objective, batch = setting("custom_vjp_layer")
+    with pytest.raises(ValueError, match=r"(?s)no structure was found for w.*custom derivatives"):
+        curvax.find_layers(objective, case.params, batch)
+    with pytest.raises(ValueError, match="fallback must be"):
+        curvax.find_layers(objective, case.params, batch, fallback="none")
+    inside = curvax.find_layers(objective, case.params, batch, through_custom_rules=True)
+    assert {layer.name for layer in inside} == {"w", "v"}
+
+
+def test_an_unused_parameter_is_reported_and_no_error():
+    objective = curvax.Objective(lambda p, x: x @ p["w"], curvax.losses.squared_error())
+    params, batch = {"w": jnp.ones((3, 2)), "idle": jnp.ones(4)}, (jnp.ones((N, 3)), jnp.ones((N, 2)))
+    layers = curvax.find_layers(objective, params, batch)
+    assert "is not used" in str(layers)
+    assert layers.unstructured == ()
+    gradient = curvax.tap(objective, layers, params, batch).value_and_gradient()[1]
+    np.testing.assert_array_equal(gradient["idle"], 0)
+
+
+def test_another_model_or_other_parameters_are_refused():
+    case, objective, batch = setting("mlp_x_at_w")
+    layers = curvax.find_layers(objective, case.params, batch)
+    other = curvax.Objective(lambda p, x: x @ p[0]["w"] @ p[1]["w"], curvax.losses.squared_error())
+    with pytest.raises(ValueError, match="not the one that find_layers saw"):
+        curvax.tap(other, layers, case.params, batch)
+    with pytest.raises(ValueError, match="not those that find_layers saw"):
+        curvax.tap(objective, layers, case.params[:1], batch)
+
+
+def test_a_model_that_only_fits_one_batch_size_is_explained():
+    constant = jnp.ones((N, 3))
+    objective = curvax.Objective(lambda w, x: (x + constant) @ w, curvax.losses.squared_error())
+    with pytest.raises(ValueError, match="cannot be traced with 7 examples"):
+        curvax.find_layers(objective, jnp.ones((3, 2)), (constant, jnp.ones((N, 2))))
+
+
+def test_several_terms_share_layers():
+    def network(params, x):
+        return jnp.tanh(x @ params["w"]) @ params["v"]
+
+    loss = curvax.losses.squared_error()
+    inner = curvax.Term(network, loss, select=lambda batch: batch["inner"])
+    border = curvax.Term(network, loss, select=lambda batch: batch["border"], weight=3.0)
+    objective = curvax.Objective.from_terms(inner, border, l2=0.1)
+    generator = np.random.default_rng(0)
+    params = {"w": jnp.asarray(generator.normal(size=(2, 4))), "v": jnp.asarray(generator.normal(size=(4, 1)))}
+    batch = {
+        "inner": (jnp.asarray(generator.normal(size=(6, 2))), jnp.ones((6, 1))),
+        "border": (jnp.asarray(generator.normal(size=(3, 2))), jnp.ones((3, 1))),
+    }
+    layers = curvax.find_layers(objective, params, batch)
+    assert [len(layer.members) for layer in layers] == [2, 2]
+    loss, gradient, _ = jax.jit(lambda p, b: curvax.tap(objective, layers, p, b).value_and_gradient())(params, batch)
+    truth = jax.value_and_grad(objective)(params, batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), (loss, gradient), truth)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("form", ["unrolled", "scanned"])
+def test_gradient_and_taps_cost_at_most_1_45_gradients(form, remat):
+    """Counted operations, against the cheapest gradient: that without remat where remat is not asked for."""
+    width, depth, batch_size = 256, 6, 128
+
+    def block(x, w):
+        return jnp.tanh(x @ w), None
+
+    inner = jax.checkpoint(block) if remat else block
+
+    def network(params, x):
+        if form == "scanned":
+            return jax.lax.scan(inner, x, params)[0]
+        for w in params:
+            x, _ = inner(x, w)
+        return x
+
+    single = jax.ShapeDtypeStruct((batch_size, width), jnp.float32)
+    objective = curvax.Objective(network, curvax.losses.squared_error())
+    params = (
+        jax.ShapeDtypeStruct((depth, width, width), jnp.float32)
+        if form == "scanned"
+        else [jax.ShapeDtypeStruct((width, width), jnp.float32)] * depth
+    )
+    layers = curvax.find_layers(objective, params, (single, single))
+
+    def with_taps(params, batch):
+        tapped = curvax.tap(objective, layers, params, batch)
+        loss, gradient, (uses,) = tapped.value_and_gradient(tapped.loss_cotangents())
+        return loss, gradient, [(use.inputs, use.cotangents) for use in uses]
+
+    ratio = curvax.testing.flops(with_taps, params, (single, single)) / curvax.testing.flops(
+        jax.value_and_grad(objective), params, (single, single)
+    )
+    assert ratio <= 1.45
