@@ -5,6 +5,7 @@ from curvax import estimators as estimators
 from curvax import initializers as initializers
 from curvax import layers as layers
 from curvax import losses as losses
+from curvax import nnx as nnx
 from curvax import schedules as schedules
 from curvax import solvers as solvers
 from curvax import testing as testing
@@ -28,6 +29,7 @@ from curvax.quadratic_model import QuadraticModel as QuadraticModel
 from curvax.quadratic_model import model_lower_bound as model_lower_bound
 from curvax.quadratic_model import quadratic_model as quadratic_model
 from curvax.quadratic_model import reduction_ratio as reduction_ratio
+from curvax.sample_space import gram as gram
 from curvax.term import Term as Term
 from curvax.transforms import average_iterates as average_iterates
 from curvax.transforms import averaged_params as averaged_params
@@ -38,3 +40,4 @@ from curvax.transforms import natural_gradient as natural_gradient
 from curvax.transforms import newton_cg as newton_cg
 from curvax.transforms import scale_by_dense_curvature as scale_by_dense_curvature
 from curvax.transforms import scale_by_natural_gradient as scale_by_natural_gradient
+from curvax.transforms import scale_by_sample_space as scale_by_sample_space

@@ -271,6 +271,10 @@ class Pullback(LinearMap):
 
         return self.point.accumulate(one, extras)
 
+    def output_matrix(self, index: int) -> OutputMatrix:
+        """C of the term of that index; for points that hold the whole batch."""
+        return self._matrix(self.point.pieces(self.extras)[index])
+
     def _matrix(self, piece):
         return piece.extra if isinstance(piece.extra, OutputMatrix) else self.make(piece)
 

@@ -51,15 +51,28 @@ def trees_close(actual, expected, rtol=1e-10):
     close(trees.ravel(actual), trees.ravel(expected), rtol)
 
 
-@pytest.mark.parametrize("name", testing.PROBLEMS)
-@pytest.mark.parametrize("kind", EXACT)
+def cases(names, first):
+    """Every kind with every problem.
+
+    The Fisher matrices differ from the Gauss-Newton matrix by what stands between J and J^T alone: in `make test` they
+    meet the problems in ``first``, under `make test-all` the others.
+    """
+    return [
+        pytest.param(
+            kind, name, id=f"{kind}-{name}", marks=pytest.mark.slow if "fisher" in kind and name not in first else ()
+        )
+        for kind in EXACT
+        for name in names
+    ]
+
+
+@pytest.mark.parametrize(("kind", "name"), cases(testing.PROBLEMS, ("mlp", "sequence", "poisson")))
 def test_every_column_quadratic_and_bilinear_form_equals_the_dense_matrix(kind, name):
     problem = testing.problem(name)
     check_map(jax.jit(EXACT[kind][0])(*problem[1:]), dense(kind, name), problem.params)
 
 
-@pytest.mark.parametrize("name", ["sequence", "two_terms", "weighted"])
-@pytest.mark.parametrize("kind", EXACT)
+@pytest.mark.parametrize(("kind", "name"), cases(["sequence", "two_terms", "weighted"], ("weighted",)))
 def test_results_do_not_depend_on_the_chunk_size(kind, name):
     problem = testing.problem(name)
     # The chunks do not divide the batch; those of one term of "two_terms" are larger than its batch.
@@ -173,7 +186,12 @@ def test_monte_carlo_fisher_does_not_depend_on_the_chunk_size_and_is_a_function_
     assert np.abs(make(jax.random.key(1)) - whole).max() > 1e-3 * np.abs(whole).max()
 
 
-@pytest.mark.parametrize("name", ["gaussian", "sequence", "weighted", "two_terms"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "name", ["gaussian", *(pytest.param(name, marks=SLOW) for name in ("sequence", "weighted", "two_terms"))]
+)
 def test_samples_have_the_covariance_of_the_map(name):
     problem = testing.problem(name)
     matrix = curvax.ggn(*problem[1:])

@@ -13,6 +13,7 @@ from jax.tree_util import register_dataclass
 from curvax import products, trees
 from curvax.curvature_point import CurvaturePoint, linearize_term
 from curvax.damping.matrices import Curvature, Damping, Tikhonov
+from curvax.layers.taps import LayerOutputs
 from curvax.linear_map import LinearMap
 from curvax.output_loss import OutputLoss
 from curvax.output_matrix import OutputMatrix
@@ -23,7 +24,7 @@ Scalar = Any
 
 
 def structural(
-    intermediates: Callable[[PyTree], PyTree],
+    intermediates: Callable[[PyTree], PyTree] | LayerOutputs,
     *,
     strength: Scalar = 1 / 30,
     relative: bool = True,
@@ -39,10 +40,12 @@ def structural(
     is taken as for every loss.
 
     The model names c by returning it: make the objective with ``has_aux=True`` and let the model return
-    (outputs, aux); terms without aux are not damped in this way.
+    (outputs, aux); terms without aux are not damped in this way. Or c are the outputs of layers that
+    ``curvax.find_layers`` found, and the model stays as it is.
 
     Args:
-        intermediates: aux -> c, a pytree of floating-point arrays with the examples on axis 0.
+        intermediates: aux -> c, a pytree of floating-point arrays with the examples on axis 0; or
+            ``curvax.layers.LayerOutputs(layers, names)``.
         strength: mu; Martens and Sutskever take 1/30 for recurrent networks. May be traced.
         relative: Whether mu is multiplied by lambda and so adapts with it, or stays as it is. The sources do not say
             which of the two they did; a fixed mu goes on holding the intermediate quantities in place once the model
@@ -78,7 +81,7 @@ def structural(
 class Structural(Damping):
     """See ``structural``."""
 
-    intermediates: Callable[[PyTree], PyTree]
+    intermediates: Callable[[PyTree], PyTree] | LayerOutputs
     strength: Scalar
     relative: bool
     loss: OutputLoss
@@ -94,19 +97,21 @@ class Structural(Damping):
 
     def _extended(self, at: CurvaturePoint, weight: jax.Array) -> CurvaturePoint:
         """The point of the model with outputs (z, c); mu travels with the targets, where it may be traced."""
-        if not any(term.has_aux for term in at.objective.terms):
+        models = [_extended_model(self.intermediates, index, term) for index, term in enumerate(at.objective.terms)]
+        if all(model is None for model in models):
             raise ValueError(
                 "structural damping reads the intermediate quantities off the model's auxiliary outputs: let the model"
-                " return (outputs, aux) and make the objective with has_aux=True"
+                " return (outputs, aux) and make the objective with has_aux=True; or name layers, with"
+                " curvax.layers.LayerOutputs"
             )
         terms, all_cases, linearizations = [], [], []
         for index, (term, cases) in enumerate(zip(at.objective.terms, at.cases, strict=True)):
-            if term.has_aux:
+            if models[index] is not None:
                 inputs_axes, targets_axes = _pair(term.example_axes)
                 count = at.num_examples(index)
                 term = dataclasses.replace(
                     term,
-                    model_fn=_Extended(term.model_fn, self.intermediates),
+                    model_fn=models[index],
                     loss=_WithIntermediates(term.loss, self.loss),
                     example_axes=(inputs_axes, (targets_axes, 0)),
                     has_aux=False,
@@ -125,6 +130,13 @@ class Structural(Damping):
             linearizations=tuple(linearizations) if at.chunk_size is None else None,
             aux=None,
         )
+
+
+def _extended_model(intermediates, index, term):
+    """(params, inputs) -> (z, c) of a term, or None if it has no intermediates."""
+    if isinstance(intermediates, LayerOutputs):
+        return intermediates.extended(index, term)
+    return _Extended(term.model_fn, intermediates) if term.has_aux else None
 
 
 @dataclasses.dataclass(frozen=True)

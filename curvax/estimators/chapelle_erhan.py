@@ -7,14 +7,22 @@ from typing import Any
 import jax
 
 from curvax import trees
+from curvax.estimators.layer_diagonals import sampled_squares
+from curvax.layers.find import Layers
+from curvax.layers.taps import tap_at
 from curvax.linear_map import Diagonal, LinearMap, Noise, Sum
-from curvax.products import LeafScalars
+from curvax.products import LeafScalars, Pullback
 
 PyTree = Any
 
 
 def chapelle_erhan_diagonal(
-    linear_map: LinearMap, key: jax.Array, *, num_samples: int = 1, distribution: Noise = trees.random_rademacher
+    linear_map: LinearMap,
+    key: jax.Array,
+    *,
+    num_samples: int = 1,
+    distribution: Noise = trees.random_rademacher,
+    layers: Layers | None = None,
 ) -> PyTree:
     r"""An unbiased estimate of diag(G), the mean of sq(u) over draws u with E[u u^T] = G.
 
@@ -28,6 +36,9 @@ def chapelle_erhan_diagonal(
         key: A PRNG key.
         num_samples: Draws to average.
         distribution: The noise; ``curvax.trees.random_rademacher`` varies less than ``random_normal``.
+        layers: From ``curvax.find_layers``: squares are then taken for each example, by taps, which leaves out the
+            cross terms between examples; the variance falls with their number. Parameters without structure are
+            estimated as without layers.
 
     Returns:
         The estimate, a pytree like the parameters.
@@ -41,12 +52,15 @@ def chapelle_erhan_diagonal(
     if isinstance(linear_map, Sum):
         keys = jax.random.split(key, len(linear_map.maps))
         parts = [
-            chapelle_erhan_diagonal(part, k, num_samples=num_samples, distribution=distribution)
+            chapelle_erhan_diagonal(part, k, num_samples=num_samples, distribution=distribution, layers=layers)
             for part, k in zip(linear_map.maps, keys, strict=True)
         ]
         return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *parts)
     if isinstance(linear_map, (Diagonal, LeafScalars)):
         return linear_map.diagonal()
+
+    if layers is not None and isinstance(linear_map, Pullback):
+        return _by_examples(linear_map, layers, key, num_samples, distribution)
 
     def add_square(total, k):
         draw = linear_map.sample(k, distribution)
@@ -55,3 +69,15 @@ def chapelle_erhan_diagonal(
     zeros = trees.zeros_like(linear_map.structure)
     total, _ = jax.lax.scan(add_square, zeros, jax.random.split(key, num_samples))
     return trees.scale(1 / num_samples, total)
+
+
+def _by_examples(linear_map, layers, key, num_samples, distribution):
+    tapped = tap_at(layers, linear_map.point)
+    matrices = [linear_map.output_matrix(i) for i in range(len(tapped.taps))]
+    estimate = sampled_squares(tapped, matrices, key, num_samples, distribution)
+    if not layers.unstructured:
+        return estimate
+    plain = chapelle_erhan_diagonal(linear_map, key, num_samples=num_samples, distribution=distribution)
+    leaves, treedef = jax.tree.flatten(estimate)
+    others = jax.tree.leaves(plain)
+    return treedef.unflatten([others[i] if i in layers.unstructured else leaf for i, leaf in enumerate(leaves)])

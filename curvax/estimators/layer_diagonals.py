@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from curvax import trees
 from curvax.curvature_point import Piece
 from curvax.estimators.per_example import check_whole_examples, split_uses
 from curvax.layers.taps import Captured, TappedPoint
+from curvax.linear_map import Noise
 from curvax.output_matrix import OutputMatrix
 
 PyTree = Any
@@ -73,20 +74,27 @@ def sampled_ggn_diagonal(tapped: TappedPoint, key: Array, *, num_samples: int = 
         Array([[ 5.],
                [10.]], dtype=float...)
     """
-    scales = check_whole_examples(tapped, "sampled_ggn_diagonal")
     matrices = output_matrices(tapped, _curvature)
+    return _with_penalty(tapped, sampled_squares(tapped, matrices, key, num_samples, trees.random_rademacher))
+
+
+def sampled_squares(
+    tapped: TappedPoint, matrices: Sequence[OutputMatrix], key: Array, num_samples: int, distribution: Noise
+) -> PyTree:
+    """The estimate for any matrices on the outputs, without the penalty's part."""
+    scales = check_whole_examples(tapped, "sampled diagonals by layers")
 
     def one(total, key):
         keys = jax.random.split(key, len(matrices))
         seeds = tuple(
-            matrix.sqrt_transpose_product(trees.random_rademacher(k, matrix.root_structure))
+            matrix.sqrt_transpose_product(distribution(k, matrix.root_structure))
             for matrix, k in zip(matrices, keys, strict=True)
         )
         return trees.add(total, _squares(tapped, tapped.pull_back(seeds), scales)), None
 
     zeros = trees.zeros_like(tapped.point.params)
     total, _ = jax.lax.scan(one, zeros, jax.random.split(key, num_samples))
-    return _with_penalty(tapped, trees.scale(1 / num_samples, total))
+    return trees.scale(1 / num_samples, total)
 
 
 def exact_ggn_diagonal(tapped: TappedPoint) -> PyTree:

@@ -104,7 +104,8 @@ def inner_products(tapped: TappedPoint, captured: list[Captured]) -> Array:
     """
     apart, together = split_uses(tapped, captured)
     terms = range(len(tapped.taps))
-    sizes = [next(u.cotangents.shape[0] * u.cotangents.shape[2] for u in captured if u.term == t) for t in terms]
+    columns = {use.term: use.cotangents.shape[0] for use in captured}
+    sizes = [columns.get(term, 1) * tapped.point.num_examples(term) for term in terms]
     blocks: list[list[Any]] = [[0] * len(sizes) for _ in sizes]
     for use in apart:
         blocks[use.term][use.term] += _inner_products(use)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 
 from curvax import trees
+from curvax.curvature_point import CurvaturePoint
 from curvax.layers.analysis import analyse
 from curvax.layers.geometry import Geometry, elementwise_axes, geometry_of
 from curvax.layers.uses import Use
@@ -67,14 +68,25 @@ def find_layers(
         out    (2, 4)  dense        1     1
         w      (3, 4)  dense  b     1     1
     """
+    inputs = [jax.eval_shape(term.split, batch)[0] for term in objective.terms]
+    return _find(objective, params, inputs, fallback, through_custom_rules)
+
+
+def find_layers_at(at: CurvaturePoint, *, fallback: Fallback = "error", through_custom_rules: bool = False) -> Layers:
+    """``find_layers`` for the model, the parameters and the batch of a curvature point, which may be traced."""
+    inputs = [jax.eval_shape(lambda tree: tree, cases.inputs) for cases in at.cases]
+    return _find(at.objective, at.params, inputs, fallback, through_custom_rules)
+
+
+def _find(objective, params, inputs, fallback, through_custom_rules):
     if fallback not in ("error", "diagonal", "gradient"):
         raise ValueError(f"fallback must be 'error', 'diagonal' or 'gradient', got {fallback!r}")
     trees.check_floating(params, "params")
     paths, leaves = trees.leaf_paths(params), jax.tree.leaves(params)
     structs = tuple(jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
     found, given, reasons, touched, coupled = [], [], {}, set(), False
-    for term in objective.terms:
-        analysis = _analyse_term(term, params, batch, through_custom_rules)
+    for term, term_inputs in zip(objective.terms, inputs, strict=True):
+        analysis = _analyse_term(term, params, term_inputs, through_custom_rules)
         coupled |= analysis.couples_examples
         touched |= analysis.touched
         for leaf, reason in analysis.reasons.items():
@@ -267,8 +279,7 @@ def trace_term(term: Term, params: PyTree, inputs: PyTree) -> tuple[ClosedJaxpr,
     return program, jax.tree.structure(shapes), len(jax.tree.leaves(shapes[0]))
 
 
-def _analyse_term(term, params, batch, through_custom_rules):
-    inputs, _ = jax.eval_shape(term.split, batch)
+def _analyse_term(term, params, inputs, through_custom_rules):
     axes = term.example_axes
     axes = axes[0] if isinstance(axes, (tuple, list)) else axes
     located = jax.tree.map(

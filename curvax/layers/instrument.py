@@ -41,12 +41,24 @@ def evaluate(
         ``(results, inputs, operands)``; the input of a use is the other operand, stacked over the scans around it, and
         None where the use has none.
     """
+    results, found = _run(program, arguments, uses, perturbations, through_custom_rules, given)
+    operands = {place: found[len(uses) + index] for index, place in enumerate(given)}
+    return results, [found.get(index) for index in range(len(uses))], operands
+
+
+def evaluate_outputs(
+    program: ClosedJaxpr, arguments: Sequence[Any], uses: Sequence[Use], through_custom_rules: bool = False
+) -> tuple[list[Any], list[Any]]:
+    """The results of a program, and the output of each use, stacked over the scans around it."""
+    results, found = _run(program, arguments, uses, [None] * len(uses), through_custom_rules, ())
+    return results, [found[~index] for index in range(len(uses))]
+
+
+def _run(program, arguments, uses, perturbations, through_custom_rules, given):
     tap = _Tapper(through_custom_rules)
     entries = [(index, use, use.address, perturbations[index]) for index, use in enumerate(uses)]
     entries += [(len(uses) + index, None, place, None) for index, place in enumerate(given)]
-    results, found = tap.run(program.jaxpr, program.consts, list(arguments), entries)
-    operands = {place: found[len(uses) + index] for index, place in enumerate(given)}
-    return results, [found.get(index) for index in range(len(uses))], operands
+    return tap.run(program.jaxpr, program.consts, list(arguments), entries)
 
 
 @jax.custom_jvp
@@ -67,7 +79,10 @@ class _Tapper:
         self.through = through_custom_rules
 
     def run(self, program: Jaxpr, consts, arguments, entries):
-        """(results, {index of use: its input}); ``entries`` are (index, use, rest of its address, perturbation)."""
+        """(results, what was found); ``entries`` are (index, use, rest of its address, perturbation).
+
+        Found are under the index of a use its input, under the complement of the index its output.
+        """
         environment: dict[Any, Any] = dict(zip(program.constvars, consts, strict=True))
         environment.update(zip(program.invars, arguments, strict=True))
         found: dict[int, Any] = {}
@@ -84,7 +99,9 @@ class _Tapper:
             for index, use, (operand,), eps in at_operands:
                 if use is None:
                     found[index] = values[operand]
-                elif eps is not None:
+                    continue
+                found[~index] = values[operand]
+                if eps is not None:
                     values[operand] = perturbed(values[operand], eps)
             rest_of_them = [entry for entry in here if entry not in at_operands]
             at_it = [entry for entry in rest_of_them if not entry[2]]
@@ -97,6 +114,7 @@ class _Tapper:
             for index, use, _, eps in at_it:
                 if use.kind != "shift":
                     found[index] = values[1 - use.side]
+                found[~index] = results[0]
                 if eps is not None:
                     results = [perturbed(results[0], eps)]
             environment.update(zip(eqn.outvars, results, strict=True))

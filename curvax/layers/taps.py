@@ -15,10 +15,10 @@ from curvax import trees
 from curvax.curvature_point import Cases, CurvaturePoint, Linearization
 from curvax.layers.find import Layer, Layers, trace_term
 from curvax.layers.geometry import Geometry, geometry_of
-from curvax.layers.instrument import evaluate
+from curvax.layers.instrument import evaluate, evaluate_outputs
 from curvax.layers.views import places_given
 from curvax.objective import Objective
-from curvax.term import scale_cases, weighted_sum, weighting
+from curvax.term import Term, scale_cases, weighted_sum, weighting
 
 PyTree = Any
 Array = jax.Array
@@ -70,6 +70,62 @@ def tap(objective: Objective, layers: Layers, params: PyTree, batch: PyTree) -> 
     only = aux[0] if len(aux) == 1 else tuple(aux)
     point = CurvaturePoint(objective, params, tuple(cases), tuple(linearizations), only, None)
     return TappedPoint(point, tuple(taps), layers)
+
+
+def tap_at(layers: Layers, at: CurvaturePoint) -> TappedPoint:
+    """The same at a curvature point: its parameters and its batch, with every layer tapped.
+
+    The forward pass is one that XLA merges with the point's own inside one ``jit``.
+    """
+    if at.chunk_size is not None:
+        raise ValueError("taps need the whole batch in memory: linearize without chunk_size")
+    _check_leaves(at.params, layers)
+    taps = []
+    for index, (term, cases) in enumerate(zip(at.objective.terms, at.cases, strict=True)):
+        tapped, _ = _tap_term(layers, index, term, at.params, cases.inputs)
+        taps.append(tapped)
+    return TappedPoint(at, tuple(taps), layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerOutputs:
+    """The outputs of some layers as intermediate quantities, for ``curvax.damping.structural``.
+
+    The output of a bias is the sum that it completes: name the bias of a layer to mean what goes into its activation.
+
+    Attributes:
+        layers: From ``curvax.find_layers``.
+        names: The names of layers.
+    """
+
+    layers: Layers
+    names: tuple[str, ...]
+
+    def extended(self, index: int, term: Term) -> Callable[[PyTree, PyTree], tuple[PyTree, Array]] | None:
+        """(params, inputs) -> (z, outputs of the layers) for the term of that index; None if it has none of them.
+
+        The outputs are one array of shape (examples, all units at all positions).
+        """
+        chosen_layers = [self.layers[name] for name in self.names]
+        members = {m.use: m for layer in chosen_layers for m in layer.members if m.term == index}
+        if not members:
+            return None
+
+        def model(params: PyTree, inputs: PyTree) -> tuple[PyTree, Array]:
+            program, out_tree, num_outputs = trace_term(term, params, inputs)
+            leaves = jax.tree.leaves(params)
+            uses = self.layers.uses_at(index, program, len(leaves), num_outputs)
+            flat = [*leaves, *jax.tree.leaves(inputs)]
+            chosen = [uses[i] for i in members]
+            results, outputs = evaluate_outputs(program, flat, chosen, self.layers.through_custom_rules)
+            arranged = [
+                geometry_of(use, member.elementwise).cotangents(raw).swapaxes(0, 1)
+                for use, member, raw in zip(chosen, members.values(), outputs, strict=True)
+            ]
+            flat_outputs = jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in arranged], axis=1)
+            return jax.tree.unflatten(out_tree, results)[0], flat_outputs
+
+        return model
 
 
 class Captured(NamedTuple):

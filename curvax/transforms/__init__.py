@@ -23,3 +23,6 @@ from curvax.transforms.natural_gradient import scale_by_natural_gradient as scal
 from curvax.transforms.newton_cg import NewtonCGInfo as NewtonCGInfo
 from curvax.transforms.newton_cg import NewtonCGState as NewtonCGState
 from curvax.transforms.newton_cg import newton_cg as newton_cg
+from curvax.transforms.sample_space import SampleSpaceInfo as SampleSpaceInfo
+from curvax.transforms.sample_space import SampleSpaceState as SampleSpaceState
+from curvax.transforms.sample_space import scale_by_sample_space as scale_by_sample_space

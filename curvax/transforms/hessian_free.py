@@ -15,6 +15,7 @@ from curvax.curvature_point import CurvaturePoint
 from curvax.damping.matrices import Damping, tikhonov
 from curvax.damping.rules import DampingRule
 from curvax.estimators.chapelle_erhan import chapelle_erhan_diagonal
+from curvax.layers.find import Layers
 from curvax.linear_map import LinearMap
 from curvax.objective import Objective
 from curvax.quadratic_model import reduction_ratio
@@ -102,6 +103,7 @@ def hessian_free(
     choice: Literal["walk", "best", "last"] = "walk",
     sufficient_decrease: float = 1e-2,
     curvature: Callable[..., LinearMap] = products.ggn,
+    layers: Layers | None = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Hessian-free optimisation: (G + lambda D) delta = -g solved inexactly by preconditioned conjugate gradients.
@@ -144,6 +146,8 @@ def hessian_free(
             are kept, "last" takes the last.
         sufficient_decrease: c of the line search.
         curvature: What makes the matrix from (objective, at=...): ``curvax.ggn`` or ``curvax.fisher``.
+        layers: From ``curvax.find_layers``: the preconditioner's diagonal then squares the gradients of single
+            examples, which varies much less. It is for losses whose cases are examples.
         seed: Seed of the preconditioner's noise.
 
     Returns:
@@ -210,7 +214,7 @@ def hessian_free(
             damped.restrict(updates),
             trees.scale(-1.0, updates),
             x0=trees.scale(warm_start, state.direction),
-            preconditioner=_preconditioner(damped, preconditioner_key, updates, preconditioner_exponent),
+            preconditioner=_preconditioner(damped, preconditioner_key, updates, preconditioner_exponent, layers),
             max_iterations=max_iterations,
             tolerance=float(jnp.finfo(dtype).eps),
             progress_tolerance=progress_tolerance,
@@ -262,11 +266,11 @@ def hessian_free(
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
-def _preconditioner(damped, key, updates, exponent):
+def _preconditioner(damped, key, updates, exponent, layers):
     """(diag(G + lambda D))^xi: the estimate takes the penalty's and a diagonal damping's part exactly."""
     if exponent is None:
         return None
-    diagonal = trees.extract(chapelle_erhan_diagonal(damped, key), updates)
+    diagonal = trees.extract(chapelle_erhan_diagonal(damped, key, layers=layers), updates)
     return solvers.diagonal_preconditioner(diagonal, exponent=exponent)
 
 

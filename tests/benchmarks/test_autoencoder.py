@@ -41,7 +41,7 @@ def test_batches_are_a_function_of_the_step_and_cover_every_epoch():
     np.testing.assert_array_equal(np.sort(whole[0], axis=0), inputs)
 
 
-@pytest.mark.parametrize("name", ["hessian_free", "adam"])
+@pytest.mark.parametrize("name", [pytest.param("hessian_free", marks=pytest.mark.slow), "adam"])
 def test_an_interrupted_run_goes_on_to_the_same_end(name, tmp_path):
     problem = tiny()
     settings = settings_of(name, batch_size=20)
@@ -78,7 +78,11 @@ def test_layers_scale_and_must_fit_the_data():
         autoencoder.make_problem("digits", (784, 5), num_train=5, num_test=5)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+# The others are those of the conformance matrix, and meet the registry under `make test-all`.
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in ("hessian_free", "nag") else pytest.mark.slow) for name in OPTIMIZERS],
+)
 def test_every_optimiser_of_the_registry_reduces_the_loss(name):
     problem = tiny()
     small = {"max_iterations": 3, "num_vectors": 3, "max_subspace_iterations": 3, "batch_size": 60}

@@ -66,6 +66,7 @@ METHODS = [
             "choice",
             "sufficient_decrease",
             "curvature",
+            "layers",
             "seed",
         ),
     ),
@@ -96,5 +97,12 @@ METHODS = [
         None,
         {"tolerance": 1e-9},
         ("objective", "num_vectors", "max_subspace_iterations", "curvature"),
+    ),
+    Method(
+        "scale_by_sample_space",
+        curvax.scale_by_sample_space,
+        0.3,
+        {"damping": 0.5},
+        ("objective", "layers", "momentum", "curvature", "method", "max_iterations", "tolerance"),
     ),
 ]

@@ -17,6 +17,17 @@ import curvax
 
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 
+# What depends on the building blocks (states, solvers, taps) more than on the method that is built of them: three
+# methods that differ most meet it in `make test`, all others in `make test-all`.
+FIRST = ("levenberg_marquardt", "hessian_free", "scale_by_sample_space")
+first_methods = pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(method, id=method.name, marks=() if method.name in FIRST else pytest.mark.slow)
+        for method in METHODS
+    ],
+)
+
 
 def make_step(tx, goal, **jit_options):
     """A jitted training step, and the list that grows by one whenever it is traced."""
@@ -110,7 +121,7 @@ def test_batch_and_at_give_the_same_update(method):
     assert_close(step(weights(), tx.init(weights()), batch()), reference(method)[:2])
 
 
-@every_method
+@first_methods
 def test_vmap_over_seeds_equals_one_at_a_time(method):
     goal = objective(plain())
     tx = method(goal)
@@ -125,7 +136,7 @@ def test_vmap_over_seeds_equals_one_at_a_time(method):
         assert_close(losses[index], loss)
 
 
-@every_method
+@first_methods
 def test_donated_buffers(method):
     goal = objective(plain())
     tx = method(goal)
@@ -135,7 +146,7 @@ def test_donated_buffers(method):
     assert_close((params, state), reference(method)[:2])
 
 
-@every_method
+@first_methods
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_dtypes_are_stable_for_narrow_parameters_under_x64(method, dtype):
     goal = objective(plain())
@@ -152,13 +163,13 @@ def test_dtypes_are_stable_for_narrow_parameters_under_x64(method, dtype):
 
 
 # A framework changes the containers only, which all methods treat by the same functions: the first method meets every
-# framework, the others two of them, and the rest under `make test-all`.
+# framework, the others one of them, and the rest under `make test-all`.
 FRAMEWORK_CASES = [
     pytest.param(
         method,
         framework,
         id=f"{framework}-{method.name}",
-        marks=() if method is METHODS[0] or framework in ("with_none", "flax_nnx") else pytest.mark.slow,
+        marks=() if method is METHODS[0] or framework == "flax_nnx" else pytest.mark.slow,
     )
     for method in METHODS
     for framework in FRAMEWORKS
@@ -182,7 +193,7 @@ def test_every_framework_takes_the_same_step(method, framework):
     assert skeleton(second) == skeleton(state)
 
 
-@every_method
+@first_methods
 def test_inside_chain_and_apply_if_finite(method):
     goal = objective(plain())
     tx = optax.apply_if_finite(optax.chain(method(goal), optax.scale(0.5)), max_consecutive_errors=3)
@@ -209,7 +220,7 @@ def frozen_reference(method, names):
     return step(visible, tx.init(visible), batch())[0]
 
 
-@every_method
+@first_methods
 @pytest.mark.parametrize("wrapper", ["masked", "partition"])
 def test_hidden_leaves_are_constants_to_the_method(method, wrapper):
     goal, shown = objective(plain()), {"w1", "w2"}
@@ -237,7 +248,7 @@ def test_masked_parameters_with_batch_say_what_to_do(method):
         tx.update(gradient, tx.init(weights()), weights(), batch=batch())
 
 
-@every_method
+@first_methods
 def test_multi_steps_uses_the_mean_gradient_and_the_last_curvature(method):
     goal = objective(plain())
     inner = method(goal)
@@ -272,7 +283,7 @@ def test_inject_hyperparams_traces_numbers_and_leaves_objective_alone(method):
     assert skeleton(state) == skeleton(tx.init(weights()))
 
 
-@every_method
+@first_methods
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_a_batch_sharded_over_eight_devices_takes_the_same_step(method, axis_type):
     goal = objective(plain())
@@ -288,7 +299,7 @@ def test_a_batch_sharded_over_eight_devices_takes_the_same_step(method, axis_typ
     assert len(traces) == 1
 
 
-@every_method
+@first_methods
 def test_saved_and_restored_it_goes_on_bit_for_bit(method, tmp_path):
     goal = objective(plain())
     tx = method(goal)

@@ -137,3 +137,41 @@ def test_a_mask_over_steps_needs_intermediates_with_steps():
     np.testing.assert_allclose(steps.to_dense(), 2 * curvax.ggn(objective, at=at).to_dense(), rtol=1e-12)
     with pytest.raises(ValueError, match=r"must begin with \(3, 4\)"):
         damping.structural(lambda aux: aux[1])(at, curvax.ggn, 0.1, KEY)
+
+
+def test_outputs_of_layers_serve_as_intermediates():
+    """The sum that a bias completes is the hidden units' input: the same damping as when the model returns it."""
+
+    def cell(params, x, h):
+        return x @ params["in"] + h @ params["across"] + params["bias"]
+
+    def model(params, x):
+        def step(h, x):
+            s = cell(params, x, h)
+            return jnp.tanh(s), s
+
+        last, inputs = jax.lax.scan(step, jnp.zeros((x.shape[0], 3)), x.swapaxes(0, 1))
+        return last @ params["out"], inputs.swapaxes(0, 1)
+
+    generator = np.random.default_rng(0)
+    shapes = {"in": (2, 3), "across": (3, 3), "bias": (3,), "out": (3, 1)}
+    params = {name: jnp.asarray(generator.normal(size=shape)) for name, shape in shapes.items()}
+    batch = (jnp.asarray(generator.normal(size=(4, 5, 2))), jnp.ones((4, 1)))
+    with_aux = curvax.Objective(model, curvax.losses.squared_error(), has_aux=True)
+    plain = curvax.Objective(lambda params, x: model(params, x)[0], curvax.losses.squared_error())
+    layers = curvax.find_layers(plain, params, batch)
+    by_layer = curvax.damping.structural(curvax.layers.LayerOutputs(layers, ("bias",)), strength=0.7)
+    by_aux = curvax.damping.structural(lambda inputs: inputs, strength=0.7)
+    key = jax.random.key(0)
+    ours = by_layer(plain.linearize(params, batch), curvax.ggn, 0.3, key).to_dense()
+    theirs = by_aux(with_aux.linearize(params, batch), curvax.ggn, 0.3, key).to_dense()
+    np.testing.assert_allclose(ours, theirs, rtol=1e-10)
+
+
+def test_unknown_layers_are_refused():
+    objective = curvax.Objective(lambda w, x: x @ w["w"], curvax.losses.squared_error())
+    params, batch = {"w": jnp.ones((2, 1))}, (jnp.ones((3, 2)), jnp.ones((3, 1)))
+    layers = curvax.find_layers(objective, params, batch)
+    damping = curvax.damping.structural(curvax.layers.LayerOutputs(layers, ("v",)))
+    with pytest.raises(KeyError, match="there is no layer 'v'"):
+        damping(objective.linearize(params, batch), curvax.ggn, 1.0, jax.random.key(0))
