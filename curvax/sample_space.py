@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from curvax import solvers, trees
 from curvax.estimators.layer_diagonals import num_columns, root_column
-from curvax.estimators.per_example import check_whole_examples, inner_products, split_uses
+from curvax.estimators.per_example import check_whole_examples, inner_products, replicated, split_uses
 from curvax.layers.taps import TappedPoint
 from curvax.output_matrix import OutputMatrix, RankOneOutputs
 
@@ -86,7 +86,7 @@ class SampleSpace:
         for matrix, root, linear in zip(self.matrices, self.roots, self._linearizations(), strict=True):
             leaves = jax.tree.leaves(matrix.sqrt_product(linear.jvp(vector)))
             rows = jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], axis=1)
-            parts.append((rows * root[:, None].astype(rows.dtype)).reshape(-1))
+            parts.append(replicated(rows * root[:, None].astype(rows.dtype)).reshape(-1))
         return jnp.concatenate(parts)
 
     def lift(self, rows: Array) -> PyTree:

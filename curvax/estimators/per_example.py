@@ -166,6 +166,7 @@ def _each_column(tapped, uses):
 
 def _rows(leaf):
     """(columns, examples, ...) as (examples * columns, entries)."""
+    leaf = replicated(leaf)
     return leaf.swapaxes(0, 1).reshape(leaf.shape[0] * leaf.shape[1], -1)
 
 
@@ -183,6 +184,7 @@ def _squared_norms(use):
 
 def _inner_products(use):
     """The inner products of the rows of one layer; ``cotangents`` has the columns on its first axis."""
+    use = use._replace(inputs=replicated(use.inputs), cotangents=replicated(use.cotangents))
     columns, _, count, positions, _ = use.cotangents.shape
     if use.kind in ("dense", "conv") and positions == 1:
         inputs = jnp.einsum("bnri,bmri->bnm", use.inputs, use.inputs)
@@ -191,6 +193,13 @@ def _inner_products(use):
         return result.reshape(count * columns, count * columns)
     rows = _rows(jax.vmap(lambda ds: use._replace(cotangents=ds).per_example())(use.cotangents))
     return rows @ rows.T
+
+
+def replicated(array: Any) -> Any:
+    """The array on every device where its axes are sharded explicitly: each example meets every other."""
+    if array is None or not any(axis is not None for axis in jax.typeof(array).sharding.spec):
+        return array
+    return jax.sharding.reshard(array, jax.sharding.PartitionSpec(*(None,) * array.ndim))
 
 
 def _positions_are_few(use):

@@ -339,6 +339,11 @@ class TappedPoint:
                 ds = raw[member.term][member.use]
                 cotangents = jax.vmap(geometry.cotangents)(ds) if columns else geometry.cotangents(ds)
                 inputs = geometry.inputs(self.taps[member.term].inputs[member.use])
+                # Products of layers add up over examples: in float32 at least, whatever the model computes in.
+                dtype = trees.wide_dtype(cotangents)
+                cotangents = cotangents.astype(dtype)
+                if inputs is not None and geometry.use.kind != "embedding":
+                    inputs = inputs.astype(dtype)
                 kind = geometry.use.kind
                 if member.swapped:  # the matrices are those of the layer's first use
                     geometry = self.taps[layer.members[0].term].uses[layer.members[0].use]
