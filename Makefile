@@ -23,10 +23,10 @@ demo: .venv/ready
 	$(BIN)/python -m benchmarks.demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow"
 
 test-all: .venv/ready
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.product_cost

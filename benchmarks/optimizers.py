@@ -102,6 +102,16 @@ OPTIMIZERS: dict[str, Optimizer] = {
         {"batch_size": 2000, "num_vectors": 15, "max_subspace_iterations": 15},
         _products(num_vectors=(10, 20)),
     ),
+    "curveball": Optimizer(
+        lambda objective, damping: curvax.curveball(objective, initial_damping=damping),
+        {"batch_size": 1000, "damping": 1.0},
+        _products(damping=(0.1, 1.0, 10.0)),
+    ),
+    "lsr1": Optimizer(
+        lambda objective, memory_size: curvax.lsr1(objective, memory_size=memory_size),
+        {"batch_size": 2000, "memory_size": 5},
+        _products(memory_size=(5, 10)),
+    ),
     "adam": Optimizer(
         _first_order(optax.adam),
         {"batch_size": 200, "learning_rate": 1e-3},

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import solvers, trees
-from curvax.estimators.layer_diagonals import num_columns, root_column
+from curvax.estimators.layer_diagonals import num_columns, unit_vector
 from curvax.estimators.per_example import check_whole_examples, inner_products, replicated, split_uses
 from curvax.layers.taps import TappedPoint
 from curvax.output_matrix import OutputMatrix, RankOneOutputs
@@ -215,7 +215,7 @@ class SampleSpace:
 
         def seeds(matrix, root, columns):
             def one(column):
-                seed = matrix.sqrt_transpose_product(root_column(matrix, column))
+                seed = matrix.sqrt_transpose_product(unit_vector(matrix.root_structure, column))
                 return jax.tree.map(lambda z: z * root.reshape(-1, *(1,) * (z.ndim - 1)).astype(z.dtype), seed)
 
             return jax.vmap(one)(jnp.arange(columns))

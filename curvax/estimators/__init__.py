@@ -1,6 +1,9 @@
 """Traces, diagonals and spectra of linear maps that are known by their products only."""
 
+from curvax.estimators.becker_lecun import becker_lecun_diagonal as becker_lecun_diagonal
 from curvax.estimators.chapelle_erhan import chapelle_erhan_diagonal as chapelle_erhan_diagonal
+from curvax.estimators.curvature_propagation import propagate_curvature as propagate_curvature
+from curvax.estimators.curvature_propagation import sampled_hessian_diagonal as sampled_hessian_diagonal
 from curvax.estimators.diagonals import hutchinson_diagonal as hutchinson_diagonal
 from curvax.estimators.eigenpairs import Eigenpairs as Eigenpairs
 from curvax.estimators.eigenpairs import top_eigenpairs as top_eigenpairs

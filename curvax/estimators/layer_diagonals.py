@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,7 +45,7 @@ def empirical_fisher_diagonal(tapped: TappedPoint) -> PyTree:
     """
     scales = check_whole_examples(tapped, "empirical_fisher_diagonal")
     captured = tapped.pull_back(tapped.loss_cotangents())
-    return _with_penalty(tapped, _squares(tapped, captured, scales))
+    return with_penalty(tapped, _squares(tapped, captured, scales))
 
 
 def sampled_ggn_diagonal(tapped: TappedPoint, key: Array, *, num_samples: int = 1) -> PyTree:
@@ -75,7 +76,7 @@ def sampled_ggn_diagonal(tapped: TappedPoint, key: Array, *, num_samples: int = 
                [10.]], dtype=float...)
     """
     matrices = output_matrices(tapped, _curvature)
-    return _with_penalty(tapped, sampled_squares(tapped, matrices, key, num_samples, trees.random_rademacher))
+    return with_penalty(tapped, sampled_squares(tapped, matrices, key, num_samples, trees.random_rademacher))
 
 
 def sampled_squares(
@@ -123,12 +124,12 @@ def exact_ggn_diagonal(tapped: TappedPoint) -> PyTree:
     matrices = output_matrices(tapped, _curvature)
 
     def one(total, column):
-        seeds = tuple(matrix.sqrt_transpose_product(root_column(matrix, column)) for matrix in matrices)
+        seeds = tuple(matrix.sqrt_transpose_product(unit_vector(matrix.root_structure, column)) for matrix in matrices)
         return trees.add(total, _squares(tapped, tapped.pull_back(seeds), scales)), None
 
     zeros = trees.zeros_like(tapped.point.params)
     total, _ = jax.lax.scan(one, zeros, jnp.arange(max(map(num_columns, matrices))))
-    return _with_penalty(tapped, total)
+    return with_penalty(tapped, total)
 
 
 def output_matrices(tapped: TappedPoint, make: Callable[[Piece], OutputMatrix]) -> list[OutputMatrix]:
@@ -141,9 +142,9 @@ def num_columns(matrix: OutputMatrix) -> int:
     return sum(leaf.size // leaf.shape[0] for leaf in jax.tree.leaves(matrix.root_structure))
 
 
-def root_column(matrix: OutputMatrix, column: Array) -> PyTree:
-    """The unit vector e_column for every example, shaped like the root's argument; zero behind the last one."""
-    leaves, treedef = jax.tree.flatten(matrix.root_structure)
+def unit_vector(structure: PyTree, column: Array) -> PyTree:
+    """The unit vector e_column for every example, in the arrays of ``structure``; zero behind the last one."""
+    leaves, treedef = jax.tree.flatten(structure)
     start, filled = 0, []
     for leaf in leaves:
         size = leaf.size // leaf.shape[0]
@@ -157,20 +158,37 @@ def _curvature(piece):
     return piece.loss.curvature(piece.outputs, piece.targets)
 
 
-def _squares(tapped: TappedPoint, captured: list[Captured], scales: list[Array]) -> PyTree:
-    """sum_i scale_i sq(g_i) over the examples of all terms."""
-    apart, together = split_uses(tapped, captured)
-    total = tapped.to_params([(use, use.squares(scales[use.term].astype(use.cotangents.dtype))) for use in apart])
+def products(tapped: TappedPoint, left: list[Captured], right: list[Captured], scales: list[Array]) -> PyTree:
+    """sum_i scale_i s_i * t_i over the examples of all terms, for the gradients s_i and t_i of two sweeps."""
+    others = {id(use): other for use, other in zip(left, right, strict=True)}
+    apart, together = split_uses(tapped, left)
+    total = tapped.to_params(
+        [
+            (use, use.products(others[id(use)].cotangents, scales[use.term].astype(use.cotangents.dtype)))
+            for use in apart
+        ]
+    )
     for term, scale in enumerate(scales):
         uses = [use for use in together if use.term == term]
         if uses:
             rows = tapped.to_params([(use, use.per_example()) for use in uses])
-            squared = jax.tree.map(lambda leaf, s=scale: jnp.tensordot(s.astype(leaf.dtype), jnp.square(leaf), 1), rows)
-            total = trees.add(total, squared)
+            same = left is right
+            other_rows = rows if same else tapped.to_params([(use, others[id(use)].per_example()) for use in uses])
+            total = trees.add(total, jax.tree.map(functools.partial(_weighted_products, scale), rows, other_rows))
     return total
 
 
-def _with_penalty(tapped, diagonal):
+def _squares(tapped, captured, scales):
+    """sum_i scale_i sq(g_i) over the examples of all terms."""
+    return products(tapped, captured, captured, scales)
+
+
+def _weighted_products(weights, left, right):
+    return jnp.tensordot(weights.astype(left.dtype), left * right, 1)
+
+
+def with_penalty(tapped: TappedPoint, diagonal: PyTree) -> PyTree:
+    """The diagonal and that of the penalty's Hessian."""
     objective, params = tapped.point.objective, tapped.point.params
     if objective.l2 is None:
         return diagonal

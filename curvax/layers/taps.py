@@ -161,12 +161,18 @@ class Captured(NamedTuple):
 
     def squares(self, weights: Array) -> Array:
         """sum_n w_n sq(sum_r a_r ds_r^T) in the layer's matrices, (blocks, inputs, outputs)."""
+        return self.products(self.cotangents, weights)
+
+    def products(self, others: Array, weights: Array) -> Array:
+        """sum_n w_n (sum_r a_r ds_r^T) * (sum_r a_r dt_r^T), elementwise, with dt from ``others``; like ``squares``."""
         if self.kind in ("dense", "conv") and self.cotangents.shape[2] == 1:
             assert self.inputs is not None
-            inputs, cotangents = _square(self.inputs[:, :, 0]), _square(self.cotangents[:, :, 0])
+            inputs, cotangents = _square(self.inputs[:, :, 0]), self.cotangents[:, :, 0] * others[:, :, 0]
             result = jnp.einsum("bni,bno->bio", inputs, cotangents * weights[None, :, None])
             return result.swapaxes(1, 2) if self.swapped else result
-        return jnp.einsum("n,nbio->bio", weights, _square(self.per_example()))
+        rows = self.per_example()
+        other_rows = rows if others is self.cotangents else self._replace(cotangents=others).per_example()
+        return jnp.einsum("n,nbio->bio", weights, rows * other_rows)
 
     def _matrices(self, spec, cotangents):
         if self.kind in ("scale", "shift"):
@@ -254,14 +260,14 @@ class TappedPoint:
             One ``Captured`` for each use, with the layer it belongs to; in the order of the layers.
         """
         raw = [tap.transpose(u)[1] for tap, u in zip(self.taps, cotangents, strict=True)]
-        return self._captured(raw, columns=False)
+        return self.capture(raw)
 
     def pull_back_columns(self, cotangents: tuple[PyTree, ...]) -> list[Captured]:
         """The same for several cotangents at once, on a new leading axis here and in the result's cotangents."""
         raw = [
             jax.vmap(lambda u, tap=tap: tap.transpose(u)[1])(u) for tap, u in zip(self.taps, cotangents, strict=True)
         ]
-        return self._captured(raw, columns=True)
+        return self.capture(raw, columns=True)
 
     def value_and_gradient(self, *extra: tuple[PyTree, ...]) -> tuple[Array, PyTree, list[list[Captured]]]:
         """Loss, gradient and the pull backs of further cotangents, by one backward sweep for all of them.
@@ -281,7 +287,7 @@ class TappedPoint:
         stacked = [jax.tree.map(lambda *us: jnp.stack(us), *term) for term in zip(scaled, *extra, strict=True)]
         results = [jax.vmap(tap.transpose, out_axes=(0, 0))(u) for tap, u in zip(self.taps, stacked, strict=True)]
         raws = [[[ds[i] for ds in eps] for _, eps in results] for i in range(1 + len(extra))]
-        first = self._captured(raws[0], columns=False)
+        first = self.capture(raws[0])
         gradient = self.to_params([(use, use.gradient()) for use in first])
         leaves, treedef = jax.tree.flatten(gradient)
         for params, _ in results:
@@ -296,7 +302,7 @@ class TappedPoint:
             loss = trees.add(loss, point.objective.penalty(point.params))
             penalty = point.objective.penalty_curvature(point.params)
             gradient = trees.add(gradient, trees.multiply(point.params, penalty))
-        return loss, gradient, [self._captured(raw, columns=False) for raw in raws[1:]]
+        return loss, gradient, [self.capture(raw) for raw in raws[1:]]
 
     def to_params(self, matrices: Sequence[tuple[Captured, Array]]) -> PyTree:
         """The sum of layers' matrices (blocks, inputs, outputs), each put back where its layer's parameters come from.
@@ -330,8 +336,13 @@ class TappedPoint:
         ]
         return treedef.unflatten(filled)
 
-    def _captured(self, raw, columns):
-        """The uses of every layer, from the raw cotangents of every term."""
+    def capture(self, raw: Sequence[Sequence[Array]], columns: bool = False) -> list[Captured]:
+        """The uses of every layer, from cotangents of every use of every term as the model has them.
+
+        Args:
+            raw: For each term a cotangent of each use's output.
+            columns: Whether there are several, on a leading axis.
+        """
         found = []
         for layer in self.layers:
             for member in layer.members:

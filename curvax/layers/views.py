@@ -142,7 +142,7 @@ def signature(node: Node) -> Any:
 MOVES = frozenset(
     {
         *("reshape", "transpose", "squeeze", "expand_dims", "rev", "copy", "copy_p", "sharding_constraint"),
-        *("slice", "dynamic_slice", "split", "concatenate", "pad"),
+        *("slice", "dynamic_slice", "split", "concatenate", "stack", "unstack", "pad"),
         *("convert_element_type", "reduce_precision", "optimization_barrier"),
     }
 )

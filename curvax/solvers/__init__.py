@@ -4,6 +4,8 @@ from curvax.solvers.backtracking import BacktrackResult as BacktrackResult
 from curvax.solvers.backtracking import backtrack as backtrack
 from curvax.solvers.backtracking import best_stored as best_stored
 from curvax.solvers.backtracking import last_stored as last_stored
+from curvax.solvers.compact_trust_region import CompactTrustRegionStep as CompactTrustRegionStep
+from curvax.solvers.compact_trust_region import compact_trust_region as compact_trust_region
 from curvax.solvers.conjugate_gradient import CGResult as CGResult
 from curvax.solvers.conjugate_gradient import StoredIterates as StoredIterates
 from curvax.solvers.conjugate_gradient import cg as cg

@@ -1,5 +1,8 @@
 """The optimisers, one file for each method, as optax gradient transformations."""
 
+from curvax.transforms.curveball import CurveBallInfo as CurveBallInfo
+from curvax.transforms.curveball import CurveBallState as CurveBallState
+from curvax.transforms.curveball import curveball as curveball
 from curvax.transforms.hessian_free import RECIPE_A as RECIPE_A
 from curvax.transforms.hessian_free import RECIPE_B as RECIPE_B
 from curvax.transforms.hessian_free import RECIPE_C as RECIPE_C
@@ -16,6 +19,10 @@ from curvax.transforms.levenberg_marquardt import LevenbergMarquardtInfo as Leve
 from curvax.transforms.levenberg_marquardt import LevenbergMarquardtState as LevenbergMarquardtState
 from curvax.transforms.levenberg_marquardt import levenberg_marquardt as levenberg_marquardt
 from curvax.transforms.levenberg_marquardt import scale_by_dense_curvature as scale_by_dense_curvature
+from curvax.transforms.lsr1 import LSR1Info as LSR1Info
+from curvax.transforms.lsr1 import LSR1State as LSR1State
+from curvax.transforms.lsr1 import lsr1 as lsr1
+from curvax.transforms.lsr1 import lsr1_linesearch as lsr1_linesearch
 from curvax.transforms.natural_gradient import NaturalGradientInfo as NaturalGradientInfo
 from curvax.transforms.natural_gradient import NaturalGradientState as NaturalGradientState
 from curvax.transforms.natural_gradient import natural_gradient as natural_gradient

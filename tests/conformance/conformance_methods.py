@@ -78,6 +78,13 @@ METHODS = [
         ("objective", "rule", "max_iterations", "tolerance", "acceptance", "curvature"),
     ),
     Method(
+        "curveball",
+        functools.partial(curvax.curveball, gradient="incoming"),
+        None,
+        {"initial_damping": 0.5},
+        ("objective", "momentum", "learning_rate", "rule", "damped_model", "gradient", "curvature"),
+    ),
+    Method(
         "natural_gradient",
         functools.partial(curvax.natural_gradient, max_iterations=6, tolerance=0.0),
         None,

@@ -15,15 +15,22 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import curvax
 
-every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+# The tests of a method share its compiled step, so one worker runs them all.
+every_method = pytest.mark.parametrize(
+    "method", [pytest.param(m, id=m.name, marks=pytest.mark.xdist_group(m.name)) for m in METHODS]
+)
 
-# What depends on the building blocks (states, solvers, taps) more than on the method that is built of them: three
-# methods that differ most meet it in `make test`, all others in `make test-all`.
-FIRST = ("levenberg_marquardt", "hessian_free", "scale_by_sample_space")
+# What depends on the building blocks (states, solvers, taps) more than on the method that is built of them: the methods
+# that differ most and compile fast meet it in `make test`, all others in `make test-all`.
+FIRST = ("levenberg_marquardt", "newton_cg", "scale_by_sample_space", "curveball")
 first_methods = pytest.mark.parametrize(
     "method",
     [
-        pytest.param(method, id=method.name, marks=() if method.name in FIRST else pytest.mark.slow)
+        pytest.param(
+            method,
+            id=method.name,
+            marks=[pytest.mark.xdist_group(method.name), *([] if method.name in FIRST else [pytest.mark.slow])],
+        )
         for method in METHODS
     ],
 )
@@ -42,6 +49,19 @@ def make_step(tx, goal, **jit_options):
     return jax.jit(step, **jit_options), traces
 
 
+def plain_step(method):
+    """(objective, transformation, step, traces) on plain parameters, compiled once for all tests of a method."""
+    return _plain_step(method.name)
+
+
+@functools.cache
+def _plain_step(name):
+    method = next(method for method in METHODS if method.name == name)
+    goal = objective(plain())
+    tx = method(goal)
+    return goal, tx, *make_step(tx, goal)
+
+
 def reference(method):
     """Parameters and state after one plain step on ``batch()``."""
     return _reference(method.name)
@@ -49,10 +69,7 @@ def reference(method):
 
 @functools.cache
 def _reference(name):
-    method = next(method for method in METHODS if method.name == name)
-    goal = objective(plain())
-    tx = method(goal)
-    step, _ = make_step(tx, goal)
+    _, tx, step, _ = _plain_step(name)
     return step(weights(), tx.init(weights()), batch())
 
 
@@ -74,9 +91,7 @@ def skeleton(tree):
 
 @every_method
 def test_twenty_scanned_steps_equal_twenty_calls_and_reduce_the_loss(method):
-    goal = objective(plain())
-    tx = method(goal)
-    step, traces = make_step(tx, goal)
+    _, tx, step, traces = plain_step(method)
 
     @jax.jit
     def scanned(params, state, data):
@@ -89,10 +104,11 @@ def test_twenty_scanned_steps_equal_twenty_calls_and_reduce_the_loss(method):
     (params, state), losses = scanned(weights(), tx.init(weights()), batch())
     assert losses[-1] < 0.9 * losses[0]
 
-    called, called_state = weights(), tx.init(weights())
-    for _ in range(20):
+    called, called_state, _ = step(weights(), tx.init(weights()), batch())
+    traced = len(traces)
+    for _ in range(19):
         called, called_state, _ = step(called, called_state, batch())
-    assert len(traces) == 1, "the step was traced again"
+    assert len(traces) == traced, "the step was traced again"
     assert_close(called, params)
     assert skeleton(called_state) == skeleton(state) == skeleton(tx.init(weights()))
 
@@ -123,9 +139,7 @@ def test_batch_and_at_give_the_same_update(method):
 
 @first_methods
 def test_vmap_over_seeds_equals_one_at_a_time(method):
-    goal = objective(plain())
-    tx = method(goal)
-    step, _ = make_step(tx, goal)
+    _, tx, step, _ = plain_step(method)
     many = jax.tree.map(lambda leaf: jnp.stack([leaf, 0.5 * leaf, leaf + 0.1]), weights())
     states = jax.vmap(tx.init)(many)
     params, _, losses = jax.vmap(step, in_axes=(0, 0, None))(many, states, batch())
@@ -169,7 +183,10 @@ FRAMEWORK_CASES = [
         method,
         framework,
         id=f"{framework}-{method.name}",
-        marks=() if method is METHODS[0] or framework == "flax_nnx" else pytest.mark.slow,
+        marks=[
+            pytest.mark.xdist_group(method.name),
+            *([] if method is METHODS[0] or (framework == "flax_nnx" and method.name in FIRST) else [pytest.mark.slow]),
+        ],
     )
     for method in METHODS
     for framework in FRAMEWORKS
@@ -301,9 +318,7 @@ def test_a_batch_sharded_over_eight_devices_takes_the_same_step(method, axis_typ
 
 @first_methods
 def test_saved_and_restored_it_goes_on_bit_for_bit(method, tmp_path):
-    goal = objective(plain())
-    tx = method(goal)
-    step, _ = make_step(tx, goal)
+    _, tx, step, _ = plain_step(method)
     params, state, _ = step(weights(), tx.init(weights()), batch())
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "checkpoint", {"params": params, "state": state})
@@ -319,9 +334,7 @@ def test_saved_and_restored_it_goes_on_bit_for_bit(method, tmp_path):
 @every_method
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_a_batch_that_is_not_finite_changes_nothing_but_the_count_of_skipped_steps(method, bad):
-    goal = objective(plain())
-    tx = method(goal)
-    step, _ = make_step(tx, goal)
+    _, _, step, _ = plain_step(method)
     params, state, _ = reference(method)
     inputs, targets = batch()
     new_params, new_state, _ = step(params, state, (inputs.at[0, 0].set(bad), targets))
@@ -339,16 +352,14 @@ def test_a_batch_that_is_not_finite_changes_nothing_but_the_count_of_skipped_ste
 
 
 @every_method
-def test_zero_gradient_one_example_and_another_batch_size(method):
-    goal = objective(plain())
-    tx = method(goal)
-    step, _ = make_step(tx, goal)
-    params, state, _ = step(weights(), tx.init(weights()), batch())
-    for data in (batch(size=1), batch(size=3)):
-        new_params, new_state, loss = step(params, state, data)
-        assert skeleton(new_state) == skeleton(state)
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(new_params))
-        assert goal(new_params, data) <= loss * (1 + 1e-9)
+def test_zero_gradient_and_a_batch_of_one_example(method):
+    goal, tx, step, _ = plain_step(method)
+    params, state, _ = reference(method)
+    alone = batch(size=1)
+    new_params, new_state, loss = step(params, state, alone)
+    assert skeleton(new_state) == skeleton(state)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(new_params))
+    assert goal(new_params, alone) <= loss * (1 + 1e-9)
 
     @jax.jit
     def still(params, state, data):

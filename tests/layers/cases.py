@@ -278,6 +278,16 @@ def products_of_parameters():
 
 
 @case
+def weight_norm():
+    def model(params, x):
+        direction = params["v"] / jnp.linalg.norm(params["v"], axis=0)
+        return jnp.tanh(x @ (params["g"] * direction) + params["b"])
+
+    params = {"v": normal(1, 3, 4), "g": normal(2, 4), "b": normal(3, 4)}
+    return Case(model, params, normal(9, N, 3), without={"v": "multiplied by itself"})
+
+
+@case
 def low_rank_adapter():
     params = {"w": normal(0, 3, 4), "a": normal(1, 3, 2), "b": normal(2, 2, 4)}
     return Case(lambda p, x: jnp.tanh(x @ p["w"] + x @ p["a"] @ p["b"]), params, normal(9, N, 3))

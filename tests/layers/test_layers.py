@@ -126,6 +126,35 @@ def test_the_batch_may_have_another_size_and_the_step_is_traced_once():
     assert len(traces) == 3
 
 
+@pytest.mark.parametrize("cast_inside", [False, True], ids=["parameters", "computation"])
+def test_bfloat16_has_structure_and_its_products_are_summed_in_single_precision(cast_inside):
+    generator = np.random.default_rng(0)
+    dtype = jnp.float32 if cast_inside else jnp.bfloat16
+    params = {
+        "w": jnp.asarray(generator.normal(size=(3, 8)), dtype),
+        "v": jnp.asarray(generator.normal(size=(8, 2)), dtype),
+    }
+    batch = (jnp.asarray(generator.normal(size=(N, 3)), dtype), jnp.asarray(generator.normal(size=(N, 2)), dtype))
+
+    def network(params, x, narrow=jnp.bfloat16):
+        w, v, x = (leaf.astype(narrow) for leaf in (params["w"], params["v"], x))
+        return (jnp.tanh(x @ w) @ v).astype(jnp.float32)
+
+    objective = curvax.Objective(network, curvax.losses.squared_error())
+    batch = (batch[0], batch[1].astype(jnp.float32))
+    layers = curvax.find_layers(objective, params, batch)
+    assert not layers.unstructured
+    tapped = jax.jit(lambda p, b: curvax.tap(objective, layers, p, b))(params, batch)
+    for use in tapped.pull_back(tapped.loss_cotangents()):
+        assert use.inputs.dtype == use.cotangents.dtype == jnp.float32
+    wide = curvax.Objective(lambda p, x: network(p, x, jnp.float32), curvax.losses.squared_error())
+    truth = jax.vmap(lambda *one: jax.grad(wide)(params, jax.tree.map(lambda leaf: leaf[None], one)))(*batch)
+    each = curvax.estimators.per_example_gradients(tapped)
+    for ours, theirs in zip(jax.tree.leaves(each), jax.tree.leaves(truth), strict=True):
+        ours, theirs = np.asarray(ours, float), np.asarray(theirs, float)
+        assert np.linalg.norm(ours - theirs) < 0.03 * np.linalg.norm(theirs)
+
+
 def test_a_tapped_point_passes_through_jit():
     case, objective, batch = setting("mlp_x_at_w")
     layers = curvax.find_layers(objective, case.params, batch)

@@ -1,0 +1,270 @@
+"""The degenerate problems of CurveBall's table 1: iterations of six solvers until the solution, theirs and ours.
+
+Run: ``python -m benchmarks.curveball_toys`` (about five minutes on two cores). The paper leaves open from where it
+starts, what "reaching the solution" means, and the sizes of the linear network. Here: starts are drawn around (-1, 1)
+with deviation 0.25; a run has reached the solution at the first iterate w of which the loss without noise (the mean
+over the data) is below 1e-4; the linear network is 6-6-10 on 1,000 normal inputs, its weights normal. ``--starts`` and
+``--criterion`` try other readings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+
+import curvax
+from benchmarks.plots import COLOURS
+from benchmarks.progress import table
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+TOLERANCE = 1e-4
+RATES = (0.1, 0.05, 0.01, 0.005, 0.001, 0.0005, 0.0001)
+PAPER = {
+    "sgd with momentum": ("370 +- 40", "846 +- 217", "4069 +- 565", "95 +- 2"),
+    "adam": ("799 +- 160.5", "1290 +- 476", "2750 +- 257", "95 +- 5"),
+    "levenberg-marquardt": ("16 +- 4", "14 +- 3", "17 +- 4", "9 +- 4"),
+    "bfgs": ("19 +- 4", "44 +- 21", "63 +- 29", "43 +- 21"),
+    "exact hessian": ("14 +- 1", "10 +- 3", "17 +- 4", "9 +- 0.5"),
+    "curveball": ("13 +- 0.5", "12 +- 1", "13 +- 1", "35 +- 11"),
+}
+
+
+class Problem(NamedTuple):
+    """A problem of the table.
+
+    Attributes:
+        name: Its column.
+        objective: The objective, of (params, batch).
+        start: key -> the parameters that a run starts from.
+        draw: key -> the batch of one iteration.
+        clean: The batch without noise, which the solution is judged on.
+        distance: params -> the distance to the solution, where there is one point.
+        limit: The most iterations.
+    """
+
+    name: str
+    objective: curvax.Objective
+    start: Callable[[jax.Array], Any]
+    draw: Callable[[jax.Array], Any]
+    clean: Any
+    distance: Callable[[Any], jax.Array] | None
+    limit: int
+
+
+def rosenbrock(low: float, high: float, spread: float) -> Problem:
+    """R(u, v) = (1 - u)^2 + 100 eps (v - u^2)^2 as squared residuals, eps from U[low, high] at each iteration."""
+
+    def residuals(w, noise):
+        u, v = w
+        return jnp.sqrt(2.0) * jnp.stack([1 - u + 0 * noise, 10 * jnp.sqrt(noise) * (v - u**2)], axis=-1)
+
+    def batch(noise):
+        return jnp.reshape(noise, (1,)), jnp.zeros((1, 2))
+
+    return Problem(
+        "deterministic" if low == high else f"U[{low:g}, {high:g}]",
+        curvax.Objective(residuals, curvax.losses.squared_error()),
+        lambda key: jnp.array([-1.0, 1.0]) + spread * jax.random.normal(key, (2,)),
+        lambda key: batch(jax.random.uniform(key, minval=low, maxval=high) if high > low else jnp.ones(())),
+        batch(jnp.ones(())),
+        lambda w: jnp.linalg.norm(w - 1),
+        20_000,
+    )
+
+
+def linear_network(examples: int = 1000, condition: float = 1e5) -> Problem:
+    """y = A x with an ill-conditioned A, fitted by two linear layers (after Rahimi and Recht 2017)."""
+    inputs, outputs = 6, 10
+    keys = jax.random.split(jax.random.key(0), 3)
+    left = jnp.linalg.qr(jax.random.normal(keys[0], (outputs, inputs)))[0]
+    right = jnp.linalg.qr(jax.random.normal(keys[1], (inputs, inputs)))[0]
+    matrix = (left * jnp.logspace(0, -jnp.log10(condition), inputs)) @ right.T
+    x = jax.random.normal(keys[2], (examples, inputs))
+    batch = (x, x @ matrix.T)
+
+    def start(key):
+        first, second = jax.random.split(key)
+        return {
+            "w1": jax.random.normal(first, (inputs, inputs)) / inputs**0.5,
+            "w2": jax.random.normal(second, (inputs, outputs)) / inputs**0.5,
+        }
+
+    objective = curvax.Objective(lambda p, x: x @ p["w1"] @ p["w2"], curvax.losses.squared_error())
+    return Problem("Rahimi and Recht", objective, start, lambda key: batch, batch, None, 5_000)
+
+
+class Solver(NamedTuple):
+    """A solver of the table: its settings' text and how it is made for an objective."""
+
+    settings: str
+    make: Callable[[curvax.Objective], optax.GradientTransformation]
+
+
+def solvers() -> dict[str, list[Solver]]:
+    """The six solvers, those of first order once for each point of the paper's grid."""
+    sgd = [
+        Solver(f"rate {rate}, momentum {mu}", lambda _, rate=rate, mu=mu: optax.sgd(rate, mu))
+        for rate, mu in itertools.product(RATES, (0.9, 0.95, 0.99))
+    ]
+    adam = [
+        Solver(f"rate {rate}, betas {b1}, {b2}", lambda _, rate=rate, b1=b1, b2=b2: optax.adam(rate, b1, b2))
+        for rate, b1, b2 in itertools.product(RATES, (0.9, 0.99), (0.99, 0.999))
+    ]
+    return {
+        "sgd with momentum": sgd,
+        "adam": adam,
+        "levenberg-marquardt": [Solver("defaults", curvax.levenberg_marquardt)],
+        "bfgs": [Solver("optax.lbfgs, memory 100, zoom", lambda _: optax.lbfgs(memory_size=100))],
+        "exact hessian": [
+            Solver("absolute eigenvalues", lambda o: curvax.levenberg_marquardt(o, curvature=curvax.hessian))
+        ],
+        "curveball": [Solver("defaults", curvax.curveball)],
+    }
+
+
+def iterate(problem: Problem, tx: Any):
+    """(params, state, key) -> the next params and state."""
+    objective = problem.objective
+
+    def step(params, state, key):
+        batch = problem.draw(key)
+        loss, gradient, at = objective.value_and_grad(params, batch)
+        if isinstance(tx, optax.GradientTransformationExtraArgs):
+            extra = {"at": at, "value": loss, "grad": gradient, "value_fn": lambda p: objective(p, batch)}
+            updates, state = tx.update(gradient, state, params, **extra)
+        else:
+            updates, state = tx.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 3, 4))
+def count_iterations(problem: Problem, solver: Solver, keys: jax.Array, criterion: str, limit: int):
+    """For each key the iterations until the solution (``limit`` where it is not reached) and the error at the end."""
+    tx = solver.make(problem.objective)
+    step = iterate(problem, tx)
+
+    def error(params):
+        clean = problem.objective(params, problem.clean)
+        return problem.distance(params) if criterion == "distance" and problem.distance is not None else clean
+
+    def one(key):
+        params = problem.start(jax.random.fold_in(key, 0))
+
+        def running(carry):
+            params, _, count = carry
+            return (error(params) > TOLERANCE) & (count < limit)
+
+        def body(carry):
+            params, state, count = carry
+            params, state = step(params, state, jax.random.fold_in(key, count + 1))
+            return params, state, count + 1
+
+        params, _, count = jax.lax.while_loop(running, body, (params, tx.init(params), jnp.zeros((), jnp.int32)))
+        end = error(params)
+        return jnp.where(jnp.isfinite(end) & (end <= TOLERANCE), count, limit), end
+
+    return jax.lax.map(one, keys)
+
+
+def best(problem: Problem, grid: Sequence[Solver], keys: jax.Array, criterion: str) -> tuple[Solver, np.ndarray]:
+    """The grid's best solver, by mean iterations on a tenth of the runs, and the iterations of all its runs."""
+    if len(grid) > 1:
+        few = keys[: max(len(keys) // 10, 3)]
+        means = [float(np.mean(count_iterations(problem, s, few, criterion, problem.limit)[0])) for s in grid]
+        chosen = grid[int(np.argmin(means))]
+    else:
+        chosen = grid[0]
+    return chosen, np.asarray(count_iterations(problem, chosen, keys, criterion, problem.limit)[0])
+
+
+def trajectory(problem: Problem, solver: Solver, key: jax.Array, steps: int = 200):
+    """The iterates and their losses without noise."""
+    tx = solver.make(problem.objective)
+    step = jax.jit(iterate(problem, tx))
+    params = problem.start(jax.random.fold_in(key, 0))
+    state, points = tx.init(params), [params]
+    for count in range(steps):
+        params, state = step(params, state, jax.random.fold_in(key, count + 1))
+        points.append(params)
+    losses = [float(problem.objective(p, problem.clean)) for p in points]
+    return np.asarray(points), np.asarray(losses)
+
+
+def draw_trajectories(problem: Problem, chosen: dict[str, Solver], path: pathlib.Path) -> None:
+    """The paths on Rosenbrock's function, and the losses along them."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    plane, losses = figure.subplots(1, 2)
+    u, v = np.meshgrid(np.linspace(-1.6, 1.6, 200), np.linspace(-0.6, 1.8, 200))
+    plane.contourf(u, v, np.log10((1 - u) ** 2 + 100 * (v - u**2) ** 2 + 1e-3), levels=30, cmap="Greys", alpha=0.7)
+    for colour, (name, solver) in zip(COLOURS, chosen.items(), strict=False):
+        points, values = trajectory(problem, solver, jax.random.key(1))
+        plane.plot(points[:, 0], points[:, 1], ".-", color=colour, linewidth=1, markersize=3, label=name)
+        losses.plot(values, color=colour, label=name)
+    plane.set(xlabel="u", ylabel="v", xlim=(-1.6, 1.6), ylim=(-0.6, 1.8), title=f"Rosenbrock, {problem.name}")
+    losses.set(xlabel="iterations", ylabel="loss without noise", yscale="log", ylim=(1e-12, None))
+    losses.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints the table and writes it with the picture to ``benchmarks/results``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=100, help="runs of each solver on each problem (default 100)")
+    parser.add_argument("--starts", type=float, default=0.25, help="deviation of the starts around (-1, 1)")
+    parser.add_argument("--criterion", choices=("loss", "distance"), default="loss", help="what must be below 1e-4")
+    parser.add_argument("--output", type=pathlib.Path, default=RESULTS)
+    arguments = parser.parse_args(argv)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    problems = [rosenbrock(*noise, arguments.starts) for noise in ((1, 1), (0, 1), (0, 3))] + [linear_network()]
+    keys = jax.random.split(jax.random.key(0), arguments.runs)
+
+    columns = ["solver", *(f"{problem.name}{who}" for problem in problems for who in ("", ", paper"))]
+    rows, notes = [], []
+    chosen: dict[str, dict[str, Solver]] = {problem.name: {} for problem in problems}
+    for name, grid in solvers().items():
+        row = [name]
+        for problem, paper in zip(problems, PAPER[name], strict=True):
+            solver, counts = best(problem, grid, keys, arguments.criterion)
+            chosen[problem.name][name] = solver
+            reached = counts[counts < problem.limit]
+            text = f"{reached.mean():.0f} +- {reached.std():.1f}" if reached.size else "-"
+            if reached.size < counts.size:
+                text += f" ({reached.size} of {counts.size})"
+            row += [text, paper]
+            notes.append(f"{name}, {problem.name}: {solver.settings}")
+            print(f"{name}, {problem.name}: {text} iterations; the paper {paper}", flush=True)
+        rows.append(row)
+
+    title = (
+        f"CurveBall's table 1: iterations to {arguments.criterion} below {TOLERANCE:g}, {arguments.runs} runs,"
+        f" starts (-1, 1) +- {arguments.starts:g}"
+    )
+    table([dict(zip(columns, row, strict=True)) for row in rows], columns, title)
+    draw_trajectories(problems[1], chosen[problems[1].name], arguments.output / "curveball_toys.png")
+    lines = [
+        f"# {title}",
+        "",
+        "Mean and deviation over the runs that reached the solution, and how many did if not all.",
+        "",
+    ]
+    lines += ["| " + " | ".join(row) + " |" for row in [columns, ["---"] * len(columns), *rows]]
+    grid = f"rates {RATES}; momentum 0.9, 0.95, 0.99; beta1 0.9, 0.99; beta2 0.99, 0.999"
+    lines += ["", f"Grid of the methods of first order: {grid}. Settings used:", "", *(f"- {note}" for note in notes)]
+    lines += ["", "![trajectories](curveball_toys.png)"]
+    (arguments.output / "curveball_toys.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""The recursion of Becker and LeCun: a diagonal by one backward sweep of squares, which ignores what is off it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvax import trees
+from curvax.curvature_point import CurvaturePoint
+from curvax.estimators.layer_diagonals import unit_vector
+from curvax.layers.find import trace_term
+from curvax.objective import Objective, point_at
+from curvax.output_matrix import OutputMatrix
+from curvax.recorded_program import BILINEAR, SELECTIONS, Step, Value, record
+from curvax.term import scale_cases
+
+PyTree = Any
+Array = jax.Array
+
+
+def becker_lecun_diagonal(
+    objective: Objective,
+    params: PyTree = None,
+    batch: PyTree = None,
+    *,
+    at: CurvaturePoint | None = None,
+    hessian: bool = False,
+) -> PyTree:
+    r"""The diagonal of the Gauss-Newton matrix or the Hessian as Becker and LeCun approximate it.
+
+    From the diagonal of the loss's Hessian at the outputs, second derivatives go backwards through every operation by
+    the squares of its Jacobian: q_x = (J * J)^T q_y, so q_a = sq(W)^T q_s at a layer, q_s = sq(phi'(s)) q_a at an
+    activation, and sq(a) q_s at a weight. With ``hessian=True`` an activation adds phi''(s) da, and negative values may
+    come out. It costs a gradient, has no noise, and is biased wherever operations mix their inputs: exact for the last
+    layer, and for networks whose outputs each depend on paths of their own (LeCun et al. 1998 use it for learning
+    rates). ``chapelle_erhan_diagonal`` and ``sampled_hessian_diagonal`` are unbiased at the same cost.
+
+    Args:
+        objective: The objective; any model made of products, sums, elementwise functions and moves.
+        params: theta.
+        batch: The batch.
+        at: A curvature point in place of params and batch.
+        hessian: The Hessian's diagonal (Becker and LeCun 1989) in place of the Gauss-Newton matrix's (LeCun 1998).
+
+    Returns:
+        The approximation, a pytree like the parameters, with the penalty's part.
+
+    Raises:
+        ValueError: The model has an operation without a rule, which is named.
+
+    Example:
+        >>> objective = curvax.Objective(lambda w, x: jnp.tanh(x * w), curvax.losses.squared_error())
+        >>> w, batch = jnp.ones(2), (jnp.array([[1.0, 2.0]]), jnp.zeros((1, 2)))
+        >>> estimate = curvax.estimators.becker_lecun_diagonal(objective, w, batch, hessian=True)
+        >>> bool(jnp.allclose(estimate, curvax.hessian(objective, w, batch).diagonal()))   # nothing is mixed here
+        True
+
+    Source: Becker and LeCun 1989; LeCun, Bottou, Orr and Mueller 1998, section 7; Martens 2016, section 4.9.2.
+    """
+    point = point_at(objective, params, batch, at, None)
+    leaves, treedef = jax.tree.flatten(point.params)
+    total = trees.zeros_like(point.params)
+    for term, cases, piece in zip(point.objective.terms, point.cases, point.pieces(), strict=True):
+        program, _, num_outputs = trace_term(term, point.params, cases.inputs)
+        flat = [*leaves, *jax.tree.leaves(cases.inputs)]
+        results, recorded = record(program, flat, [i < len(leaves) for i in range(len(flat))])
+        varying = [(i, out) for i, out in enumerate(results[:num_outputs]) if out.varies]
+
+        def at_outputs(tree, varying=varying):
+            parts = jax.tree.leaves(tree)
+            return [(out, parts[i]) for i, out in varying]
+
+        cotangents: dict[int, Array] = {}
+        if hessian:
+            gradient = scale_cases(cases.scale, piece.loss.gradient(piece.outputs, piece.targets))
+            cotangents = recorded.sweep(at_outputs(gradient), lambda step, ct: list(step.pull_back(ct)))
+        matrix = piece.loss.hessian if hessian else piece.loss.curvature
+        diagonal = scale_cases(cases.scale, _diagonal(matrix(piece.outputs, piece.targets), piece.outputs))
+
+        def rule(step, at_results, cotangents=cotangents):
+            return _squares_backwards(step, at_results, cotangents)
+
+        swept = recorded.sweep(at_outputs(diagonal), rule)
+        parts = [
+            swept.get(id(value), jnp.zeros_like(leaf))
+            for value, leaf in zip(recorded.arguments[: len(leaves)], leaves, strict=True)
+        ]
+        total = trees.add(total, treedef.unflatten(parts))
+    if point.objective.l2 is None:
+        return total
+    return jax.tree.map(lambda leaf, eta: leaf + eta, total, point.objective.penalty_curvature(point.params))
+
+
+def _squares_backwards(step: Step, at_results: list[Array], cotangents: dict[int, Array]) -> list[Array]:
+    """(J * J)^T q for one operation, and the bend of an elementwise one times the loss's derivative at its result."""
+    if step.elementwise:
+        return [_through_elementwise(step, i, at_results, cotangents) for i in range(len(step.variables))]
+    if step.name in BILINEAR:
+        return [_through_product(step, i, at_results) for i in range(len(step.variables))]
+    if step.name in SELECTIONS:
+        return list(step.pull_back(at_results))
+    raise ValueError(
+        f"becker_lecun_diagonal has no rule for the operation `{step.name}` of the model; use"
+        " curvax.estimators.chapelle_erhan_diagonal or sampled_hessian_diagonal, which take any model"
+    )
+
+
+def _through_elementwise(step, index, at_results, cotangents):
+    arrays = [x.array for x in step.variables]
+
+    def alone(x):
+        return step.function(*arrays[:index], x, *arrays[index + 1 :])
+
+    def slopes(x):
+        return jax.jvp(alone, (x,), (jnp.ones_like(x),))[1]
+
+    slope, bend = jax.jvp(slopes, (arrays[index],), (jnp.ones_like(arrays[index]),))
+    results = zip(step.moving, slope, bend, at_results, strict=True)
+    parts = [d * d * q + dd * cotangents.get(id(out), 0) for out, d, dd, q in results]
+    return jax.linear_transpose(lambda x: jnp.broadcast_to(x, parts[0].shape), arrays[index])(sum(parts))[0]
+
+
+def _through_product(step, index, at_results):
+    """The products with squares in place of the other operand."""
+    variables = step.variables
+    squared = Step(
+        step.program,
+        step.eqn,
+        [x if x is variables[index] else Value(jnp.square(x.array)) for x in step.inputs],
+        step.outputs,
+    )
+    return squared.pull_back(at_results)[0]
+
+
+def _diagonal(matrix: OutputMatrix, outputs: PyTree) -> PyTree:
+    """The diagonal of every case's matrix, by a product with each unit vector."""
+    count = sum(leaf.size // leaf.shape[0] for leaf in jax.tree.leaves(outputs))
+
+    def add_column(total, column):
+        vector = unit_vector(outputs, column)
+        return trees.add(total, trees.multiply(vector, matrix.product(vector))), None
+
+    return jax.lax.scan(add_column, trees.zeros_like(outputs), jnp.arange(count))[0]

@@ -1,0 +1,249 @@
+r"""Curvature propagation: random rank-one estimates of a whole Hessian or Gauss-Newton matrix by backward sweeps.
+
+The Hessian of a composed function is a sum over its operations n of J_n^T M_n J_n, where J_n is the Jacobian of the
+operation's operands in the parameters and M_n its own second derivative, contracted with the loss's derivative at its
+result. With M_n = P_n^T Q_n and independent noise v_n of covariance I, the sweeps
+
+    s = sum_n J_n^T P_n^T v_n,    t = sum_n J_n^T Q_n^T v_n
+
+have E[s t^T] = H, at the cost of a backward pass each: noise is added wherever the program bends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvax import trees
+from curvax.curvature_point import CurvaturePoint
+from curvax.estimators.layer_diagonals import products, with_penalty
+from curvax.estimators.per_example import check_whole_examples
+from curvax.layers.find import trace_term
+from curvax.layers.taps import TappedPoint
+from curvax.objective import Objective, point_at
+from curvax.recorded_program import Step, Value, record
+from curvax.term import scale_cases
+
+PyTree = Any
+Array = jax.Array
+
+
+def propagate_curvature(
+    objective: Objective,
+    params: PyTree = None,
+    batch: PyTree = None,
+    *,
+    key: Array,
+    at: CurvaturePoint | None = None,
+) -> tuple[PyTree, PyTree]:
+    r"""Two random vectors s, t with E[s t^T] = H, the Hessian of the objective, penalty included.
+
+    Noise is of signs, and independent at every operation and every example, so one draw is unbiased for the whole
+    batch. ``s * t`` estimates the diagonal, ``s (t^T v)`` a product, and means over keys improve them; the variance is
+    below that of (H v) v^T. For the Gauss-Newton matrix ``curvax.ggn(...).sample(key)`` is one vector u that serves as
+    both. A ``scan`` is unrolled while tracing.
+
+    Args:
+        objective: The objective.
+        params: theta.
+        batch: The batch.
+        key: A PRNG key.
+        at: A curvature point in place of params and batch.
+
+    Returns:
+        ``(s, t)``, two pytrees like the parameters.
+
+    Example:
+        >>> objective = curvax.Objective(lambda w, x: w**3 * x, curvax.losses.squared_error())
+        >>> batch = (jnp.array([[1.0, 3.0]]), jnp.ones((1, 2)))
+        >>> w = jnp.ones(2)                                          # H = diag(9 x^2 + 6 x (x - 1))
+        >>> keys = jax.random.split(jax.random.key(0), 1000)
+        >>> s, t = jax.vmap(lambda k: curvax.estimators.propagate_curvature(objective, w, batch, key=k))(keys)
+        >>> bool(jnp.allclose(jnp.mean(s * t, axis=0), jnp.array([9.0, 117.0]), rtol=0.1))
+        True
+
+    Source: Martens, Sutskever and Swersky 2012; Martens 2016, sections 3.4.4 and 4.9.4.
+    """
+    point = point_at(objective, params, batch, at, None)
+    _check_losses(point)
+    keys = jax.random.split(key, len(point.objective.terms) + 1)
+    left = right = trees.zeros_like(point.params)
+    leaves, treedef = jax.tree.flatten(point.params)
+    for index, (term, cases, piece) in enumerate(zip(point.objective.terms, point.cases, point.pieces(), strict=True)):
+        program, _, num_outputs = trace_term(term, point.params, cases.inputs)
+        flat = [*leaves, *jax.tree.leaves(cases.inputs)]
+        results, recorded = record(program, flat, [i < len(leaves) for i in range(len(flat))])
+        scaled = scale_cases(cases.scale, piece.loss.gradient(piece.outputs, piece.targets))
+        pair = _propagate(recorded, results[:num_outputs], piece, scaled, cases.scale, keys[index])
+        parts = [[_found(swept, value) for value in recorded.arguments[: len(leaves)]] for swept in pair]
+        left, right = (trees.add(a, treedef.unflatten(b)) for a, b in zip((left, right), parts, strict=True))
+    if point.objective.l2 is not None:
+        signs = trees.random_rademacher(keys[-1], point.params)
+        noise = trees.multiply(signs, jax.tree.map(jnp.sqrt, point.objective.penalty_curvature(point.params)))
+        left, right = trees.add(left, noise), trees.add(right, noise)
+    return left, right
+
+
+def sampled_hessian_diagonal(tapped: TappedPoint, key: Array, *, num_samples: int = 1) -> PyTree:
+    r"""An unbiased estimate of the diagonal of the Hessian by curvature propagation, the mean of s_i * t_i by examples.
+
+    Products are taken for each example and in the inputs and cotangents of its layers, so the variance falls with the
+    number of examples, for two backward sweeps and the gradient's. Parameters without structure, those used more than
+    once and those under ``scan`` are estimated as by ``propagate_curvature``, from the sums over the examples.
+
+    Args:
+        tapped: From ``curvax.tap``.
+        key: A PRNG key.
+        num_samples: Draws to average.
+
+    Returns:
+        The estimate, a pytree like the parameters, with the penalty's part.
+
+    Raises:
+        ValueError: The model couples examples, or weights or a mask over the steps of sequences make the cases finer
+            than examples.
+
+    Example:
+        >>> objective = curvax.Objective(lambda w, x: jnp.tanh(x @ w), curvax.losses.squared_error())
+        >>> w, batch = jnp.full((2, 1), 0.5), (jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.ones((2, 1)))
+        >>> tapped = curvax.tap(objective, curvax.find_layers(objective, w, batch), w, batch)
+        >>> estimate = curvax.estimators.sampled_hessian_diagonal(tapped, jax.random.key(0), num_samples=300)
+        >>> exact = curvax.hessian(objective, w, batch).diagonal()
+        >>> bool(jnp.allclose(estimate, exact, rtol=0.2))
+        True
+
+    Source: Martens, Sutskever and Swersky 2012; the products by layers as in Martens 2016, section 4.9.3.
+    """
+    scales = check_whole_examples(tapped, "sampled_hessian_diagonal")
+    if tapped.layers.couples_examples:
+        raise ValueError(
+            "sampled_hessian_diagonal: the model couples examples, as batch statistics do; use propagate_curvature"
+        )
+
+    _check_losses(tapped.point)
+
+    def one(total, key):
+        return trees.add(total, _layer_products(tapped, scales, key)), None
+
+    zeros = trees.zeros_like(tapped.point.params)
+    total, _ = jax.lax.scan(one, zeros, jax.random.split(key, num_samples))
+    return with_penalty(tapped, trees.scale(1 / num_samples, total))
+
+
+def _layer_products(tapped, scales, key):
+    """One draw of sum_i scale_i s_i * t_i, without the penalty."""
+    point = tapped.point
+    whole_key, *keys = jax.random.split(key, len(point.objective.terms) + 1)
+    single = {
+        (member.term, member.use)
+        for layer in tapped.layers
+        for member in layer.members
+        if len(layer.members) == 1 and _is_used_once(tapped, layer, member)
+    }
+    raw = ([], [])
+    for index, (term, cases, piece) in enumerate(zip(point.objective.terms, point.cases, point.pieces(), strict=True)):
+        program, _, num_outputs = trace_term(term, point.params, cases.inputs)
+        flat = [*jax.tree.leaves(point.params), *jax.tree.leaves(cases.inputs)]
+        uses = [geometry.use for geometry in tapped.taps[index].uses]
+        roots = [use.address for i, use in enumerate(uses) if (index, i) in single]
+        results, recorded = record(program, flat, [False] * len(flat), roots)
+        gradient = piece.loss.gradient(piece.outputs, piece.targets)
+        pair = _propagate(recorded, results[:num_outputs], piece, gradient, jnp.ones_like(cases.scale), keys[index])
+        for side, swept in enumerate(pair):
+            raw[side].append(
+                [
+                    _found(swept, recorded.roots[use.address])
+                    if (index, i) in single
+                    else jnp.zeros(use.output_shape, use.variable.aval.dtype)
+                    for i, use in enumerate(uses)
+                ]
+            )
+    left, right = (tapped.capture(side) for side in raw)
+    estimate = products(tapped, left, right, scales)
+    done = {
+        leaf
+        for layer in tapped.layers
+        if (layer.members[0].term, layer.members[0].use) in single
+        for leaf in layer.leaves
+    }
+    others = [i for i in range(len(tapped.layers.paths)) if i not in done]
+    if not others:
+        return estimate
+    bare = point.objective.replace(l2=None)
+    s, t = propagate_curvature(bare, key=whole_key, at=dataclasses.replace(point, objective=bare))
+    leaves, treedef = jax.tree.flatten(estimate)
+    whole = jax.tree.leaves(trees.multiply(s, t))
+    return treedef.unflatten([whole[i] if i in others else leaf for i, leaf in enumerate(leaves)])
+
+
+def _check_losses(point):
+    if not all(term.loss.has_value for term in point.objective.terms):
+        raise ValueError("the Hessian needs the loss, and this objective has curvature only; see curvax.ggn")
+
+
+def _propagate(recorded, outputs, piece, gradient, scale, key):
+    """The two sweeps: what arrives at every value of the program."""
+    varying = [i for i, out in enumerate(outputs) if out.varies]
+
+    def at_outputs(tree):
+        leaves = jax.tree.leaves(tree)
+        return [(outputs[i], leaves[i]) for i in varying]
+
+    cotangents = recorded.sweep(at_outputs(gradient), _pull_back)
+    keys = jax.random.split(key, len(recorded.steps) + 1)
+    sides = tuple(map(at_outputs, _loss_noise(piece, scale, keys[-1])))
+    for step, step_key in zip(recorded.steps, keys, strict=False):
+        if not step.linear and any(id(out) in cotangents for out in step.outputs):
+            at_results = [_found(cotangents, out) for out in step.moving]
+            for side, noise in zip(sides, _noise(step, at_results, step_key), strict=True):
+                side += zip(step.variables, noise, strict=True)
+    return tuple(recorded.sweep(side, _pull_back) for side in sides)
+
+
+def _loss_noise(piece, scale, key):
+    """P^T v and Q^T v of the loss: its root where it is convex, otherwise v and H_L v."""
+    matrix = piece.loss.hessian(piece.outputs, piece.targets)
+    if piece.loss.convex:
+        root = matrix.sqrt_transpose_product(trees.random_rademacher(key, matrix.root_structure))
+        both = scale_cases(jnp.sqrt(scale), root)
+        return both, both
+    signs = trees.random_rademacher(key, piece.outputs)
+    return signs, scale_cases(scale, matrix.product(signs))
+
+
+def _noise(step: Step, cotangents: list[Array], key: Array) -> tuple[list[Array], list[Array]]:
+    """P^T v and Q^T v of one operation, whose own second derivative is M = P^T Q."""
+    arrays = [x.array for x in step.variables]
+
+    def bend(*vectors):
+        """M v."""
+        return jax.jvp(lambda *xs: jax.vjp(step.function, *xs)[1](cotangents), arrays, list(vectors))[1]
+
+    signs = [trees.random_rademacher(k, x) for k, x in zip(jax.random.split(key, len(arrays)), arrays, strict=True)]
+    if step.elementwise and len(arrays) == 1:
+        (diagonal,) = bend(jnp.ones_like(arrays[0]))
+        root = jnp.sqrt(jnp.abs(diagonal))
+        return [root * signs[0]], [jnp.sign(diagonal) * root * signs[0]]
+    # M grows with the cotangent: half of it on either side keeps the two sweeps of one size.
+    size = sum(jnp.sum(jnp.square(c)) for c in cotangents) / sum(c.size for c in cotangents)
+    alike = step.elementwise and all(x.shape == cotangents[0].shape for x in arrays)
+    balance = jnp.sqrt(jnp.abs(cotangents[0])) if alike else jnp.sqrt(jnp.sqrt(size))
+    balance = jnp.where(balance > 0, balance, 1)
+    return [v * balance.astype(v.dtype) for v in signs], [x / balance.astype(x.dtype) for x in bend(*signs)]
+
+
+def _pull_back(step: Step, cotangents: list[Array]) -> list[Array]:
+    return list(step.pull_back(cotangents))
+
+
+def _found(arrived: dict[int, Array], value: Value) -> Array:
+    return arrived[id(value)] if id(value) in arrived else jnp.zeros_like(value.array)
+
+
+def _is_used_once(tapped, layer, member):
+    use = tapped.taps[member.term].uses[member.use].use
+    elsewhere = any(set(other.leaves) & set(layer.leaves) for other in tapped.layers if other is not layer)
+    return not use.scans and use.side is not None and not elsewhere

@@ -1,0 +1,89 @@
+"""The trust-region problem of a matrix in compact form, solved exactly by matrices as large as its memory."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from curvax import trees
+from curvax.compact_map import CompactMap
+from curvax.solvers.trust_region import diagonal_trust_region
+
+PyTree = Any
+Scalar = Any
+Array = jax.Array
+
+
+class CompactTrustRegionStep(NamedTuple):
+    """The solution of a trust-region problem.
+
+    Attributes:
+        step: p, a pytree like the gradient.
+        norm: ||p||.
+        multiplier: sigma >= 0 with (B + sigma I) p = -g.
+        hard_case: Whether g has no component along the lowest eigenvectors of an indefinite B.
+        model_value: g^T p + 1/2 p^T B p.
+    """
+
+    step: PyTree
+    norm: Array
+    multiplier: Array
+    hard_case: Array
+    model_value: Array
+
+
+def compact_trust_region(matrix: CompactMap, gradient: PyTree, radius: Scalar) -> CompactTrustRegionStep:
+    r"""Minimises g^T p + 1/2 p^T B p over ||p|| <= radius exactly, for B = gamma I + Psi C^{-1} Psi^T, definite or not.
+
+    In an orthonormal basis of the range of Psi and one direction outside of it B is diagonal, so the problem has k + 1
+    unknowns whatever the number of parameters; the solution obeys (B + sigma I) p = -g, B + sigma I positive
+    semi-definite, sigma >= 0, sigma (||p|| - radius) = 0.
+
+    Args:
+        matrix: B, from ``curvax.compact_map`` or a quasi-Newton memory.
+        gradient: g, a pytree with the map's structure.
+        radius: A positive number.
+
+    Returns:
+        A ``CompactTrustRegionStep``.
+
+    Example:
+        >>> B = curvax.compact_map(1.0, jnp.array([[1.0, 0.0, 0.0]]), jnp.array([[-0.5]]))     # diag(-1, 1, 1)
+        >>> solution = curvax.solvers.compact_trust_region(B, jnp.array([0.0, 4.0, 0.0]), 3.0)
+        >>> solution.step[1].item(), solution.multiplier.item(), solution.hard_case.item()
+        (-2.0, 1.0, True)
+
+    Source: Brust, Erway and Marcia 2017, after Burdakov, Gong, Yuan and Zikrin 2017.
+    """
+    trees.check_like(gradient, matrix.structure, "gradient", "the map's vectors")
+    spectrum = matrix.spectrum()
+    dtype = matrix.scale.dtype
+    inside = spectrum.basis.T @ matrix.project(gradient)
+    outside = trees.sub(gradient, matrix.combine(spectrum.basis @ inside))
+    # Once more, as the basis is orthonormal to rounding only.
+    outside = trees.sub(outside, matrix.combine(spectrum.basis @ (spectrum.basis.T @ matrix.project(outside))))
+    length = trees.norm(outside).astype(dtype)
+    rounding = 10 * jnp.finfo(dtype).eps * trees.norm(gradient).astype(dtype)
+    has_outside = spectrum.rank < trees.size(gradient)
+    length = jnp.where(has_outside & (length > rounding), length, 0)
+
+    # Where Psi spans everything, its complement has no eigenvalue: one that never matters stands in.
+    rest = jnp.where(has_outside, spectrum.rest, jnp.max(spectrum.values))
+    small = diagonal_trust_region(jnp.append(spectrum.values, rest), jnp.append(inside, length), radius)
+
+    def any_direction():
+        drawn = trees.random_normal(jax.random.key(0), gradient)
+        drawn = trees.sub(drawn, matrix.combine(spectrum.basis @ (spectrum.basis.T @ matrix.project(drawn))))
+        return trees.scale(1 / trees.norm(drawn), drawn)
+
+    def own_direction():
+        return trees.scale(1 / jnp.where(length > 0, length, 1), outside)
+
+    needed = (length == 0) & (small.step[-1] != 0)
+    direction = jax.lax.cond(needed, any_direction, own_direction)
+    step = trees.add(matrix.combine(spectrum.basis @ small.step[:-1]), trees.scale(small.step[-1], direction))
+    return CompactTrustRegionStep(
+        step, trees.norm(small.step).astype(dtype), small.multiplier, small.hard_case, small.model_value
+    )

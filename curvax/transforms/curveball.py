@@ -1,0 +1,301 @@
+"""CurveBall: momentum whose direction is a step of gradient descent on the quadratic model, at every iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from curvax import trees
+from curvax.curvature_point import CurvaturePoint, Piece
+from curvax.damping.rules import DampingRule, curveball_rule
+from curvax.objective import Objective
+from curvax.output_matrix import OutputMatrix
+from curvax.quadratic_model import reduction_ratio
+from curvax.term import scale_cases
+from curvax.transforms._point import point_for_update
+from curvax.transforms._step import empty_info, finish, next_count
+
+PyTree = Any
+Array = jax.Array
+
+
+class CurveBallInfo(NamedTuple):
+    """Figures of the last step, all scalars.
+
+    Attributes:
+        loss: h(theta) before the step.
+        predicted_change: The change of the quadratic model along the step.
+        step_ratio: gamma, the actual over the predicted change, of the last step at which it was measured; -inf where
+            that failed.
+        damping: lambda that the step was computed with.
+        momentum: rho.
+        learning_rate: beta.
+        update_norm: The norm of z.
+        skipped_steps: How many steps so far were skipped because something was not finite.
+    """
+
+    loss: Array
+    predicted_change: Array
+    step_ratio: Array
+    damping: Array
+    momentum: Array
+    learning_rate: Array
+    update_norm: Array
+    skipped_steps: Array
+
+
+class CurveBallState(NamedTuple):
+    """State of ``curveball``.
+
+    Attributes:
+        steps: Steps so far.
+        damping: lambda for the next step.
+        velocity: z, the last step, a pytree like the parameters.
+        info: Figures of the last step.
+    """
+
+    steps: Array
+    damping: Array
+    velocity: PyTree
+    info: CurveBallInfo
+
+
+def curveball(
+    objective: Objective,
+    *,
+    momentum: float | None = None,
+    learning_rate: float | None = None,
+    initial_damping: float = 1.0,
+    rule: DampingRule | None = None,
+    damped_model: bool = True,
+    gradient: Literal["recomputed", "incoming"] = "recomputed",
+    curvature: Callable[[Piece], OutputMatrix] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""CurveBall: z <- rho z - beta (G z + lambda z + g), theta <- theta + z.
+
+    The bracket is the gradient of the quadratic model g^T z + 1/2 z^T (G + lambda I) z at the last step z, so every
+    iteration takes one step of gradient descent on the model and then moves; nothing is solved. By default rho and beta
+    minimise the model along z and the bracket, and lambda adapts, so that nothing is to be tuned. The step costs one
+    push forward of z, one pull back and one push forward of the bracket; the state is that of momentum SGD.
+
+    With ``gradient="recomputed"`` g is the gradient of the objective at the curvature point, pulled back together with
+    the curvature in one sweep: the incoming updates are not read, only their structure, and whoever computes them
+    inside the same ``jit`` does not pay for them. With ``"incoming"`` they are g. ``update`` takes ``at=``, the third
+    result of ``objective.value_and_grad``, or ``batch=``; gradient, curvature and the loss that adapts lambda are of
+    that one batch. Inside ``optax.masked`` and ``optax.partition`` (with ``at=``) it acts on the leaves it is given.
+    Under ``optax.MultiSteps`` curvature, and with ``"recomputed"`` the gradient, are those of the last mini-batch. A
+    step in which anything is not finite is skipped and counted.
+
+    What the paper leaves open: whether lambda enters the model that gives rho, beta and the predicted change (see
+    ``damped_model``), and whether 0.999 is the factor of lambda for one adaptation or for each of the five iterations
+    between two (``rule=curvax.damping.curveball_rule(factor=0.999**5)``).
+
+    Args:
+        objective: The objective; G is its Gauss-Newton matrix.
+        momentum: rho; None for the best one. 1 is the variant of the paper's appendix B.5.
+        learning_rate: beta; None for the best one.
+        initial_damping: lambda_0. The paper takes 1 for networks with batch normalisation and 10 for others.
+        rule: How lambda adapts to gamma, which takes a forward pass where it is due; by default every 5 steps times
+            0.999 above 3/2 and over 0.999 below 1/2. ``DampingRule(decrease=1, increase=1)`` keeps it fixed, without
+            the forward pass.
+        damped_model: Whether lambda z enters the model that rho, beta and the predicted change come from, as in the
+            authors' published code, or the bracket alone, as equation 18 reads.
+        gradient: Where g comes from, "recomputed" or "incoming".
+        curvature: (piece) -> the matrix on the outputs, in place of the loss's own ``curvature``.
+
+    Returns:
+        The transformation; its updates are ready for ``optax.apply_updates``. ``state.info`` holds the figures.
+
+    Raises:
+        ValueError: ``update`` got neither or both of ``at=`` and ``batch=``, or updates that are not the parameters'.
+
+    Example:
+        >>> def residuals(w, x):                                            # of Rosenbrock's function
+        ...     return jnp.array([[w[0] - 1, 10 * (w[1] - w[0] ** 2)]])
+        >>> objective = curvax.Objective(residuals, curvax.losses.squared_error())
+        >>> tx = curvax.curveball(objective)
+        >>> w, batch = jnp.array([-1.0, 1.0]), (jnp.zeros((1, 1)), jnp.zeros((1, 2)))
+        >>> state = tx.init(w)
+        >>> @jax.jit
+        ... def step(w, state):
+        ...     loss, grads, at = objective.value_and_grad(w, batch)
+        ...     updates, state = tx.update(grads, state, w, at=at)
+        ...     return optax.apply_updates(w, updates), state
+        >>> for _ in range(100):
+        ...     w, state = step(w, state)
+        >>> bool(jnp.allclose(w, 1.0, atol=1e-2))
+        True
+
+    Source: Henriques, Ehrhardt, Albanie and Vedaldi 2019 ("Small steps and giant leaps"), algorithm 1, eqs. 16 to 18.
+    """
+    rule = curveball_rule() if rule is None else rule
+    adapts = not rule.decrease == rule.increase == 1
+    if gradient not in ("recomputed", "incoming"):
+        raise ValueError(f"gradient must be 'recomputed' or 'incoming', got {gradient!r}")
+
+    def init(params: PyTree) -> CurveBallState:
+        dtype = trees.wide_dtype(*jax.tree.leaves(params))
+        info = empty_info(CurveBallInfo, dtype, skipped_steps=jnp.int32)
+        damping = jnp.full((), initial_damping, dtype)
+        return CurveBallState(jnp.zeros((), jnp.int32), damping, trees.zeros_like(params), info)
+
+    def update(
+        updates: PyTree,
+        state: CurveBallState,
+        params: PyTree = None,
+        *,
+        at: CurvaturePoint | None = None,
+        batch: PyTree = None,
+        **extra: Any,
+    ) -> tuple[PyTree, CurveBallState]:
+        del extra
+        at = point_for_update("curveball", objective, updates, params, at, batch)
+        dtype = state.damping.dtype
+        model = _Model(at, updates, updates if gradient == "incoming" else None, curvature)
+        damping, z = state.damping, state.velocity
+
+        bracket, pushed = model.gradient_at(z)
+        bracket = trees.add_scaled(bracket, damping, z)
+        slopes, products = model.forms(bracket, z, pushed)
+        if damped_model:
+            products = products + damping * _products(bracket, z)
+        # The step is -beta * bracket + rho * z.
+        beta, rho = _coefficients(products.astype(dtype), slopes.astype(dtype), learning_rate, momentum)
+        step = trees.add_scaled(trees.scale(rho, z), -beta, bracket)
+        along = jnp.stack([-beta, rho])
+        predicted = along @ slopes.astype(dtype) + along @ products.astype(dtype) @ along / 2
+
+        steps, loss = next_count(state.steps), at.loss.astype(dtype)
+
+        def measure():
+            new_loss = at.loss_at(trees.add(at.params, trees.embed(step, at.params))).astype(dtype)
+            return reduction_ratio(loss, new_loss, predicted).astype(dtype)
+
+        ratio = state.info.step_ratio
+        if adapts:
+            ratio = jax.lax.cond(steps % rule.period == 0, measure, lambda: ratio)
+        info = CurveBallInfo(
+            loss=loss,
+            predicted_change=predicted,
+            step_ratio=ratio,
+            damping=damping,
+            momentum=rho,
+            learning_rate=beta,
+            update_norm=trees.norm(step).astype(dtype),
+            skipped_steps=state.info.skipped_steps,
+        )
+        taken = CurveBallState(steps, rule(damping, ratio, steps) if adapts else damping, step, info)
+        read = (loss, step, predicted, updates) if gradient == "incoming" else (loss, step, predicted)
+        return finish(trees.all_finite(*read), step, taken, state)
+
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+
+
+class _Model:
+    """The undamped quadratic model on the leaves of ``like``: its gradient at z, and its forms on two vectors."""
+
+    def __init__(self, at, like, gradient, curvature):
+        self.at, self.like, self.gradient = at, like, gradient
+        self.curvature = curvature or (lambda piece: piece.loss.curvature(piece.outputs, piece.targets))
+        self.penalty = at.objective.l2 is not None
+
+    def gradient_at(self, z: PyTree) -> tuple[PyTree, tuple[PyTree, ...] | None]:
+        """G z + g in one pull back, and J z for each term where the batch is held whole (eqs. 16, 17)."""
+        tangent = trees.embed(z, self.at.params)
+        pushed = None
+        if self.at.chunk_size is None:
+            pushed = tuple(piece.jvp(tangent) for piece in self.at.pieces())
+
+        def one(piece):
+            curved = self.curvature(piece).product(piece.jvp(tangent) if piece.extra is None else piece.extra)
+            if self.gradient is None:
+                curved = trees.add(curved, piece.loss.gradient(piece.outputs, piece.targets))
+            return piece.transpose(scale_cases(piece.scale, curved))
+
+        total = trees.extract(self.at.accumulate(one, pushed), self.like)
+        if self.penalty:
+            about = z if self.gradient is not None else trees.add(z, self._own_params())
+            total = trees.add(total, trees.multiply(about, self._penalty_curvature()))
+        if self.gradient is not None:
+            total = trees.add(total, self.gradient)
+        return total, pushed
+
+    def forms(self, bracket: PyTree, z: PyTree, pushed: tuple[PyTree, ...] | None) -> tuple[Array, Array]:
+        """(g^T bracket, g^T z) and the matrix of x^T G y over x, y in (bracket, z), by one push forward (eq. 18)."""
+        tangent = trees.embed(bracket, self.at.params)
+        z_tangent = trees.embed(z, self.at.params)
+
+        def one(piece):
+            v = piece.jvp(tangent)
+            u = piece.jvp(z_tangent) if piece.extra is None else piece.extra
+            matrix = self.curvature(piece)
+            curved_v, curved_u = (scale_cases(piece.scale, matrix.product(x)) for x in (v, u))
+            cross = trees.vdot(u, curved_v)
+            slope = scale_cases(piece.scale, piece.loss.gradient(piece.outputs, piece.targets))
+            forms = jnp.stack([trees.vdot(v, curved_v), cross, cross, trees.vdot(u, curved_u)])
+            return jnp.stack([trees.vdot(slope, v), trees.vdot(slope, u)]), forms.reshape(2, 2)
+
+        slopes, products = self.at.accumulate(one, pushed)
+        if self.penalty:
+            weights, own = self._penalty_curvature(), self._own_params()
+            pulls = [trees.vdot(trees.multiply(own, weights), x) for x in (bracket, z)]
+            slopes = slopes + jnp.stack(pulls).astype(slopes.dtype)
+            scaled = [trees.multiply(x, jax.tree.map(jnp.sqrt, weights)) for x in (bracket, z)]
+            products = products + _products(*scaled).astype(products.dtype)
+        if self.gradient is not None:
+            slopes = jnp.stack([trees.vdot(self.gradient, x) for x in (bracket, z)])
+        return slopes, products
+
+    def _own_params(self):
+        return trees.extract(self.at.params, self.like)
+
+    def _penalty_curvature(self):
+        return trees.extract(self.at.objective.penalty_curvature(self.at.params), self.like)
+
+
+def _products(x: PyTree, y: PyTree) -> Array:
+    """The inner products of two vectors among themselves."""
+    cross = trees.vdot(x, y)
+    return jnp.stack([trees.vdot(x, x), cross, cross, trees.vdot(y, y)]).reshape(2, 2)
+
+
+def _coefficients(products: Array, slopes: Array, beta: Any, rho: Any) -> tuple[Array, Array]:
+    """(beta, rho), those that are None at the minimum of the model over -beta x + rho y (eqs. 18 and 25)."""
+    dtype = products.dtype
+    if beta is None and rho is None:
+        first, second = _pseudo_solve(products, slopes)
+        return first, -second
+    if beta is None:
+        # d/dbeta: x^T (g + B (rho y - beta x)) = 0.
+        rho = jnp.asarray(rho, dtype)
+        return _divide(slopes[0] + rho * products[0, 1], products[0, 0]), rho
+    beta = jnp.asarray(beta, dtype)
+    if rho is None:
+        return beta, _divide(beta * products[0, 1] - slopes[1], products[1, 1])
+    return beta, jnp.asarray(rho, dtype)
+
+
+def _pseudo_solve(matrix: Array, vector: Array) -> Array:
+    """A^+ b for a positive semi-definite 2 x 2 matrix, first brought to a diagonal of ones.
+
+    Where the two directions are collinear, or one is zero (z at the first step), the one solution of least norm in
+    these units is taken.
+    """
+    diagonal = jnp.diagonal(matrix)
+    units = jnp.where(diagonal > 0, jax.lax.rsqrt(jnp.where(diagonal > 0, diagonal, 1)), 0)
+    r = matrix[0, 1] * units[0] * units[1]
+    scaled = vector * units
+    determinant = 1 - r * r
+    independent = determinant > 64 * jnp.finfo(matrix.dtype).eps
+    solved = (scaled - r * scaled[::-1]) / jnp.where(independent, determinant, 1)
+    sign = jnp.where(r < 0, -1, 1).astype(matrix.dtype)
+    nearest = jnp.stack([scaled[0] + sign * scaled[1], sign * scaled[0] + scaled[1]]) / 4
+    return units * jnp.where(independent, solved, nearest)
+
+
+def _divide(numerator: Array, denominator: Array) -> Array:
+    return jnp.where(denominator > 0, numerator / jnp.where(denominator > 0, denominator, 1), 0)

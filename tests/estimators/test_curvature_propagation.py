@@ -1,0 +1,200 @@
+"""Random rank-one estimates of Hessians, and the recursion of Becker and LeCun, against dense Hessians."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import curvax
+from curvax import estimators, trees
+from tests.estimators.test_layer_estimators import ravel, setting
+
+DRAWS = 4000
+
+
+def joined(tree):
+    return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
+
+
+@pytest.fixture(autouse=True)
+def _promotion():
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def dense_hessian(objective, params, batch):
+    return np.asarray(jax.jit(lambda p: curvax.hessian(objective, p, batch).to_dense())(params))
+
+
+def check_unbiased(draws, truth):
+    """No entry of the mean is further from the truth than five and a half of its deviations."""
+    draws = np.asarray(draws)
+    deviation = draws.std(axis=0) / np.sqrt(len(draws))
+    error = np.abs(draws.mean(axis=0) - truth)
+    assert np.all(error < 5.5 * deviation + 1e-9 * np.abs(truth).max())
+
+
+@pytest.mark.parametrize("name", ["mlp_x_at_w", "scan_over_time", "dense_used_twice"])
+def test_two_vectors_estimate_the_whole_hessian(name):
+    weights = jnp.array([0.5, 2.0, 1.0, 0.0, 3.0])
+    objective, params, batch = setting(name, l2=0.3, example_weights=lambda batch: weights)
+
+    @jax.jit
+    @jax.vmap
+    def draw(key):
+        left, right = estimators.propagate_curvature(objective, params, batch, key=key)
+        return jnp.outer(joined(left), joined(right))
+
+    check_unbiased(draw(jax.random.split(jax.random.key(0), DRAWS)), dense_hessian(objective, params, batch))
+
+
+def normalised(params, x):
+    """Division, products of two varying operands, a softmax and a reused variable."""
+    hidden = x @ params["w"]
+    centred = hidden - hidden.mean(-1, keepdims=True)
+    hidden = centred / jnp.sqrt(jnp.mean(jnp.square(centred), -1, keepdims=True) + 0.1)
+    attention = jax.nn.softmax(hidden, axis=-1)
+    return jax.nn.gelu(hidden * attention * params["s"]) @ params["v"]
+
+
+def normalised_setting(loss):
+    generator = np.random.default_rng(0)
+    shapes = {"w": (2, 3), "s": (3,), "v": (3, 2)}
+    params = {name: jnp.asarray(generator.normal(size=shape)) for name, shape in shapes.items()}
+    batch = (jnp.asarray(generator.normal(size=(4, 2))), jnp.asarray(generator.normal(size=(4, 2))))
+    return curvax.Objective(normalised, loss), params, batch
+
+
+@pytest.mark.parametrize("convex", [True, False])
+def test_any_operation_and_any_loss(convex):
+    def value(output, target):
+        return jnp.sum(jnp.square(jnp.tanh(output) - target) if not convex else jnp.square(output - target))
+
+    loss = curvax.losses.from_function(value, convex=convex)
+    objective, params, batch = normalised_setting(loss)
+
+    @jax.jit
+    @jax.vmap
+    def draw(key):
+        left, right = estimators.propagate_curvature(objective, params, batch, key=key)
+        return jax.tree.map(jnp.multiply, left, right)
+
+    draws = draw(jax.random.split(jax.random.key(0), DRAWS))
+    flat = np.concatenate([np.asarray(leaf).reshape(DRAWS, -1) for leaf in jax.tree.leaves(draws)], axis=1)
+    check_unbiased(flat, np.diag(dense_hessian(objective, params, batch)))
+
+
+def test_products_of_a_draw_vary_less_than_a_hessian_product_times_its_vector():
+    """DG-3 against DG-4."""
+    objective, params, batch = setting("mlp_x_at_w", "softmax_cross_entropy")
+    truth = dense_hessian(objective, params, batch)
+
+    @jax.jit
+    @jax.vmap
+    def squared_errors(key):
+        left, right = estimators.propagate_curvature(objective, params, batch, key=key)
+        v = trees.random_rademacher(key, params)
+        naive = jnp.outer(joined(curvax.hessian(objective, params, batch)(v)), joined(v))
+        return jnp.sum(jnp.square(jnp.outer(joined(left), joined(right)) - truth)), jnp.sum(jnp.square(naive - truth))
+
+    ours, naive = (float(jnp.mean(x)) for x in squared_errors(jax.random.split(jax.random.key(0), 500)))
+    assert ours < naive
+
+
+@pytest.mark.parametrize(
+    "name", ["mlp_x_at_w", "stacked_slices", "convolutions_channels_first", "tied_embedding", "dense_used_twice"]
+)
+def test_the_diagonal_by_layers(name):
+    weights = jnp.array([0.5, 2.0, 1.0, 0.0, 3.0])
+    objective, params, batch = setting(name, l2=0.3, example_weights=lambda batch: weights)
+    layers = curvax.find_layers(objective, params, batch)
+
+    @jax.jit
+    @jax.vmap
+    def draw(key):
+        return estimators.sampled_hessian_diagonal(curvax.tap(objective, layers, params, batch), key)
+
+    draws = draw(jax.random.split(jax.random.key(0), DRAWS))
+    flat = np.concatenate([np.asarray(leaf).reshape(DRAWS, -1) for leaf in jax.tree.leaves(draws)], axis=1)
+    truth = jax.jit(lambda p: curvax.hessian(objective, p, batch).diagonal())(params)
+    check_unbiased(flat, ravel(truth))
+
+
+def test_products_by_examples_vary_less_than_products_of_sums():
+    objective, params, _ = setting("mlp_x_at_w", "softmax_cross_entropy")
+    batch = (jnp.asarray(np.random.default_rng(0).normal(size=(60, 3))), jnp.arange(60) % 2)
+    layers = curvax.find_layers(objective, params, batch)
+    truth = jax.jit(lambda p: curvax.hessian(objective, p, batch).diagonal())(params)
+
+    @jax.jit
+    @jax.vmap
+    def squared_errors(key):
+        tapped = curvax.tap(objective, layers, params, batch)
+        by_example = estimators.sampled_hessian_diagonal(tapped, key)
+        by_sum = trees.multiply(*estimators.propagate_curvature(objective, params, batch, key=key))
+        return [jnp.square(trees.norm(trees.sub(x, truth))) for x in (by_example, by_sum)]
+
+    by_example, by_sum = (float(jnp.mean(x)) for x in squared_errors(jax.random.split(jax.random.key(0), 50)))
+    assert by_example < 0.2 * by_sum
+
+
+def test_curvature_propagation_refuses_what_it_cannot_do():
+    objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.curvature_only(curvax.losses.squared_error()))
+    w = jnp.ones((2, 1))
+    with pytest.raises(ValueError, match="needs the loss"):
+        estimators.propagate_curvature(objective, w, (jnp.ones((3, 2)), None), key=jax.random.key(0))
+    objective = curvax.Objective(lambda w, x: x @ w - (x @ w).mean(0), curvax.losses.squared_error())
+    batch = (jnp.asarray(np.random.default_rng(0).normal(size=(5, 2))), jnp.ones((5, 1)))
+    tapped = curvax.tap(objective, curvax.find_layers(objective, w, batch), w, batch)
+    with pytest.raises(ValueError, match="couples examples"):
+        estimators.sampled_hessian_diagonal(tapped, jax.random.key(0))
+
+
+def becker_lecun_by_hand(params, x, output_diagonal, output_gradient, hessian):
+    """q_s = phi'^2 q_a [+ phi'' da], q_a = sq(W)^T q_s, layer by layer (methods DG-6)."""
+    hidden = np.tanh(x @ params["w1"] + params["b1"])
+    slope, bend = 1 - hidden**2, -2 * hidden * (1 - hidden**2)
+    q = output_diagonal
+    result = {"w2": (hidden**2).T @ q, "b2": q.sum(0)}
+    q = slope**2 * (q @ (params["w2"] ** 2).T)
+    if hessian:
+        q = q + bend * (output_gradient @ params["w2"].T)
+    return {**result, "w1": (x**2).T @ q, "b1": q.sum(0)}
+
+
+@pytest.mark.parametrize("hessian", [False, True])
+def test_becker_lecun_is_the_recursion_of_the_papers(hessian):
+    generator = np.random.default_rng(0)
+    shapes = {"w1": (3, 4), "b1": (4,), "w2": (4, 2), "b2": (2,)}
+    params = {name: generator.normal(size=shape) for name, shape in shapes.items()}
+    x, labels = generator.normal(size=(6, 3)), generator.integers(0, 2, 6)
+    objective = curvax.Objective(
+        lambda p, x: jnp.tanh(x @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"], curvax.losses.softmax_cross_entropy(), l2=0.1
+    )
+    tree, batch = jax.tree.map(jnp.asarray, (params, (x, labels)))
+    ours = jax.jit(lambda p: estimators.becker_lecun_diagonal(objective, p, batch, hessian=hessian))(tree)
+    logits = np.tanh(x @ params["w1"] + params["b1"]) @ params["w2"] + params["b2"]
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    gradient = (p - np.eye(2)[labels]) / 6
+    truth = becker_lecun_by_hand(params, x, p * (1 - p) / 6, gradient, hessian)
+    for name in shapes:
+        np.testing.assert_allclose(ours[name], truth[name] + 0.1, rtol=1e-10)
+    # The last layer's is exact.
+    exact = jax.jit(lambda p: curvax.hessian(objective, p, batch).diagonal())(tree)
+    np.testing.assert_allclose(ours["w2"], exact["w2"], rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["scan_over_time", "convolutions_channels_first", "tied_embedding"])
+def test_becker_lecun_takes_other_networks(name):
+    objective, params, batch = setting(name)
+    ours = ravel(jax.jit(lambda p: estimators.becker_lecun_diagonal(objective, p, batch))(params))
+    truth = ravel(jax.jit(lambda p: curvax.ggn(objective, p, batch).diagonal())(params))
+    assert np.all(ours >= 0)
+    assert np.corrcoef(ours, truth)[0, 1] > 0.5
+
+
+def test_becker_lecun_names_an_operation_without_a_rule():
+    objective = curvax.Objective(lambda w, x: jnp.linalg.inv(w + x), curvax.losses.squared_error())
+    batch = (jnp.ones((1, 2, 2)), jnp.ones((1, 2, 2)))
+    with pytest.raises(ValueError, match="no rule for the operation `custom_linear_solve`"):
+        estimators.becker_lecun_diagonal(objective, jnp.eye(2), batch)
