@@ -16,6 +16,7 @@ from curvax._version import __version__ as __version__
 from curvax.compact_map import CompactMap as CompactMap
 from curvax.compact_map import compact_map as compact_map
 from curvax.curvature_point import CurvaturePoint as CurvaturePoint
+from curvax.layer_hessian import layer_hessian as layer_hessian
 from curvax.layers import Layers as Layers
 from curvax.layers import find_layers as find_layers
 from curvax.layers import tap as tap
@@ -44,6 +45,7 @@ from curvax.transforms import lsr1 as lsr1
 from curvax.transforms import lsr1_linesearch as lsr1_linesearch
 from curvax.transforms import natural_gradient as natural_gradient
 from curvax.transforms import newton_cg as newton_cg
+from curvax.transforms import scale_by_cubic_step as scale_by_cubic_step
 from curvax.transforms import scale_by_dense_curvature as scale_by_dense_curvature
 from curvax.transforms import scale_by_natural_gradient as scale_by_natural_gradient
 from curvax.transforms import scale_by_sample_space as scale_by_sample_space

@@ -1,5 +1,11 @@
 """The optimisers, one file for each method, as optax gradient transformations."""
 
+from curvax.transforms.cubic_step import CubicStepInfo as CubicStepInfo
+from curvax.transforms.cubic_step import CubicStepState as CubicStepState
+from curvax.transforms.cubic_step import cubic_rule as cubic_rule
+from curvax.transforms.cubic_step import cubic_step_of_examples as cubic_step_of_examples
+from curvax.transforms.cubic_step import cubic_step_size as cubic_step_size
+from curvax.transforms.cubic_step import scale_by_cubic_step as scale_by_cubic_step
 from curvax.transforms.curveball import CurveBallInfo as CurveBallInfo
 from curvax.transforms.curveball import CurveBallState as CurveBallState
 from curvax.transforms.curveball import curveball as curveball

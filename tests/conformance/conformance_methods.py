@@ -85,6 +85,27 @@ METHODS = [
         ("objective", "momentum", "learning_rate", "rule", "damped_model", "gradient", "curvature"),
     ),
     Method(
+        "lsr1",
+        curvax.lsr1,
+        None,
+        {"scale": 1.5},
+        ("objective", "memory_size", "rule", "skip_tolerance"),
+    ),
+    Method(
+        "lsr1_linesearch",
+        curvax.lsr1_linesearch,
+        None,
+        {"scale": 1.5},
+        ("objective", "memory_size", "skip_tolerance"),
+    ),
+    Method(
+        "scale_by_cubic_step",
+        functools.partial(curvax.scale_by_cubic_step, inner=optax.sgd(1.0)),
+        None,
+        {"sigma": 10.0},
+        ("objective", "inner", "scope", "rule", "acceptance", "ascent", "diagonal"),
+    ),
+    Method(
         "natural_gradient",
         functools.partial(curvax.natural_gradient, max_iterations=6, tolerance=0.0),
         None,

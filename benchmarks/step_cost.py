@@ -1,0 +1,163 @@
+"""What a step of every optimiser costs, in steps of Adam: counted operations, and times taken in turn in one process.
+
+Run: ``python -m benchmarks.step_cost``. Methods with periodic work are counted over a whole cycle. The loss and batch
+are Adam's; a method that does not read the incoming gradient does not pay for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import curvax
+from benchmarks.progress import table
+
+NETWORKS = {
+    "784-300-10, batch 256 (235k + parameters)": ((784, 300, 10), 256),
+    "784-600-600-320-10, batch 512 (1M parameters)": ((784, 600, 600, 320, 10), 512),
+}
+KEEP = curvax.damping.DampingRule(decrease=1, increase=1)
+
+
+class Entry(NamedTuple):
+    """An optimiser: how it is made, and between what and what its steps alternate.
+
+    Attributes:
+        make: objective -> transformation.
+        loops: The iterations to count for loops without a known number.
+        rare: objective -> the transformation without its periodic work, which is done once in ``period`` steps.
+        period: See ``rare``.
+    """
+
+    make: Callable[[curvax.Objective], Any]
+    loops: int | None = None
+    rare: Callable[[curvax.Objective], Any] | None = None
+    period: int = 1
+
+
+ENTRIES = {
+    "adam": Entry(lambda _: optax.adam(1e-3)),
+    "momentum sgd": Entry(lambda _: optax.sgd(1e-2, momentum=0.9)),
+    "curveball": Entry(curvax.curveball, None, lambda o: curvax.curveball(o, rule=KEEP), 5),
+    "curveball, fixed damping": Entry(lambda o: curvax.curveball(o, rule=KEEP)),
+    "lsr1, memory 5": Entry(curvax.lsr1, 10),
+    "lsr1_linesearch, memory 5, no halving": Entry(curvax.lsr1_linesearch, 1),
+    "cubic step on sgd": Entry(lambda o: curvax.scale_by_cubic_step(o, optax.sgd(1.0))),
+    "hessian_free, 20 iterations": Entry(
+        lambda o: curvax.hessian_free(o, max_iterations=20, progress_tolerance=0.0), 20
+    ),
+    "natural_gradient, 10 iterations": Entry(
+        lambda o: curvax.natural_gradient(o, max_iterations=10, tolerance=0.0), 10
+    ),
+    "scale_by_sample_space": Entry(lambda o: curvax.scale_by_sample_space(o), 40),
+}
+
+
+def network(params, x):
+    """A tanh network with a linear last layer."""
+    for layer in params[:-1]:
+        x = jnp.tanh(x @ layer["kernel"] + layer["bias"])
+    return x @ params[-1]["kernel"] + params[-1]["bias"]
+
+
+def setting(sizes, batch_size):
+    """The objective, parameters and a batch, in float32."""
+    keys = iter(jax.random.split(jax.random.key(0), len(sizes) + 2))
+    params = [
+        {"kernel": jax.random.normal(next(keys), (m, n)) / m**0.5, "bias": jnp.zeros(n)}
+        for m, n in itertools.pairwise(sizes)
+    ]
+    batch = (
+        jax.random.normal(next(keys), (batch_size, sizes[0])),
+        jax.random.randint(next(keys), (batch_size,), 0, sizes[-1]),
+    )
+    return curvax.Objective(network, curvax.losses.softmax_cross_entropy()), params, batch
+
+
+def training_step(objective, tx):
+    """(params, state, batch) -> the next params and state."""
+    tx = optax.with_extra_args_support(tx)
+
+    def step(params, state, batch):
+        _, gradient, at = objective.value_and_grad(params, batch)
+        updates, state = tx.update(gradient, state, params, at=at)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def counted(objective, entry, params, batch):
+    """Floating-point operations of a step, the mean over a cycle."""
+
+    def flops(make):
+        tx = make(objective)
+        state = jax.eval_shape(tx.init, params)
+        return curvax.testing.flops(training_step(objective, tx), params, state, batch, while_trip_count=entry.loops)
+
+    every = flops(entry.make)
+    if entry.rare is None:
+        return every
+    rare = flops(entry.rare)
+    return rare + (every - rare) / entry.period
+
+
+def timed(objective, params, batch, repeats):
+    """Median seconds of a step of every optimiser, taken in turn; cycles are in the median only as they occur."""
+    runs = {}
+    for name, entry in ENTRIES.items():
+        tx = entry.make(objective)
+        runs[name] = [jax.jit(training_step(objective, tx)), params, tx.init(params), []]
+    for repeat in range(repeats + 1):
+        for run in runs.values():
+            step, theta, state, seconds = run
+            start = time.perf_counter()
+            run[1], run[2] = jax.block_until_ready(step(theta, state, batch))
+            if repeat:
+                seconds.append(time.perf_counter() - start)
+    return {name: statistics.median(run[3]) for name, run in runs.items()}
+
+
+def main(argv=None):
+    """Prints the tables and writes them to ``benchmarks/results/step_cost.md``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=10, help="timed steps of each optimiser (default 10)")
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
+    arguments = parser.parse_args(argv)
+    columns = ["optimiser", "GFLOP", "in Adam's steps (counted)", "ms (median)", "in Adam's steps (time)"]
+    lines = [f"# Steps in steps of Adam, tanh, softmax, float32, {jax.devices()[0]}", ""]
+    lines += [
+        f"Median of {arguments.repeats} steps, taken in turn in one process. Loops whose length depends on the data"
+    ]
+    lines += ["are counted as the name says; of `scale_by_sample_space` with 40 iterations.", ""]
+    for title, (sizes, batch_size) in NETWORKS.items():
+        objective, params, batch = setting(sizes, batch_size)
+        counts = {name: counted(objective, entry, params, batch) for name, entry in ENTRIES.items()}
+        seconds = timed(objective, params, batch, arguments.repeats)
+        rows = [
+            [
+                name,
+                f"{counts[name] / 1e9:.2f}",
+                f"{counts[name] / counts['adam']:.2f}",
+                f"{1e3 * seconds[name]:.1f}",
+                f"{seconds[name] / seconds['adam']:.2f}",
+            ]
+            for name in ENTRIES
+        ]
+        table([dict(zip(columns, row, strict=True)) for row in rows], columns, title)
+        lines += [f"## {title}", ""]
+        lines += ["| " + " | ".join(row) + " |" for row in [columns, ["---"] * len(columns), *rows]] + [""]
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "step_cost.md").write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,329 @@
+"""Cubic-regularised learning rates: how far to go along the direction of any other optimiser, in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from curvax import products, trees
+from curvax.curvature_point import CurvaturePoint
+from curvax.damping.rules import DampingRule
+from curvax.objective import Objective
+from curvax.quadratic_model import reduction_ratio
+from curvax.transforms._point import point_for_update
+from curvax.transforms._step import empty_info, finish, next_count
+
+PyTree = Any
+Scalar = Any
+Array = jax.Array
+Scope = Literal["whole", "leaf", "variable"]
+
+
+def cubic_step_size(slope: Scalar, curvature: Scalar, norm: Scalar, sigma: Scalar) -> Array:
+    r"""The alpha >= 0 that minimises a alpha + c alpha^2 / 2 + sigma ||d||^3 alpha^3 / 6, for a <= 0.
+
+    With a = d^T grad and c = d^T H d it is the step along d to the minimum of the cubic model of Nesterov and Polyak:
+    -a/c where the curvature dominates, sqrt(-2a / (sigma ||d||^3)) on flat ground, and 2|c| / (sigma ||d||^3) where
+    negative curvature does. alpha d does not depend on the length of d. The form that does not cancel is used on either
+    side of c = 0, and lengths are taken out first, so that ||d||^3 neither over- nor underflows.
+
+    Args:
+        slope: a; a positive one counts as zero, so use -d then.
+        curvature: c, of either sign.
+        norm: ||d||.
+        sigma: The weight of the cubic term, not negative.
+
+    Returns:
+        alpha; zero where d is zero, or where the model falls without end (a < 0, c <= 0, sigma = 0).
+
+    Example:
+        >>> curvax.transforms.cubic_step_size(-3.0, 1.0, 1.0, 0.0).item()                # Newton's step
+        3.0
+        >>> curvax.transforms.cubic_step_size(-2.0, 0.0, 1.0, 1.0).item()                # flat ground
+        2.0
+
+    Source: the closed form of "Understanding and exploiting the low-rank structure of deep networks" (2018), eq. 9;
+        Nesterov and Polyak 2006.
+    """
+    slope, curvature, norm, sigma = (jnp.asarray(x) for x in (slope, curvature, norm, sigma))
+    some = norm > 0
+    length = jnp.where(some, norm, 1)
+    # In the unit direction: a t + c t^2 / 2 + sigma t^3 / 6.
+    a, c = jnp.minimum(slope / length, 0), curvature / length / length
+    root = jnp.hypot(c, jnp.sqrt(-2 * a * sigma))
+    upwards, downwards = c + root, root - c
+    curved = c > 0
+    stable = -2 * a / jnp.where(curved & (upwards > 0), upwards, 1)
+    other = downwards / jnp.where(~curved & (sigma > 0), sigma, 1)
+    distance = jnp.where(curved, stable, jnp.where(sigma > 0, other, 0))
+    return jnp.where(some, distance / length, 0)
+
+
+def cubic_rule(decrease: float = 0.5, increase: float = 2.0) -> DampingRule:
+    """The rule of adaptive cubic regularisation: sigma halved above rho = 9/10, doubled below 1/10.
+
+    Args:
+        decrease: The factor of very successful steps.
+        increase: The factor of unsuccessful ones.
+
+    Returns:
+        The rule.
+
+    Example:
+        >>> curvax.transforms.cubic_rule()(jnp.array(100.0), jnp.array(0.95), jnp.array(1)).item()
+        50.0
+
+    Source: Cartis, Gould and Toint 2011, algorithm 2.1.
+    """
+    return DampingRule(good_ratio=0.9, bad_ratio=0.1, decrease=decrease, increase=increase)
+
+
+class CubicStepInfo(NamedTuple):
+    """Figures of the last step, all scalars.
+
+    Attributes:
+        loss: h(theta) before the step.
+        alpha: The learning rate, ||update|| / ||d||; negative where d pointed upwards and was turned round.
+        slope: d^T grad.
+        curvature: d^T H d, of the Hessian or, by leaves and variables, of its diagonal blocks.
+        sigma: The weight of the cubic term that the step was computed with.
+        step_ratio: The actual change over that of the cubic model; zero where no rule asks for it.
+        update_norm: The norm of the update.
+        accepted: Whether the step was taken.
+        skipped_steps: How many steps so far were skipped because something was not finite.
+    """
+
+    loss: Array
+    alpha: Array
+    slope: Array
+    curvature: Array
+    sigma: Array
+    step_ratio: Array
+    update_norm: Array
+    accepted: Array
+    skipped_steps: Array
+
+
+class CubicStepState(NamedTuple):
+    """State of ``scale_by_cubic_step``.
+
+    Attributes:
+        steps: Steps so far.
+        sigma: The weight of the cubic term for the next step.
+        inner: The state of the inner transformation.
+        info: Figures of the last step.
+    """
+
+    steps: Array
+    sigma: Array
+    inner: Any
+    info: CubicStepInfo
+
+
+def scale_by_cubic_step(
+    objective: Objective,
+    inner: optax.GradientTransformation,
+    *,
+    sigma: float = 100.0,
+    scope: Scope = "whole",
+    rule: DampingRule | None = None,
+    acceptance: float | None = None,
+    ascent: Literal["turn", "keep"] = "turn",
+    diagonal: Callable[[CurvaturePoint], PyTree] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Goes along the updates d of any optax transformation to the minimum of the cubic model: alpha d.
+
+    alpha minimises d^T g alpha + d^T H d alpha^2 / 2 + sigma ||d||^3 alpha^3 / 6 with the exact Hessian, so it is large
+    on a plateau, where slope and curvature are small, and falls where the ground curves. d^T H d is two forward passes.
+    alpha d does not depend on the length of d: the inner learning rate is of no account.
+
+    The incoming updates are read as the gradient g of the objective. ``update`` takes ``at=``, the third result of
+    ``objective.value_and_grad``, or ``batch=``, which are handed on to the inner transformation. Inside
+    ``optax.masked`` and ``optax.partition`` (with ``at=``) it acts on the leaves it is given. Under
+    ``optax.MultiSteps`` the gradient is the mean over the mini-batches and the Hessian that of the last one. A step in
+    which anything is not finite is skipped and counted, and leaves the inner state as it was.
+
+    Args:
+        objective: The objective.
+        inner: Any transformation: ``optax.sgd(1.0)``, ``optax.adagrad(0.1)``, ``optax.adam(1e-3)``.
+        sigma: The weight of the cubic term; its order of magnitude matters (the paper takes 100 to 1000).
+        scope: "whole": one alpha. "leaf": one for each leaf, with its block of the Hessian. "variable": one for each
+            parameter, with the diagonal.
+        rule: How sigma adapts, such as ``cubic_rule()``, at the price of a forward pass; None keeps it.
+        acceptance: With a rule, the least ratio of a step that is taken (0.1 in Cartis, Gould and Toint 2011); None
+            takes every step, as the paper does.
+        ascent: What to do with a d that points upwards, which momentum and noise bring about: "turn" it round, or
+            "keep" the inner update as it is.
+        diagonal: (at) -> the diagonal of the Hessian for "variable", such as
+            ``curvax.estimators.sampled_hessian_diagonal``; by default the exact one, for small problems.
+
+    Returns:
+        The transformation; its updates are ready for ``optax.apply_updates``. ``state.info`` holds the figures.
+
+    Raises:
+        ValueError: ``update`` got neither or both of ``at=`` and ``batch=``, updates that are not the parameters', or
+            an unknown scope.
+
+    Example:
+        >>> objective = curvax.Objective(lambda w, x: x * w, curvax.losses.squared_error())
+        >>> tx = curvax.scale_by_cubic_step(objective, optax.sgd(1.0), sigma=1e-6)
+        >>> w, batch = jnp.array(3.0), (jnp.full((1,), 2.0), jnp.zeros(1))
+        >>> loss, grads, at = objective.value_and_grad(w, batch)
+        >>> updates, state = tx.update(grads, tx.init(w), w, at=at)
+        >>> print(f"{optax.apply_updates(w, updates):.4f} {state.info.alpha:.4f}")       # Newton's step: alpha = 1 / 4
+        0.0000 0.2500
+
+    Source: "Understanding and exploiting the low-rank structure of deep networks" (2018), section 3.
+    """
+    if scope not in ("whole", "leaf", "variable"):
+        raise ValueError(f"scope must be 'whole', 'leaf' or 'variable', got {scope!r}")
+    if ascent not in ("turn", "keep"):
+        raise ValueError(f"ascent must be 'turn' or 'keep', got {ascent!r}")
+    if acceptance is not None and rule is None:
+        raise ValueError("acceptance needs a rule, such as curvax.transforms.cubic_rule(), to try another sigma by")
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: PyTree) -> CubicStepState:
+        dtype = trees.wide_dtype(*jax.tree.leaves(params))
+        info = empty_info(CubicStepInfo, dtype, accepted=jnp.bool_, skipped_steps=jnp.int32)
+        return CubicStepState(jnp.zeros((), jnp.int32), jnp.full((), sigma, dtype), inner.init(params), info)
+
+    def update(
+        updates: PyTree,
+        state: CubicStepState,
+        params: PyTree = None,
+        *,
+        at: CurvaturePoint | None = None,
+        batch: PyTree = None,
+        **extra: Any,
+    ) -> tuple[PyTree, CubicStepState]:
+        given = {"batch": batch} if at is None else {"at": at}
+        at = point_for_update("scale_by_cubic_step", objective, updates, params, at, batch)
+        dtype = state.sigma.dtype
+        direction, inner_state = inner.update(updates, state.inner, params, **given, **extra)
+
+        groups = _groups(scope, at, updates, direction, diagonal, dtype)
+        steps, slope, curvature, change = [], 0.0, 0.0, 0.0
+        for a, c, norm, move in groups:
+            sign = jnp.where(a > 0, -1, 1).astype(dtype)
+            alpha = sign * cubic_step_size(-jnp.abs(a), c, norm, state.sigma)
+            if ascent == "keep":
+                alpha = jnp.where(a > 0, jnp.ones_like(alpha), alpha)
+            steps.append(move(alpha))
+            reach = jnp.abs(alpha) * norm
+            change += jnp.sum(a * alpha + c * alpha * alpha / 2 + state.sigma * reach**3 / 6)
+            slope, curvature = slope + jnp.sum(a), curvature + jnp.sum(c)
+        step = steps[0] if len(steps) == 1 else jax.tree.structure(direction).unflatten(steps)
+
+        count, loss = next_count(state.steps), at.loss.astype(dtype)
+        ratio, accepted = jnp.zeros((), dtype), jnp.array(True)
+        if rule is not None:
+            new_loss = at.loss_at(trees.add(at.params, trees.embed(step, at.params))).astype(dtype)
+            ratio = reduction_ratio(loss, new_loss, change).astype(dtype)
+            accepted = accepted if acceptance is None else ratio > acceptance
+        norm = trees.norm(direction).astype(dtype)
+        length = trees.norm(step).astype(dtype)
+        turned = jnp.where(trees.vdot(direction, step) < 0, -1, 1).astype(dtype)
+        info = CubicStepInfo(
+            loss=loss,
+            alpha=turned * length / jnp.where(norm > 0, norm, 1),
+            slope=jnp.asarray(slope, dtype),
+            curvature=jnp.asarray(curvature, dtype),
+            sigma=state.sigma,
+            step_ratio=ratio,
+            update_norm=length,
+            accepted=accepted,
+            skipped_steps=state.info.skipped_steps,
+        )
+        moved = trees.where(accepted, step, trees.zeros_like(step))
+        next_sigma = state.sigma if rule is None else rule(state.sigma, ratio, count)
+        after = CubicStepState(count, next_sigma, inner_state, info)
+        return finish(trees.all_finite(loss, updates, step), moved, after, state)
+
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def cubic_step_of_examples(
+    objective: Objective,
+    params: PyTree,
+    batch: PyTree,
+    *,
+    sigma: float = 100.0,
+    average: Literal["steps", "step_sizes", "batch"] = "batch",
+) -> PyTree:
+    r"""The cubic step along the negative gradient, averaged over the examples in one of three ways, for study.
+
+    "steps" is E[alpha_j g_j], the mean of every example's own step; "step_sizes" is E[alpha_j] E[g_j]; "batch" fixes
+    the batch's direction and solves once for the mean slope and curvature, as ``scale_by_cubic_step`` does. The paper
+    finds the first two too noisy to be of use.
+
+    Args:
+        objective: The objective.
+        params: theta.
+        batch: The batch, its examples on axis 0 of every leaf.
+        sigma: The weight of the cubic term.
+        average: What is averaged.
+
+    Returns:
+        The step, a pytree like the parameters.
+
+    Example:
+        >>> objective = curvax.Objective(lambda w, x: x * w, curvax.losses.squared_error())
+        >>> batch = (jnp.array([1.0, 3.0]), jnp.zeros(2))
+        >>> mean_of_steps = {"sigma": 1e-6, "average": "steps"}
+        >>> step = curvax.transforms.cubic_step_of_examples(objective, jnp.array(1.0), batch, **mean_of_steps)
+        >>> print(f"{step:.3f}")
+        -1.000
+    """
+
+    def of(batch):
+        gradient = jax.grad(objective)(params, batch)
+        along = trees.scale(-1.0, gradient)
+        curvature = products.hessian(objective, params, batch).quadratic(along)
+        norm = trees.norm(along)
+        alpha = cubic_step_size(trees.vdot(gradient, along), curvature, norm, jnp.asarray(sigma, norm.dtype))
+        return along, alpha, trees.scale(alpha, along)
+
+    if average == "batch":
+        return of(batch)[2]
+    if average not in ("steps", "step_sizes"):
+        raise ValueError(f"average must be 'steps', 'step_sizes' or 'batch', got {average!r}")
+    directions, sizes, steps = jax.vmap(lambda one: of(jax.tree.map(lambda leaf: leaf[None], one)))(batch)
+    if average == "steps":
+        return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), steps)
+    return trees.scale(jnp.mean(sizes), jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), directions))
+
+
+def _groups(scope, at, gradient, direction, diagonal, dtype):
+    """For each group of parameters with an alpha of its own: slope, curvature, norm, and alpha -> the step."""
+    if scope == "whole":
+        curvature = products.hessian(at.objective, at=at).restrict(gradient).quadratic(direction).astype(dtype)
+        slope, norm = trees.vdot(gradient, direction).astype(dtype), trees.norm(direction).astype(dtype)
+        return [(slope, curvature, norm, lambda alpha: trees.scale(alpha, direction))]
+    leaves, treedef = jax.tree.flatten(direction)
+    gradients = jax.tree.leaves(gradient)
+    if scope == "leaf":
+        hessian = products.hessian(at.objective, at=at).restrict(gradient)
+        groups = []
+        for index, leaf in enumerate(leaves):
+            alone = treedef.unflatten([x if i == index else jnp.zeros_like(x) for i, x in enumerate(leaves)])
+            curvature = hessian.quadratic(alone).astype(dtype)
+            slope, norm = trees.vdot(gradients[index], leaf).astype(dtype), trees.norm(leaf).astype(dtype)
+            groups.append((slope, curvature, norm, lambda alpha, leaf=leaf: trees.scale(alpha, leaf)))
+        return groups
+    exact = diagonal is None
+    entries = products.hessian(at.objective, at=at).diagonal() if exact else diagonal(at)
+    entries = jax.tree.leaves(trees.extract(entries, gradient))
+    groups = []
+    for leaf, g, h in zip(leaves, gradients, entries, strict=True):
+        wide, g, h = leaf.astype(dtype), g.astype(dtype), h.astype(dtype)
+
+        def move(alpha, wide=wide, leaf=leaf):
+            return (alpha * wide).astype(leaf.dtype)
+
+        groups.append((g * wide, h * wide * wide, jnp.abs(wide), move))
+    return groups
