@@ -178,9 +178,9 @@ def vgg_f(classes: int = 1000, image_size: int = 224) -> Network:
     layers = [(11, 64, 4, True), (5, 256, 1, True), (3, 256, 1, False), (3, 256, 1, False), (3, 256, 1, True)]
 
     def features(params, x):
-        for layer, (_, _, stride, pooled) in zip(params["conv"], layers, strict=True):
-            x = jax.nn.relu(_conv(layer, x, stride))
-            x = _pool(x, 3, 2) if pooled else x
+        for layer, (size, _, stride, pooled) in zip(params["conv"], layers, strict=True):
+            x = jax.nn.relu(_conv(layer, x, stride, "VALID" if size == 11 else "SAME"))
+            x = _pool(x, 3, 2, ((0, 0), (0, 1), (0, 1), (0, 0))) if pooled else x
         return x.reshape(x.shape[0], -1)
 
     def init(key):
@@ -239,5 +239,5 @@ def _normalised(layer, x):
     return (x - mean) * jax.lax.rsqrt(variance + 1e-5) * layer["scale"] + layer["bias"]
 
 
-def _pool(x, size, stride):
-    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, size, size, 1), (1, stride, stride, 1), "SAME")
+def _pool(x, size, stride, padding="SAME"):
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, size, size, 1), (1, stride, stride, 1), padding)

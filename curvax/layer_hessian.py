@@ -59,8 +59,8 @@ def layer_hessian(tapped: TappedPoint) -> LinearMap:
         >>> H = curvax.layer_hessian(tapped)
         >>> bool(jnp.allclose(H.to_dense(), curvax.hessian(objective, params, batch).to_dense(), atol=1e-5))
         True
-        >>> H.stored
-        (2, 18)
+        >>> H.stored                                                          # numbers for an example, and dense
+        (28, 21)
 
     Source: the low-rank structure of "Understanding and exploiting the low-rank structure of deep networks" (2018),
         eqs. 1 to 7 and appendix B.
@@ -196,7 +196,7 @@ class _Parts:
 
         def run(perturbations):
             results, captured, _ = evaluate(
-                program, flat, own, unravel(perturbations), self.layers.through_custom_rules
+                program, flat, own, unravel(perturbations), self.layers.through_custom_rules, every_order=True
             )
             outputs, _ = jax.tree.unflatten(out_tree, results)
             return jnp.sum(term.loss.value(outputs, targets)), captured

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from curvax.layers.analysis import body_of
@@ -22,6 +23,7 @@ def evaluate(
     perturbations: Sequence[Any],
     through_custom_rules: bool = False,
     given: Sequence[tuple[int, ...]] = (),
+    every_order: bool = False,
 ) -> tuple[list[Any], list[Any], dict[tuple[int, ...], Any]]:
     """The results of a program, the input of each use, and further operands.
 
@@ -36,12 +38,14 @@ def evaluate(
             None. It counts as zero: only derivatives with respect to it have a meaning.
         through_custom_rules: As in ``analyse``.
         given: The places of further operands to return, see ``Given``.
+        every_order: Whether the perturbations are added in earnest, which stores them, so that derivatives of all
+            orders exist; else those of first order alone.
 
     Returns:
         ``(results, inputs, operands)``; the input of a use is the other operand, stacked over the scans around it, and
         None where the use has none.
     """
-    results, found = _run(program, arguments, uses, perturbations, through_custom_rules, given)
+    results, found = _run(program, arguments, uses, perturbations, through_custom_rules, given, every_order)
     operands = {place: found[len(uses) + index] for index, place in enumerate(given)}
     return results, [found.get(index) for index in range(len(uses))], operands
 
@@ -54,8 +58,8 @@ def evaluate_outputs(
     return results, [found[~index] for index in range(len(uses))]
 
 
-def _run(program, arguments, uses, perturbations, through_custom_rules, given):
-    tap = _Tapper(through_custom_rules)
+def _run(program, arguments, uses, perturbations, through_custom_rules, given, every_order=False):
+    tap = _Tapper(through_custom_rules, jnp.add if every_order else perturbed)
     entries = [(index, use, use.address, perturbations[index]) for index, use in enumerate(uses)]
     entries += [(len(uses) + index, None, place, None) for index, place in enumerate(given)]
     return tap.run(program.jaxpr, program.consts, list(arguments), entries)
@@ -75,8 +79,8 @@ def _perturbed_jvp(primals, tangents):
 
 
 class _Tapper:
-    def __init__(self, through_custom_rules):
-        self.through = through_custom_rules
+    def __init__(self, through_custom_rules, perturb):
+        self.through, self.perturb = through_custom_rules, perturb
 
     def run(self, program: Jaxpr, consts, arguments, entries):
         """(results, what was found); ``entries`` are (index, use, rest of its address, perturbation).
@@ -102,7 +106,7 @@ class _Tapper:
                     continue
                 found[~index] = values[operand]
                 if eps is not None:
-                    values[operand] = perturbed(values[operand], eps)
+                    values[operand] = self.perturb(values[operand], eps)
             rest_of_them = [entry for entry in here if entry not in at_operands]
             at_it = [entry for entry in rest_of_them if not entry[2]]
             inside = [entry for entry in rest_of_them if entry[2]]
@@ -116,7 +120,7 @@ class _Tapper:
                     found[index] = values[1 - use.side]
                 found[~index] = results[0]
                 if eps is not None:
-                    results = [perturbed(results[0], eps)]
+                    results = [self.perturb(results[0], eps)]
             environment.update(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in program.outvars], found
 

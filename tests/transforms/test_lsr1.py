@@ -98,7 +98,7 @@ def test_the_line_search_method_goes_along_the_inverse_matrix():
 
 @pytest.mark.parametrize("make", [curvax.lsr1, curvax.lsr1_linesearch])
 def test_long_runs_converge_with_a_memory_of_five(make):
-    objective, batch, history = run(make, 150)
+    objective, batch, history = run(make, 300)
     first, last = history[0][0], history[-1][1]
     assert np.linalg.norm(gradient_at(objective, batch, last)) < 1e-3 * np.linalg.norm(
         gradient_at(objective, batch, first)
