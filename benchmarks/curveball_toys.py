@@ -10,7 +10,6 @@ over the data) is below 1e-4; the linear network is 6-6-10 on 1,000 normal input
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import pathlib
 from collections.abc import Callable, Sequence
@@ -104,32 +103,40 @@ def linear_network(examples: int = 1000, condition: float = 1e5) -> Problem:
 
 
 class Solver(NamedTuple):
-    """A solver of the table: its settings' text and how it is made for an objective."""
+    """A solver of the table.
 
-    settings: str
-    make: Callable[[curvax.Objective], optax.GradientTransformation]
+    Attributes:
+        make: (objective, numbers) -> transformation.
+        names: What the numbers are.
+        grid: Their values that are tried.
+    """
+
+    make: Callable[[curvax.Objective, Any], Any]
+    names: tuple[str, ...] = ()
+    grid: tuple[tuple[float, ...], ...] = ((),)
+
+    def text(self, point: tuple[float, ...]) -> str:
+        """One point of the grid in words."""
+        pairs = zip(self.names, point, strict=True)
+        return ", ".join(f"{name} {value:g}" for name, value in pairs) or "defaults"
 
 
-def solvers() -> dict[str, list[Solver]]:
-    """The six solvers, those of first order once for each point of the paper's grid."""
-    sgd = [
-        Solver(f"rate {rate}, momentum {mu}", lambda _, rate=rate, mu=mu: optax.sgd(rate, mu))
-        for rate, mu in itertools.product(RATES, (0.9, 0.95, 0.99))
-    ]
-    adam = [
-        Solver(f"rate {rate}, betas {b1}, {b2}", lambda _, rate=rate, b1=b1, b2=b2: optax.adam(rate, b1, b2))
-        for rate, b1, b2 in itertools.product(RATES, (0.9, 0.99), (0.99, 0.999))
-    ]
-    return {
-        "sgd with momentum": sgd,
-        "adam": adam,
-        "levenberg-marquardt": [Solver("defaults", curvax.levenberg_marquardt)],
-        "bfgs": [Solver("optax.lbfgs, memory 100, zoom", lambda _: optax.lbfgs(memory_size=100))],
-        "exact hessian": [
-            Solver("absolute eigenvalues", lambda o: curvax.levenberg_marquardt(o, curvature=curvax.hessian))
-        ],
-        "curveball": [Solver("defaults", curvax.curveball)],
-    }
+SOLVERS = {
+    "sgd with momentum": Solver(
+        lambda _, h: optax.sgd(h[0], h[1]),
+        ("rate", "momentum"),
+        tuple(itertools.product(RATES, (0.9, 0.95, 0.99))),
+    ),
+    "adam": Solver(
+        lambda _, h: optax.adam(h[0], h[1], h[2]),
+        ("rate", "beta1", "beta2"),
+        tuple(itertools.product(RATES, (0.9, 0.99), (0.99, 0.999))),
+    ),
+    "levenberg-marquardt": Solver(lambda o, _: curvax.levenberg_marquardt(o)),
+    "bfgs": Solver(lambda o, _: optax.lbfgs(memory_size=20)),
+    "exact hessian": Solver(lambda o, _: curvax.levenberg_marquardt(o, curvature=curvax.hessian)),
+    "curveball": Solver(lambda o, _: curvax.curveball(o)),
+}
 
 
 def iterate(problem: Problem, tx: Any):
@@ -140,7 +147,7 @@ def iterate(problem: Problem, tx: Any):
         batch = problem.draw(key)
         loss, gradient, at = objective.value_and_grad(params, batch)
         if isinstance(tx, optax.GradientTransformationExtraArgs):
-            extra = {"at": at, "value": loss, "grad": gradient, "value_fn": lambda p: objective(p, batch)}
+            extra = {"at": at, "value": loss, "grad": gradient, "value_fn": lambda p, at=None: objective(p, batch)}
             updates, state = tx.update(gradient, state, params, **extra)
         else:
             updates, state = tx.update(gradient, state, params)
@@ -149,49 +156,53 @@ def iterate(problem: Problem, tx: Any):
     return step
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 3, 4))
-def count_iterations(problem: Problem, solver: Solver, keys: jax.Array, criterion: str, limit: int):
-    """For each key the iterations until the solution (``limit`` where it is not reached) and the error at the end."""
-    tx = solver.make(problem.objective)
-    step = iterate(problem, tx)
+def counter(problem: Problem, solver: Solver, criterion: str):
+    """(numbers, keys) -> for each key the iterations until the solution, or the limit where it is not reached."""
 
     def error(params):
         clean = problem.objective(params, problem.clean)
         return problem.distance(params) if criterion == "distance" and problem.distance is not None else clean
 
-    def one(key):
-        params = problem.start(jax.random.fold_in(key, 0))
+    @jax.jit
+    def count(numbers, keys):
+        tx = solver.make(problem.objective, numbers)
+        step = iterate(problem, tx)
 
-        def running(carry):
-            params, _, count = carry
-            return (error(params) > TOLERANCE) & (count < limit)
+        def one(key):
+            params = problem.start(jax.random.fold_in(key, 0))
 
-        def body(carry):
-            params, state, count = carry
-            params, state = step(params, state, jax.random.fold_in(key, count + 1))
-            return params, state, count + 1
+            def running(carry):
+                params, _, count = carry
+                at_work = error(params) > TOLERANCE
+                return at_work & (count < problem.limit)
 
-        params, _, count = jax.lax.while_loop(running, body, (params, tx.init(params), jnp.zeros((), jnp.int32)))
-        end = error(params)
-        return jnp.where(jnp.isfinite(end) & (end <= TOLERANCE), count, limit), end
+            def body(carry):
+                params, state, count = carry
+                params, state = step(params, state, jax.random.fold_in(key, count + 1))
+                return params, state, count + 1
 
-    return jax.lax.map(one, keys)
+            start = (params, tx.init(params), jnp.zeros((), jnp.int32))
+            params, _, count = jax.lax.while_loop(running, body, start)
+            return jnp.where(error(params) <= TOLERANCE, count, problem.limit)
 
+        return jax.lax.map(one, keys)
 
-def best(problem: Problem, grid: Sequence[Solver], keys: jax.Array, criterion: str) -> tuple[Solver, np.ndarray]:
-    """The grid's best solver, by mean iterations on a tenth of the runs, and the iterations of all its runs."""
-    if len(grid) > 1:
-        few = keys[: max(len(keys) // 10, 3)]
-        means = [float(np.mean(count_iterations(problem, s, few, criterion, problem.limit)[0])) for s in grid]
-        chosen = grid[int(np.argmin(means))]
-    else:
-        chosen = grid[0]
-    return chosen, np.asarray(count_iterations(problem, chosen, keys, criterion, problem.limit)[0])
+    return count
 
 
-def trajectory(problem: Problem, solver: Solver, key: jax.Array, steps: int = 200):
+def best(problem: Problem, solver: Solver, keys: jax.Array, criterion: str):
+    """The grid's best point, by mean iterations on a tenth of the runs, and the iterations of all its runs."""
+    count = counter(problem, solver, criterion)
+    few = keys[: max(len(keys) // 10, 3)]
+    chosen = solver.grid[0]
+    if len(solver.grid) > 1:
+        means = [float(np.mean(count(jnp.array(point), few))) for point in solver.grid]
+        chosen = solver.grid[int(np.argmin(means))]
+    return chosen, np.asarray(count(jnp.array(chosen), keys))
+
+
+def trajectory(problem: Problem, tx: Any, key: jax.Array, steps: int = 200):
     """The iterates and their losses without noise."""
-    tx = solver.make(problem.objective)
     step = jax.jit(iterate(problem, tx))
     params = problem.start(jax.random.fold_in(key, 0))
     state, points = tx.init(params), [params]
@@ -202,14 +213,14 @@ def trajectory(problem: Problem, solver: Solver, key: jax.Array, steps: int = 20
     return np.asarray(points), np.asarray(losses)
 
 
-def draw_trajectories(problem: Problem, chosen: dict[str, Solver], path: pathlib.Path) -> None:
+def draw_trajectories(problem: Problem, chosen: dict[str, Any], path: pathlib.Path) -> None:
     """The paths on Rosenbrock's function, and the losses along them."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     plane, losses = figure.subplots(1, 2)
     u, v = np.meshgrid(np.linspace(-1.6, 1.6, 200), np.linspace(-0.6, 1.8, 200))
     plane.contourf(u, v, np.log10((1 - u) ** 2 + 100 * (v - u**2) ** 2 + 1e-3), levels=30, cmap="Greys", alpha=0.7)
-    for colour, (name, solver) in zip(COLOURS, chosen.items(), strict=False):
-        points, values = trajectory(problem, solver, jax.random.key(1))
+    for colour, (name, tx) in zip(COLOURS, chosen.items(), strict=False):
+        points, values = trajectory(problem, tx, jax.random.key(1))
         plane.plot(points[:, 0], points[:, 1], ".-", color=colour, linewidth=1, markersize=3, label=name)
         losses.plot(values, color=colour, label=name)
     plane.set(xlabel="u", ylabel="v", xlim=(-1.6, 1.6), ylim=(-0.6, 1.8), title=f"Rosenbrock, {problem.name}")
@@ -232,18 +243,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     columns = ["solver", *(f"{problem.name}{who}" for problem in problems for who in ("", ", paper"))]
     rows, notes = [], []
-    chosen: dict[str, dict[str, Solver]] = {problem.name: {} for problem in problems}
-    for name, grid in solvers().items():
+    chosen: dict[str, Any] = {}
+    for name, solver in SOLVERS.items():
         row = [name]
         for problem, paper in zip(problems, PAPER[name], strict=True):
-            solver, counts = best(problem, grid, keys, arguments.criterion)
-            chosen[problem.name][name] = solver
+            point, counts = best(problem, solver, keys, arguments.criterion)
+            if problem is problems[1]:
+                chosen[name] = solver.make(problem.objective, point)
             reached = counts[counts < problem.limit]
             text = f"{reached.mean():.0f} +- {reached.std():.1f}" if reached.size else "-"
             if reached.size < counts.size:
                 text += f" ({reached.size} of {counts.size})"
             row += [text, paper]
-            notes.append(f"{name}, {problem.name}: {solver.settings}")
+            notes.append(f"{name}, {problem.name}: {solver.text(point)}")
             print(f"{name}, {problem.name}: {text} iterations; the paper {paper}", flush=True)
         rows.append(row)
 
@@ -252,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f" starts (-1, 1) +- {arguments.starts:g}"
     )
     table([dict(zip(columns, row, strict=True)) for row in rows], columns, title)
-    draw_trajectories(problems[1], chosen[problems[1].name], arguments.output / "curveball_toys.png")
+    draw_trajectories(problems[1], chosen, arguments.output / "curveball_toys.png")
     lines = [
         f"# {title}",
         "",

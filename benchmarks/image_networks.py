@@ -239,5 +239,5 @@ def _normalised(layer, x):
     return (x - mean) * jax.lax.rsqrt(variance + 1e-5) * layer["scale"] + layer["bias"]
 
 
-def _pool(x, size, stride, padding="SAME"):
+def _pool(x, size, stride, padding: Any = "SAME"):
     return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, size, size, 1), (1, stride, stride, 1), padding)

@@ -129,9 +129,9 @@ def train(task: Task, name: str, settings: dict[str, Any], batch_size: int, seco
                 "loss": float(np.mean(losses)),
                 "test_error": float(test_error(params)),
             }
-            info = getattr(state, "info", None)
-            if hasattr(info, "skipped_pairs"):
-                record["skipped_fraction"] = int(info.skipped_pairs) / steps
+            skipped_pairs = getattr(getattr(state, "info", None), "skipped_pairs", None)
+            if skipped_pairs is not None:
+                record["skipped_fraction"] = int(skipped_pairs) / steps
             records.append(record)
             losses = []
     return str(dataset), records
