@@ -4,7 +4,7 @@ BIN := .venv/bin
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench bench-rnn lint types clean
+.PHONY: help demo test test-all bench bench-rnn bench-papers lint types clean
 
 help:
 	@echo "make demo      train a deep autoencoder, Hessian-free against Adam and NAG: table and plots in demo/"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-all  all tests"
 	@echo "make bench     costs and autoencoders into benchmarks/results/, in 40 minutes or less; go on by the same command"
 	@echo "make bench-rnn the table over long time lags, an hour or less; go on by the same command"
+	@echo "make bench-papers  tables of the papers: CurveBall's toys, plateaus, image networks; about an hour"
 	@echo "make lint      ruff and pyright"
 
 .venv/ready: pyproject.toml
@@ -30,10 +31,22 @@ test-all: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.product_cost
+	$(BIN)/python -m benchmarks.step_cost
 	$(BIN)/python -m benchmarks.autoencoder_bench
 
 bench-rnn: .venv/ready
 	$(BIN)/python -m benchmarks.rnn_tasks --table --minutes 60
+
+bench-papers: .venv/ready
+	$(BIN)/python -m benchmarks.curveball_toys
+	$(BIN)/python -m benchmarks.cubic_plateau
+	for network in lenet cifar_net; do \
+	  $(BIN)/python -m benchmarks.image_training --network $$network --optimizer lsr1 lbfgs adam nag || exit 1; \
+	done
+	for network in basic_cnn basic_cnn_bn; do \
+	  $(BIN)/python -m benchmarks.image_training --network $$network --batch-size 128 \
+	    --optimizer curveball curveball_fixed adam sgd || exit 1; \
+	done
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -69,7 +69,7 @@ CASES = {
 def main(argv=None):
     """Runs what is not on file, until the time is over, and writes the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=40.0, help="start no run after so many minutes (default 40)")
+    parser.add_argument("--minutes", type=float, default=36.0, help="start no run after so many minutes (default 36)")
     parser.add_argument("--seconds-scale", type=float, default=1.0, help="multiplies the time of every run")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--data-folder")

@@ -66,11 +66,33 @@ METHODS = {
     "nag": lambda o, rate: optax.sgd(rate, momentum=0.9, nesterov=True),
     "sgd": lambda o, rate: optax.sgd(rate, momentum=0.9),
 }
+
+
+def forgetful_lbfgs(period: int = 5) -> optax.GradientTransformationExtraArgs:
+    """L-BFGS with a line search whose memory of five is emptied every ``period`` steps, the rival of L-SR1's paper."""
+    inner = optax.lbfgs(memory_size=5)
+
+    def update(updates, state, params=None, **extra):
+        count, inner_state, fresh = state
+        forgets = (count % period == 0) & (count > 0)
+        inner_state = jax.tree.map(lambda new, old: jnp.where(forgets, new, old), fresh, inner_state)
+        updates, inner_state = inner.update(updates, inner_state, params, **extra)
+        return updates, (count + 1, inner_state, fresh)
+
+    def init(params):
+        return jnp.zeros((), jnp.int32), inner.init(params), inner.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+METHODS["lbfgs"] = lambda o: forgetful_lbfgs()
+
 GRIDS: dict[str, list[dict[str, float]]] = {
     "curveball": [{"damping": 1.0}, {"damping": 10.0}],
     "curveball_fixed": [{"damping": 1.0}, {"damping": 10.0}],
     "lsr1": [{}],
     "lsr1_linesearch": [{}],
+    "lbfgs": [{}],
     "adam": [{"rate": 1e-3}, {"rate": 3e-3}],
     "nag": [{"rate": 3e-3}, {"rate": 1e-2}, {"rate": 3e-2}],
     "sgd": [{"rate": 1e-2}, {"rate": 1e-1}],
@@ -96,7 +118,10 @@ def train(task: Task, name: str, settings: dict[str, Any], batch_size: int, seco
     @jax.jit
     def step(params, state, chosen):
         loss, gradient, at = objective.value_and_grad(params, (images[chosen], labels[chosen]))
-        updates, state = tx.update(gradient, state, params, at=at)
+        extra: dict[str, Any] = {"at": at}
+        if name == "lbfgs":
+            extra = {"value": loss, "grad": gradient, "value_fn": at.loss_at}
+        updates, state = tx.update(gradient, state, params, **extra)
         return optax.apply_updates(params, updates), state, loss
 
     @jax.jit

@@ -107,6 +107,11 @@ OPTIMIZERS: dict[str, Optimizer] = {
         {"batch_size": 1000, "damping": 1.0},
         _products(damping=(0.1, 1.0, 10.0)),
     ),
+    "cubic_sgd": Optimizer(
+        lambda objective, sigma: curvax.scale_by_cubic_step(objective, optax.sgd(1.0), sigma=sigma),
+        {"batch_size": 1000, "sigma": 100.0},
+        _products(sigma=(10.0, 100.0, 1000.0)),
+    ),
     "lsr1": Optimizer(
         lambda objective, memory_size: curvax.lsr1(objective, memory_size=memory_size),
         {"batch_size": 2000, "memory_size": 5},

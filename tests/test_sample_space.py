@@ -180,3 +180,47 @@ def test_a_step_costs_at_most_15_of_adams():
         ours = curvax.testing.flops(step, params, jax.eval_shape(tx.init, params), batch, while_trip_count=40)
         theirs = curvax.testing.flops(adam_step, params, jax.eval_shape(adam.init, params), batch)
     assert ours / theirs <= 15
+
+
+def test_a_physics_informed_network_is_solved_in_the_space_of_its_residuals():
+    """u'' = -sin on (0, pi), u = 0 at both ends: residuals hold second derivatives of the network in its input."""
+
+    def u(params, x):
+        return jnp.tanh(x * params["w1"] + params["b1"]) @ params["w2"]
+
+    def residual(params, x):
+        second = jax.vmap(jax.grad(jax.grad(lambda point: u(params, point))))(x)
+        return (second + jnp.sin(x))[:, None]
+
+    def boundary(params, x):
+        return jax.vmap(lambda point: u(params, point))(x)[:, None]
+
+    loss = curvax.losses.squared_error()
+    objective = curvax.Objective.from_terms(
+        curvax.Term(residual, loss, select=lambda batch: (batch["inside"], jnp.zeros((12, 1)))),
+        curvax.Term(boundary, loss, select=lambda batch: (batch["ends"], jnp.zeros((2, 1))), weight=10.0),
+    )
+    generator = np.random.default_rng(0)
+    params = {name: jnp.asarray(generator.normal(size=16)) for name in ("w1", "b1", "w2")}
+    batch = {"inside": jnp.linspace(0.1, 3.0, 12), "ends": jnp.array([0.0, jnp.pi])}
+    tx = optax.chain(
+        curvax.scale_by_sample_space(objective, damping=1e-6),
+        optax.scale(-1.0),
+        optax.scale_by_backtracking_linesearch(max_backtracking_steps=15),
+    )
+
+    @jax.jit
+    def step(params, state):
+        loss, gradient, at = objective.value_and_grad(params, batch)
+        line = {"value": loss, "grad": gradient, "value_fn": lambda p, at=None: objective(p, batch)}
+        updates, state = tx.update(gradient, state, params, at=at, **line)
+        return optax.apply_updates(params, updates), state, loss
+
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes integers of two widths
+        state, losses = tx.init(params), []
+        for _ in range(30):
+            params, state, value = step(params, state)
+            losses.append(float(value))
+    assert losses[-1] < 1e-6 * losses[0]
+    points = jnp.linspace(0.2, 2.9, 7)
+    np.testing.assert_allclose(boundary(params, points)[:, 0], np.sin(points), atol=0.02)
