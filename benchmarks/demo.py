@@ -21,7 +21,7 @@ from benchmarks.progress import log_json, table
 def main(argv=None):
     """Runs the three optimisers and shows the outcome."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=30.0, help="training time of each run (default 30)")
+    parser.add_argument("--seconds", type=float, default=25.0, help="training time of each run (default 25)")
     parser.add_argument("--output", type=Path, default=Path("demo"))
     arguments = parser.parse_args(argv)
     arguments.output.mkdir(parents=True, exist_ok=True)
