@@ -59,8 +59,11 @@ def test_it_takes_a_step(name, make):
         updates, state = tx.update(gradient, state, params, at=at)
         return optax.apply_updates(params, updates), state, loss
 
-    after, state, loss = step(params, tx.init(params))
-    assert np.isfinite(loss)
+    # The first radius of L-SR1, the norm of the gradient, may be too long; rejected steps halve it.
+    after, state = params, tx.init(params)
+    for _ in range(10):
+        after, state, loss = step(after, state)
+        assert np.isfinite(loss)
     assert state.info.skipped_steps == 0
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
     assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(params), strict=True))
