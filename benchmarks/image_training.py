@@ -127,7 +127,7 @@ def train(task: Task, name: str, settings: dict[str, Any], batch_size: int, seco
     @jax.jit
     def test_error(params):
         # Batch normalisation takes the statistics of what it is given: parts of the size of a training batch.
-        size = min(batch_size, 500)
+        size = min(batch_size, 500, len(test[0]))
         parts = len(test[0]) // size
         batches = jax.tree.map(lambda leaf: leaf[: parts * size].reshape(parts, size, *leaf.shape[1:]), test)
         wrong = jax.lax.map(lambda b: jnp.mean(jnp.argmax(network.apply(params, b[0]), axis=-1) != b[1]), batches)
