@@ -141,16 +141,14 @@ SOLVERS = {
 
 def iterate(problem: Problem, tx: Any):
     """(params, state, key) -> the next params and state."""
-    objective = problem.objective
+    objective, tx = problem.objective, optax.with_extra_args_support(tx)
 
     def step(params, state, key):
         batch = problem.draw(key)
         loss, gradient, at = objective.value_and_grad(params, batch)
-        if isinstance(tx, optax.GradientTransformationExtraArgs):
-            extra = {"at": at, "value": loss, "grad": gradient, "value_fn": lambda p, at=None: objective(p, batch)}
-            updates, state = tx.update(gradient, state, params, **extra)
-        else:
-            updates, state = tx.update(gradient, state, params)
+        # What a line search of optax wants; it hands ``at`` on to the function of the loss.
+        line = {"value": loss, "grad": gradient, "value_fn": lambda p, at: at.loss_at(p)}
+        updates, state = tx.update(gradient, state, params, at=at, **line)
         return optax.apply_updates(params, updates), state
 
     return step

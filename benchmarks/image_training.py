@@ -53,20 +53,6 @@ TASKS = {
     "mlp": Task(lambda: networks.mlp((784, 128, 64, 32, 10)), "mnist", 0.0, 5.0),
 }
 
-METHODS = {
-    "curveball": lambda o, damping: curvax.curveball(o, initial_damping=damping),
-    "curveball_fixed": lambda o, damping: curvax.curveball(
-        o, initial_damping=damping, rule=curvax.damping.DampingRule(decrease=1, increase=1)
-    ),
-    "lsr1": lambda o, memory=5, decrease=0.5, increase=2.0: curvax.lsr1(
-        o, memory_size=memory, rule=RadiusRule(shrink=decrease, grow=increase)
-    ),
-    "lsr1_linesearch": lambda o: curvax.lsr1_linesearch(o),
-    "adam": lambda o, rate: optax.adam(rate),
-    "nag": lambda o, rate: optax.sgd(rate, momentum=0.9, nesterov=True),
-    "sgd": lambda o, rate: optax.sgd(rate, momentum=0.9),
-}
-
 
 def forgetful_lbfgs(period: int = 5) -> optax.GradientTransformationExtraArgs:
     """L-BFGS with a line search whose memory of five is emptied every ``period`` steps, the rival of L-SR1's paper."""
@@ -85,7 +71,21 @@ def forgetful_lbfgs(period: int = 5) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-METHODS["lbfgs"] = lambda o: forgetful_lbfgs()
+METHODS = {
+    "curveball": lambda o, damping: curvax.curveball(o, initial_damping=damping),
+    "curveball_fixed": lambda o, damping: curvax.curveball(
+        o, initial_damping=damping, rule=curvax.damping.DampingRule(decrease=1, increase=1)
+    ),
+    "lsr1": lambda o, memory=5, decrease=0.5, increase=2.0: curvax.lsr1(
+        o, memory_size=memory, rule=RadiusRule(shrink=decrease, grow=increase)
+    ),
+    "lsr1_linesearch": lambda o: curvax.lsr1_linesearch(o),
+    "lbfgs": lambda o: forgetful_lbfgs(),
+    "adam": lambda o, rate: optax.adam(rate),
+    "nag": lambda o, rate: optax.sgd(rate, momentum=0.9, nesterov=True),
+    "sgd": lambda o, rate: optax.sgd(rate, momentum=0.9),
+}
+
 
 GRIDS: dict[str, list[dict[str, float]]] = {
     "curveball": [{"damping": 1.0}, {"damping": 10.0}],
@@ -118,10 +118,9 @@ def train(task: Task, name: str, settings: dict[str, Any], batch_size: int, seco
     @jax.jit
     def step(params, state, chosen):
         loss, gradient, at = objective.value_and_grad(params, (images[chosen], labels[chosen]))
-        extra: dict[str, Any] = {"at": at}
-        if name == "lbfgs":
-            extra = {"value": loss, "grad": gradient, "value_fn": at.loss_at}
-        updates, state = tx.update(gradient, state, params, **extra)
+        # What a line search of optax wants; it hands ``at`` on to the function of the loss.
+        line = {"value": loss, "grad": gradient, "value_fn": lambda p, at: at.loss_at(p)}
+        updates, state = tx.update(gradient, state, params, at=at, **line)
         return optax.apply_updates(params, updates), state, loss
 
     @jax.jit

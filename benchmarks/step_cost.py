@@ -7,7 +7,6 @@ are Adam's; a method that does not read the incoming gradient does not pay for i
 from __future__ import annotations
 
 import argparse
-import itertools
 import pathlib
 import statistics
 import time
@@ -15,10 +14,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import curvax
+from benchmarks.product_cost import setting
 from benchmarks.progress import table
 
 NETWORKS = {
@@ -60,27 +59,6 @@ ENTRIES = {
     ),
     "scale_by_sample_space": Entry(lambda o: curvax.scale_by_sample_space(o), 40),
 }
-
-
-def network(params, x):
-    """A tanh network with a linear last layer."""
-    for layer in params[:-1]:
-        x = jnp.tanh(x @ layer["kernel"] + layer["bias"])
-    return x @ params[-1]["kernel"] + params[-1]["bias"]
-
-
-def setting(sizes, batch_size):
-    """The objective, parameters and a batch, in float32."""
-    keys = iter(jax.random.split(jax.random.key(0), len(sizes) + 2))
-    params = [
-        {"kernel": jax.random.normal(next(keys), (m, n)) / m**0.5, "bias": jnp.zeros(n)}
-        for m, n in itertools.pairwise(sizes)
-    ]
-    batch = (
-        jax.random.normal(next(keys), (batch_size, sizes[0])),
-        jax.random.randint(next(keys), (batch_size,), 0, sizes[-1]),
-    )
-    return curvax.Objective(network, curvax.losses.softmax_cross_entropy()), params, batch
 
 
 def training_step(objective, tx):
@@ -139,7 +117,7 @@ def main(argv=None):
     ]
     lines += ["are counted as the name says; of `scale_by_sample_space` with 40 iterations.", ""]
     for title, (sizes, batch_size) in NETWORKS.items():
-        objective, params, batch = setting(sizes, batch_size)
+        objective, params, batch, _ = setting(sizes, batch_size)
         counts = {name: counted(objective, entry, params, batch) for name, entry in ENTRIES.items()}
         seconds = timed(objective, params, batch, arguments.repeats)
         rows = [

@@ -86,8 +86,8 @@ class CompactMap(LinearMap):
 
     def __call__(self, vector: PyTree) -> PyTree:
         trees.check_like(vector, self.structure, "vector", "the map's vectors")
-        coefficients = jnp.linalg.solve(self._own(self.core), self.project(vector))
-        return trees.add(trees.scale(self.scale, vector), self.combine(coefficients))
+        change = self.combine(self.solve_core(self.project(vector)))
+        return trees.add(trees.scale(self.scale, vector), change)
 
     def solve(self, vector: PyTree, *, damping: Scalar = 0.0) -> PyTree:
         """(A + damping I)^{-1} v by the formula of Sherman, Morrison and Woodbury."""
@@ -97,16 +97,13 @@ class CompactMap(LinearMap):
         coefficients = jnp.linalg.solve(inner, self.project(vector) / total) / total
         return trees.sub(trees.scale(1 / total, vector), self.combine(coefficients))
 
-    def quadratic(self, vector: PyTree) -> Array:
-        return self.bilinear(vector, vector)
-
     def bilinear(self, left: PyTree, right: PyTree) -> Array:
-        coefficients = jnp.linalg.solve(self._own(self.core), self.project(right))
-        return self.scale * trees.vdot(left, right).astype(self.scale.dtype) + self.project(left) @ coefficients
+        change = self.project(left) @ self.solve_core(self.project(right))
+        return self.scale * trees.vdot(left, right).astype(self.scale.dtype) + change
 
     def trace(self) -> Array:
         count = jnp.asarray(trees.size(self.structure), self.scale.dtype)
-        return self.scale * count + jnp.trace(jnp.linalg.solve(self._own(self.core), self._own(self.gram, 0)))
+        return self.scale * count + jnp.trace(self.solve_core(self._own(self.gram, 0)))
 
     def diagonal(self) -> PyTree:
         inverse = jnp.where(self._both, jnp.linalg.inv(self._own(self.core)), 0)
@@ -128,6 +125,10 @@ class CompactMap(LinearMap):
         """Psi^T v, zero for vectors that do not count; shape (k,)."""
         return jnp.where(self.used, inner_products(self.vectors, vector).astype(self.scale.dtype), 0)
 
+    def solve_core(self, right: Array) -> Array:
+        """C^{-1} right, for what belongs to the vectors that count; shape (k,) or (k, any)."""
+        return jnp.linalg.solve(self._own(self.core), right)
+
     def combine(self, coefficients: Array) -> PyTree:
         """Psi c, a pytree like the map's vectors."""
         return combination(self.vectors, jnp.where(self.used, coefficients, 0))
@@ -138,7 +139,7 @@ class CompactMap(LinearMap):
         squares, axes = jnp.linalg.eigh(gram)
         kept = squares > 10 * squares.size * jnp.finfo(squares.dtype).eps * jnp.max(squares)
         lengths = jnp.sqrt(jnp.where(kept, squares, 0))
-        reduced = lengths[:, None] * (axes.T @ jnp.linalg.solve(self._own(self.core), axes * lengths))
+        reduced = lengths[:, None] * (axes.T @ self.solve_core(axes * lengths))
         reduced = (reduced + reduced.T) / 2
         # Directions that Psi does not have are moved away from all others, so that they stay apart.
         far = 2 * jnp.max(jnp.abs(reduced)) + jnp.abs(self.scale)

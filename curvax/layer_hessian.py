@@ -26,8 +26,8 @@ from curvax.layers.find import Layers, trace_term
 from curvax.layers.geometry import Geometry, geometry_of
 from curvax.layers.instrument import evaluate
 from curvax.layers.taps import Captured, TappedPoint
-from curvax.linear_map import LinearMap, Sum
-from curvax.products import LeafScalars
+from curvax.linear_map import LinearMap
+from curvax.products import with_penalty
 
 PyTree = Any
 Array = jax.Array
@@ -76,16 +76,15 @@ def layer_hessian(tapped: TappedPoint) -> LinearMap:
     for index, (term, cases) in enumerate(zip(point.objective.terms, point.cases, strict=True)):
         if term.example_axes != 0:
             raise ValueError("layer_hessian: the examples must be on axis 0 of everything in inputs and targets")
-        parts = _Parts(layers, index, trees.structure_of(point.params))
+        alone = jax.tree.map(lambda leaf: leaf[:1], cases.inputs)
+        parts = _Parts(layers, index, *trace_term(term, point.params, alone), len(layers.paths))
 
-        def one(inputs, targets, term=term, parts=parts):
-            return parts.of_example(term, point.params, *jax.tree.map(lambda leaf: leaf[None], (inputs, targets)))
+        def one(inputs, targets, loss=term.loss, parts=parts):
+            batch = jax.tree.map(lambda leaf: leaf[None], (inputs, targets))
+            return parts.of_example(loss, point.params, *batch)
 
         terms.append(TermStructure(*jax.vmap(one)(cases.inputs, cases.targets), scales[index], parts))
-    matrix = LayerHessian(tuple(terms), point.params)
-    if point.objective.l2 is None:
-        return matrix
-    return Sum((matrix, LeafScalars(point.objective.penalty_curvature(point.params), point.params)))
+    return with_penalty(LayerHessian(tuple(terms), point.params), point)
 
 
 @register_dataclass
@@ -153,9 +152,6 @@ class LayerHessian(LinearMap):
         trees.check_like(vector, self.params, "vector")
         return trees.scale(0.5, jax.grad(self.quadratic)(vector))
 
-    def bilinear(self, left: PyTree, right: PyTree) -> Array:
-        return trees.vdot(left, self(right))
-
 
 class _Use(NamedTuple):
     """One use of a layer: what ``Captured`` needs to know, and the geometry of its own arrays."""
@@ -178,31 +174,33 @@ class _Use(NamedTuple):
 class _Parts:
     """The uses of one term, equal to itself alone, so that it may be static to jax."""
 
-    def __init__(self, layers: Layers, index: int, params: PyTree):
-        self.layers, self.index, self.params = layers, index, params
-        self.members = [(layer, member) for layer in layers for member in layer.members if member.term == index]
-        self.uses: list[_Use] = []
+    def __init__(self, layers: Layers, index: int, program, out_tree, num_outputs: int, num_leaves: int):
+        self.program, self.out_tree, self.through = program, out_tree, layers.through_custom_rules
+        found = layers.uses_at(index, program, num_leaves, num_outputs)
+        self.found, self.uses = [], []
+        for layer in layers:
+            for member in layer.members:
+                if member.term == index:
+                    self.found.append(found[member.use])
+                    self.uses.append(_use_of(layer, member, found))
 
-    def of_example(self, term, params, inputs, targets):
+    def of_example(self, loss, params, inputs, targets):
         """(a, ds, K, A) of one example, whose batch axis has length one."""
-        program, out_tree, num_outputs = trace_term(term, params, inputs)
-        leaves = jax.tree.leaves(params)
-        found = self.layers.uses_at(self.index, program, len(leaves), num_outputs)
-        self.uses = self._uses(found)
-        own = [found[member.use] for _, member in self.members]
-        zeros = [jnp.zeros(use.output_shape, use.variable.aval.dtype) for use in own]
+        zeros = [jnp.zeros(use.output_shape, use.variable.aval.dtype) for use in self.found]
         flat_zeros, unravel = ravel_pytree(zeros)
-        flat = [*leaves, *jax.tree.leaves(inputs)]
+        flat = [*jax.tree.leaves(params), *jax.tree.leaves(inputs)]
 
         def run(perturbations):
-            results, captured, _ = evaluate(
-                program, flat, own, unravel(perturbations), self.layers.through_custom_rules, every_order=True
-            )
-            outputs, _ = jax.tree.unflatten(out_tree, results)
-            return jnp.sum(term.loss.value(outputs, targets)), captured
+            epsilons = unravel(perturbations)
+            results, captured, _ = evaluate(self.program, flat, self.found, epsilons, self.through, every_order=True)
+            outputs, _ = jax.tree.unflatten(self.out_tree, results)
+            return jnp.sum(loss.value(outputs, targets)), captured
 
         def inputs_of(perturbations):
-            return [a if self._responds(use, a) else None for use, a in zip(own, run(perturbations)[1], strict=True)]
+            captured = run(perturbations)[1]
+            return [
+                None if a is None or use.kind == "embedding" else a for use, a in zip(self.found, captured, strict=True)
+            ]
 
         (_, captured), cotangents = jax.value_and_grad(run, has_aux=True)(flat_zeros)
         curvature = jax.hessian(lambda e: run(e)[0])(flat_zeros)
@@ -223,16 +221,6 @@ class _Parts:
                 total = total + 2 * jnp.sum(matrix * use.gradient(response @ u, ds))
         return total
 
-    def _uses(self, found):
-        uses = []
-        for layer, member in self.members:
-            own = geometry_of(found[member.use], member.elementwise)
-            first = layer.members[0]
-            base = geometry_of(found[first.use], first.elementwise) if first.term == self.index else own
-            matrices = base if member.swapped else own
-            uses.append(_Use(own, matrices, own.use.kind, member.swapped, self.index, layer))
-        return uses
-
     def _matrices(self, use, vector):
         """The change of a layer's matrices along a change of the parameters."""
         leaves = jax.tree.leaves(vector)
@@ -248,5 +236,12 @@ class _Parts:
         # Affine in the leaves: its derivative anywhere is its linear part.
         return jax.jvp(matrices, zeros, tuple(leaves[i] for i in places))[1]
 
-    def _responds(self, use, array):
-        return array is not None and use.kind != "embedding"
+
+def _use_of(layer, member, found):
+    own = geometry_of(found[member.use], member.elementwise)
+    first = layer.members[0]
+    if member.swapped and first.term != member.term:
+        raise ValueError(f"layer_hessian: {layer.name} is tied across terms of the objective")
+    # The matrices of a use that is swapped are those of the layer's first use.
+    matrices = geometry_of(found[first.use], first.elementwise) if member.swapped else own
+    return _Use(own, matrices, own.use.kind, member.swapped, member.term, layer)

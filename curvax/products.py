@@ -64,7 +64,7 @@ def hessian(
     matrix = Hessian(point, None)
     if point.chunk_size is None:
         matrix = Hessian(point, jax.linearize(matrix.data_gradient, point.params)[1])
-    return _with_penalty(matrix, point)
+    return with_penalty(matrix, point)
 
 
 def ggn(
@@ -426,10 +426,11 @@ def _example_keys(point: CurvaturePoint, key: jax.Array) -> tuple[jax.Array, ...
 
 def _pullback(point, make, keys=None):
     extras = keys if point.chunk_size is not None else tuple(make(piece) for piece in point.pieces(keys))
-    return _with_penalty(Pullback(point, extras, make), point)
+    return with_penalty(Pullback(point, extras, make), point)
 
 
-def _with_penalty(matrix, point):
+def with_penalty(matrix: LinearMap, point: CurvaturePoint) -> LinearMap:
+    """A matrix of the data, and the Hessian of the point's penalty."""
     if point.objective.l2 is None:
         return matrix
     return Sum((matrix, LeafScalars(point.objective.penalty_curvature(point.params), point.params)))

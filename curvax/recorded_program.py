@@ -10,15 +10,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from curvax.layers.analysis import body_of
+from curvax.layers.find import trace_term
 from curvax.layers.views import MOVES, apply_equation
+from curvax.term import Term
 
+PyTree = Any
 Array = jax.Array
 
 
@@ -45,6 +48,49 @@ def record(
     recorded = RecordedProgram([], [Value(x, flag) for x, flag in zip(arguments, varies, strict=True)], {})
     results = _run(recorded, program.jaxpr, [Value(c) for c in program.consts], recorded.arguments, (), roots)
     return results, recorded
+
+
+def record_term(
+    term: Term, params: PyTree, inputs: PyTree, roots: Collection[tuple[int, ...]] | None = None
+) -> RecordedTerm:
+    """Runs a term's model and keeps every equation that depends on the parameters, or else on ``roots`` alone."""
+    program, _, num_outputs = trace_term(term, params, inputs)
+    leaves, data = jax.tree.leaves(params), jax.tree.leaves(inputs)
+    varies = [roots is None] * len(leaves) + [False] * len(data)
+    results, recorded = record(program, [*leaves, *data], varies, roots or ())
+    return RecordedTerm(recorded, results[:num_outputs], recorded.arguments[: len(leaves)])
+
+
+class RecordedTerm(NamedTuple):
+    """A term's model, recorded.
+
+    Attributes:
+        program: The equations.
+        outputs: z, flattened.
+        params: The leaves of the parameters.
+    """
+
+    program: RecordedProgram
+    outputs: list[Value]
+    params: list[Value]
+
+    def at_outputs(self, tree: PyTree) -> list[tuple[Value, Array]]:
+        """What a tree like the outputs seeds a sweep with."""
+        return [(out, leaf) for out, leaf in zip(self.outputs, jax.tree.leaves(tree), strict=True) if out.varies]
+
+    def to_params(self, arrived: dict[int, Array], like: PyTree) -> PyTree:
+        """What a sweep brought to the parameters."""
+        return jax.tree.structure(like).unflatten([found(arrived, value) for value in self.params])
+
+
+def pull_back(step: Step, cotangents: list[Array]) -> list[Array]:
+    """The rule of the gradient."""
+    return list(step.pull_back(cotangents))
+
+
+def found(arrived: dict[int, Array], value: Value) -> Array:
+    """What a sweep brought to a value, zeros if nothing."""
+    return arrived[id(value)] if id(value) in arrived else _zeros(value.array)
 
 
 @dataclasses.dataclass(eq=False)
@@ -78,7 +124,7 @@ class RecordedProgram:
             add(value, seed)
         for step in reversed(self.steps):
             if any(id(out) in arrived for out in step.outputs):
-                at_results = [arrived[id(out)] if id(out) in arrived else _zeros(out.array) for out in step.moving]
+                at_results = [found(arrived, out) for out in step.moving]
                 for value, array in zip(step.variables, rule(step, at_results), strict=True):
                     add(value, array)
         return arrived

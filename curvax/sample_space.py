@@ -194,16 +194,13 @@ class SampleSpace:
 
     def _completed(self, solution, vector):
         """The solution, and v itself where a parameter has no structure."""
-        leaves, treedef = jax.tree.flatten(solution)
-        given = jax.tree.leaves(vector)
-        return treedef.unflatten([given[i] if i in self.without else leaf for i, leaf in enumerate(leaves)])
+        return trees.replace_leaves(solution, self.without, vector)
 
     def _structured(self, tree):
         """The tree with zeros for parameters without structure."""
         if not self.without:
             return tree
-        leaves, treedef = jax.tree.flatten(tree)
-        return treedef.unflatten([jnp.zeros_like(x) if i in self.without else x for i, x in enumerate(leaves)])
+        return trees.replace_leaves(tree, self.without, trees.zeros_like(tree))
 
     def _linearizations(self):
         linearizations = self.tapped.point.linearizations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -195,6 +196,17 @@ def extract(whole: PyTree, part: PyTree) -> PyTree:
         return whole
     by_path = dict(zip(leaf_paths(whole), jax.tree.leaves(whole), strict=True))
     return jax.tree.structure(part).unflatten([by_path[path] for path in leaf_paths(part)])
+
+
+def replace_leaves(tree: PyTree, places: Collection[int], other: PyTree) -> PyTree:
+    """``tree`` with the leaves at ``places``, in leaf order, from ``other``.
+
+    >>> replace_leaves([1, 2, 3], [1], [10, 20, 30])
+    [1, 20, 3]
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    others = jax.tree.leaves(other)
+    return treedef.unflatten([others[i] if i in places else leaf for i, leaf in enumerate(leaves)])
 
 
 def check_floating(tree: PyTree, name: str) -> None:

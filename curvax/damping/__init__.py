@@ -6,6 +6,7 @@ from curvax.damping.matrices import tikhonov as tikhonov
 from curvax.damping.rules import BestOfThree as BestOfThree
 from curvax.damping.rules import DampingRule as DampingRule
 from curvax.damping.rules import RadiusRule as RadiusRule
+from curvax.damping.rules import cubic_rule as cubic_rule
 from curvax.damping.rules import curveball_rule as curveball_rule
 from curvax.damping.rules import kfac_rule as kfac_rule
 from curvax.damping.structural import structural as structural

@@ -6,6 +6,7 @@ rule                 tests                             good                   ba
 ``DampingRule()``    rho = actual / predicted change   > 3/4: times 2/3       < 1/4: times 3/2       1
 ``kfac_rule()``      the same                          > 3/4: times 0.95^5    < 1/4: over 0.95^5     5
 ``curveball_rule()`` the same                          > 3/2: times 0.999     < 1/2: over 0.999      5
+``cubic_rule()``     the same                          > 9/10: times 1/2      < 1/10: times 2        1
 ``RadiusRule()``     rho, and whether the step is long > 3/4: radius times 2  < 1/10: radius halved  1
 ``BestOfThree()``    the model at three candidates     the best of gamma, gamma omega, gamma / omega 20
 ===================  ================================  =====================  =====================  ======
@@ -110,6 +111,25 @@ def curveball_rule(period: int = 5, factor: float = 0.999) -> DampingRule:
     Source: Henriques et al. 2018, section 3.
     """
     return DampingRule(good_ratio=3 / 2, bad_ratio=1 / 2, decrease=factor, increase=1 / factor, period=period)
+
+
+def cubic_rule(decrease: float = 0.5, increase: float = 2.0) -> DampingRule:
+    """The rule of adaptive cubic regularisation: sigma halved above rho = 9/10, doubled below 1/10.
+
+    Args:
+        decrease: The factor of very successful steps.
+        increase: The factor of unsuccessful ones.
+
+    Returns:
+        The rule.
+
+    Example:
+        >>> curvax.damping.cubic_rule()(jnp.array(100.0), jnp.array(0.95), jnp.array(1)).item()
+        50.0
+
+    Source: Cartis, Gould and Toint 2011, algorithm 2.1.
+    """
+    return DampingRule(good_ratio=0.9, bad_ratio=0.1, decrease=decrease, increase=increase)
 
 
 @dataclasses.dataclass(frozen=True)

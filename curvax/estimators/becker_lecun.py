@@ -9,11 +9,10 @@ import jax.numpy as jnp
 
 from curvax import trees
 from curvax.curvature_point import CurvaturePoint
-from curvax.estimators.layer_diagonals import unit_vector
-from curvax.layers.find import trace_term
+from curvax.estimators.layer_diagonals import unit_vector, with_penalty
 from curvax.objective import Objective, point_at
 from curvax.output_matrix import OutputMatrix
-from curvax.recorded_program import BILINEAR, SELECTIONS, Step, Value, record
+from curvax.recorded_program import BILINEAR, SELECTIONS, Step, Value, pull_back, record_term
 from curvax.term import scale_cases
 
 PyTree = Any
@@ -33,9 +32,10 @@ def becker_lecun_diagonal(
     From the diagonal of the loss's Hessian at the outputs, second derivatives go backwards through every operation by
     the squares of its Jacobian: q_x = (J * J)^T q_y, so q_a = sq(W)^T q_s at a layer, q_s = sq(phi'(s)) q_a at an
     activation, and sq(a) q_s at a weight. With ``hessian=True`` an activation adds phi''(s) da, and negative values may
-    come out. It costs a gradient, has no noise, and is biased wherever operations mix their inputs: exact for the last
-    layer, and for networks whose outputs each depend on paths of their own (LeCun et al. 1998 use it for learning
-    rates). ``chapelle_erhan_diagonal`` and ``sampled_hessian_diagonal`` are unbiased at the same cost.
+    come out. It takes one backward sweep, with ``hessian=True`` another for da, has no noise, and is biased wherever
+    operations mix their inputs: exact for the last layer, and for networks whose outputs each depend on paths of their
+    own (LeCun et al. 1998 use it for learning rates). ``chapelle_erhan_diagonal`` and ``sampled_hessian_diagonal`` are
+    unbiased, by one and by three sweeps.
 
     Args:
         objective: The objective; any model made of products, sums, elementwise functions and moves.
@@ -60,37 +60,22 @@ def becker_lecun_diagonal(
     Source: Becker and LeCun 1989; LeCun, Bottou, Orr and Mueller 1998, section 7; Martens 2016, section 4.9.2.
     """
     point = point_at(objective, params, batch, at, None)
-    leaves, treedef = jax.tree.flatten(point.params)
     total = trees.zeros_like(point.params)
     for term, cases, piece in zip(point.objective.terms, point.cases, point.pieces(), strict=True):
-        program, _, num_outputs = trace_term(term, point.params, cases.inputs)
-        flat = [*leaves, *jax.tree.leaves(cases.inputs)]
-        results, recorded = record(program, flat, [i < len(leaves) for i in range(len(flat))])
-        varying = [(i, out) for i, out in enumerate(results[:num_outputs]) if out.varies]
-
-        def at_outputs(tree, varying=varying):
-            parts = jax.tree.leaves(tree)
-            return [(out, parts[i]) for i, out in varying]
-
+        recorded = record_term(term, point.params, cases.inputs)
         cotangents: dict[int, Array] = {}
         if hessian:
             gradient = scale_cases(cases.scale, piece.loss.gradient(piece.outputs, piece.targets))
-            cotangents = recorded.sweep(at_outputs(gradient), lambda step, ct: list(step.pull_back(ct)))
+            cotangents = recorded.program.sweep(recorded.at_outputs(gradient), pull_back)
         matrix = piece.loss.hessian if hessian else piece.loss.curvature
         diagonal = scale_cases(cases.scale, _diagonal(matrix(piece.outputs, piece.targets), piece.outputs))
 
         def rule(step, at_results, cotangents=cotangents):
             return _squares_backwards(step, at_results, cotangents)
 
-        swept = recorded.sweep(at_outputs(diagonal), rule)
-        parts = [
-            swept.get(id(value), jnp.zeros_like(leaf))
-            for value, leaf in zip(recorded.arguments[: len(leaves)], leaves, strict=True)
-        ]
-        total = trees.add(total, treedef.unflatten(parts))
-    if point.objective.l2 is None:
-        return total
-    return jax.tree.map(lambda leaf, eta: leaf + eta, total, point.objective.penalty_curvature(point.params))
+        arrived = recorded.program.sweep(recorded.at_outputs(diagonal), rule)
+        total = trees.add(total, recorded.to_params(arrived, total))
+    return with_penalty(point, total)
 
 
 def _squares_backwards(step: Step, at_results: list[Array], cotangents: dict[int, Array]) -> list[Array]:

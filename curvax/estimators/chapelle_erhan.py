@@ -78,6 +78,4 @@ def _by_examples(linear_map, layers, key, num_samples, distribution):
     if not layers.unstructured:
         return estimate
     plain = chapelle_erhan_diagonal(linear_map, key, num_samples=num_samples, distribution=distribution)
-    leaves, treedef = jax.tree.flatten(estimate)
-    others = jax.tree.leaves(plain)
-    return treedef.unflatten([others[i] if i in layers.unstructured else leaf for i, leaf in enumerate(leaves)])
+    return trees.replace_leaves(estimate, layers.unstructured, plain)

@@ -21,10 +21,10 @@ from curvax import trees
 from curvax.curvature_point import CurvaturePoint
 from curvax.estimators.layer_diagonals import products, with_penalty
 from curvax.estimators.per_example import check_whole_examples
-from curvax.layers.find import trace_term
 from curvax.layers.taps import TappedPoint
 from curvax.objective import Objective, point_at
-from curvax.recorded_program import Step, Value, record
+from curvax.products import LeafScalars
+from curvax.recorded_program import Step, found, pull_back, record_term
 from curvax.term import scale_cases
 
 PyTree = Any
@@ -42,9 +42,9 @@ def propagate_curvature(
     r"""Two random vectors s, t with E[s t^T] = H, the Hessian of the objective, penalty included.
 
     Noise is of signs, and independent at every operation and every example, so one draw is unbiased for the whole
-    batch. ``s * t`` estimates the diagonal, ``s (t^T v)`` a product, and means over keys improve them; the variance is
-    below that of (H v) v^T. For the Gauss-Newton matrix ``curvax.ggn(...).sample(key)`` is one vector u that serves as
-    both. A ``scan`` is unrolled while tracing.
+    batch. ``s * t`` estimates the diagonal, ``s (t^T v)`` a product, and means over keys improve them; the paper finds
+    the variance below that of (H v) v^T. For the Gauss-Newton matrix ``curvax.ggn(...).sample(key)`` is one vector u
+    that serves as both. A ``scan`` is unrolled while tracing.
 
     Args:
         objective: The objective.
@@ -71,18 +71,18 @@ def propagate_curvature(
     _check_losses(point)
     keys = jax.random.split(key, len(point.objective.terms) + 1)
     left = right = trees.zeros_like(point.params)
-    leaves, treedef = jax.tree.flatten(point.params)
-    for index, (term, cases, piece) in enumerate(zip(point.objective.terms, point.cases, point.pieces(), strict=True)):
-        program, _, num_outputs = trace_term(term, point.params, cases.inputs)
-        flat = [*leaves, *jax.tree.leaves(cases.inputs)]
-        results, recorded = record(program, flat, [i < len(leaves) for i in range(len(flat))])
+    terms = zip(point.objective.terms, point.cases, point.pieces(), keys[:-1], strict=True)
+    for term, cases, piece, term_key in terms:
+        recorded = record_term(term, point.params, cases.inputs)
         scaled = scale_cases(cases.scale, piece.loss.gradient(piece.outputs, piece.targets))
-        pair = _propagate(recorded, results[:num_outputs], piece, scaled, cases.scale, keys[index])
-        parts = [[_found(swept, value) for value in recorded.arguments[: len(leaves)]] for swept in pair]
-        left, right = (trees.add(a, treedef.unflatten(b)) for a, b in zip((left, right), parts, strict=True))
+        sides = _propagate(recorded, piece, scaled, cases.scale, term_key)
+        left, right = (
+            trees.add(total, recorded.to_params(arrived, total))
+            for total, arrived in zip((left, right), sides, strict=True)
+        )
     if point.objective.l2 is not None:
-        signs = trees.random_rademacher(keys[-1], point.params)
-        noise = trees.multiply(signs, jax.tree.map(jnp.sqrt, point.objective.penalty_curvature(point.params)))
+        penalty = LeafScalars(point.objective.penalty_curvature(point.params), point.params)
+        noise = penalty.sample(keys[-1], trees.random_rademacher)
         left, right = trees.add(left, noise), trees.add(right, noise)
     return left, right
 
@@ -130,7 +130,7 @@ def sampled_hessian_diagonal(tapped: TappedPoint, key: Array, *, num_samples: in
 
     zeros = trees.zeros_like(tapped.point.params)
     total, _ = jax.lax.scan(one, zeros, jax.random.split(key, num_samples))
-    return with_penalty(tapped, trees.scale(1 / num_samples, total))
+    return with_penalty(tapped.point, trees.scale(1 / num_samples, total))
 
 
 def _layer_products(tapped, scales, key):
@@ -145,17 +145,15 @@ def _layer_products(tapped, scales, key):
     }
     raw = ([], [])
     for index, (term, cases, piece) in enumerate(zip(point.objective.terms, point.cases, point.pieces(), strict=True)):
-        program, _, num_outputs = trace_term(term, point.params, cases.inputs)
-        flat = [*jax.tree.leaves(point.params), *jax.tree.leaves(cases.inputs)]
         uses = [geometry.use for geometry in tapped.taps[index].uses]
         roots = [use.address for i, use in enumerate(uses) if (index, i) in single]
-        results, recorded = record(program, flat, [False] * len(flat), roots)
+        recorded = record_term(term, point.params, cases.inputs, roots)
         gradient = piece.loss.gradient(piece.outputs, piece.targets)
-        pair = _propagate(recorded, results[:num_outputs], piece, gradient, jnp.ones_like(cases.scale), keys[index])
-        for side, swept in enumerate(pair):
-            raw[side].append(
+        pair = _propagate(recorded, piece, gradient, jnp.ones_like(cases.scale), keys[index])
+        for side, arrived in zip(raw, pair, strict=True):
+            side.append(
                 [
-                    _found(swept, recorded.roots[use.address])
+                    found(arrived, recorded.program.roots[use.address])
                     if (index, i) in single
                     else jnp.zeros(use.output_shape, use.variable.aval.dtype)
                     for i, use in enumerate(uses)
@@ -174,9 +172,7 @@ def _layer_products(tapped, scales, key):
         return estimate
     bare = point.objective.replace(l2=None)
     s, t = propagate_curvature(bare, key=whole_key, at=dataclasses.replace(point, objective=bare))
-    leaves, treedef = jax.tree.flatten(estimate)
-    whole = jax.tree.leaves(trees.multiply(s, t))
-    return treedef.unflatten([whole[i] if i in others else leaf for i, leaf in enumerate(leaves)])
+    return trees.replace_leaves(estimate, others, trees.multiply(s, t))
 
 
 def _check_losses(point):
@@ -184,23 +180,18 @@ def _check_losses(point):
         raise ValueError("the Hessian needs the loss, and this objective has curvature only; see curvax.ggn")
 
 
-def _propagate(recorded, outputs, piece, gradient, scale, key):
+def _propagate(recorded, piece, gradient, scale, key):
     """The two sweeps: what arrives at every value of the program."""
-    varying = [i for i, out in enumerate(outputs) if out.varies]
-
-    def at_outputs(tree):
-        leaves = jax.tree.leaves(tree)
-        return [(outputs[i], leaves[i]) for i in varying]
-
-    cotangents = recorded.sweep(at_outputs(gradient), _pull_back)
-    keys = jax.random.split(key, len(recorded.steps) + 1)
-    sides = tuple(map(at_outputs, _loss_noise(piece, scale, keys[-1])))
-    for step, step_key in zip(recorded.steps, keys, strict=False):
+    program = recorded.program
+    cotangents = program.sweep(recorded.at_outputs(gradient), pull_back)
+    keys = jax.random.split(key, len(program.steps) + 1)
+    sides = tuple(map(recorded.at_outputs, _loss_noise(piece, scale, keys[-1])))
+    for step, step_key in zip(program.steps, keys[:-1], strict=True):
         if not step.linear and any(id(out) in cotangents for out in step.outputs):
-            at_results = [_found(cotangents, out) for out in step.moving]
+            at_results = [found(cotangents, out) for out in step.moving]
             for side, noise in zip(sides, _noise(step, at_results, step_key), strict=True):
                 side += zip(step.variables, noise, strict=True)
-    return tuple(recorded.sweep(side, _pull_back) for side in sides)
+    return tuple(program.sweep(side, pull_back) for side in sides)
 
 
 def _loss_noise(piece, scale, key):
@@ -233,14 +224,6 @@ def _noise(step: Step, cotangents: list[Array], key: Array) -> tuple[list[Array]
     balance = jnp.sqrt(jnp.abs(cotangents[0])) if alike else jnp.sqrt(jnp.sqrt(size))
     balance = jnp.where(balance > 0, balance, 1)
     return [v * balance.astype(v.dtype) for v in signs], [x / balance.astype(x.dtype) for x in bend(*signs)]
-
-
-def _pull_back(step: Step, cotangents: list[Array]) -> list[Array]:
-    return list(step.pull_back(cotangents))
-
-
-def _found(arrived: dict[int, Array], value: Value) -> Array:
-    return arrived[id(value)] if id(value) in arrived else jnp.zeros_like(value.array)
 
 
 def _is_used_once(tapped, layer, member):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import trees
-from curvax.curvature_point import Piece
+from curvax.curvature_point import CurvaturePoint, Piece
 from curvax.estimators.per_example import check_whole_examples, split_uses
 from curvax.layers.taps import Captured, TappedPoint
 from curvax.linear_map import Noise
@@ -45,7 +45,7 @@ def empirical_fisher_diagonal(tapped: TappedPoint) -> PyTree:
     """
     scales = check_whole_examples(tapped, "empirical_fisher_diagonal")
     captured = tapped.pull_back(tapped.loss_cotangents())
-    return with_penalty(tapped, _squares(tapped, captured, scales))
+    return with_penalty(tapped.point, _squares(tapped, captured, scales))
 
 
 def sampled_ggn_diagonal(tapped: TappedPoint, key: Array, *, num_samples: int = 1) -> PyTree:
@@ -76,7 +76,7 @@ def sampled_ggn_diagonal(tapped: TappedPoint, key: Array, *, num_samples: int = 
                [10.]], dtype=float...)
     """
     matrices = output_matrices(tapped, _curvature)
-    return with_penalty(tapped, sampled_squares(tapped, matrices, key, num_samples, trees.random_rademacher))
+    return with_penalty(tapped.point, sampled_squares(tapped, matrices, key, num_samples, trees.random_rademacher))
 
 
 def sampled_squares(
@@ -129,7 +129,7 @@ def exact_ggn_diagonal(tapped: TappedPoint) -> PyTree:
 
     zeros = trees.zeros_like(tapped.point.params)
     total, _ = jax.lax.scan(one, zeros, jnp.arange(max(map(num_columns, matrices))))
-    return with_penalty(tapped, total)
+    return with_penalty(tapped.point, total)
 
 
 def output_matrices(tapped: TappedPoint, make: Callable[[Piece], OutputMatrix]) -> list[OutputMatrix]:
@@ -187,9 +187,9 @@ def _weighted_products(weights, left, right):
     return jnp.tensordot(weights.astype(left.dtype), left * right, 1)
 
 
-def with_penalty(tapped: TappedPoint, diagonal: PyTree) -> PyTree:
+def with_penalty(point: CurvaturePoint, diagonal: PyTree) -> PyTree:
     """The diagonal and that of the penalty's Hessian."""
-    objective, params = tapped.point.objective, tapped.point.params
+    objective, params = point.objective, point.params
     if objective.l2 is None:
         return diagonal
     return jax.tree.map(lambda leaf, eta: leaf + eta, diagonal, objective.penalty_curvature(params))

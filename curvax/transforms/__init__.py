@@ -2,7 +2,6 @@
 
 from curvax.transforms.cubic_step import CubicStepInfo as CubicStepInfo
 from curvax.transforms.cubic_step import CubicStepState as CubicStepState
-from curvax.transforms.cubic_step import cubic_rule as cubic_rule
 from curvax.transforms.cubic_step import cubic_step_of_examples as cubic_step_of_examples
 from curvax.transforms.cubic_step import cubic_step_size as cubic_step_size
 from curvax.transforms.cubic_step import scale_by_cubic_step as scale_by_cubic_step

@@ -63,25 +63,6 @@ def cubic_step_size(slope: Scalar, curvature: Scalar, norm: Scalar, sigma: Scala
     return jnp.where(some, distance / length, 0)
 
 
-def cubic_rule(decrease: float = 0.5, increase: float = 2.0) -> DampingRule:
-    """The rule of adaptive cubic regularisation: sigma halved above rho = 9/10, doubled below 1/10.
-
-    Args:
-        decrease: The factor of very successful steps.
-        increase: The factor of unsuccessful ones.
-
-    Returns:
-        The rule.
-
-    Example:
-        >>> curvax.transforms.cubic_rule()(jnp.array(100.0), jnp.array(0.95), jnp.array(1)).item()
-        50.0
-
-    Source: Cartis, Gould and Toint 2011, algorithm 2.1.
-    """
-    return DampingRule(good_ratio=0.9, bad_ratio=0.1, decrease=decrease, increase=increase)
-
-
 class CubicStepInfo(NamedTuple):
     """Figures of the last step, all scalars.
 
@@ -153,7 +134,7 @@ def scale_by_cubic_step(
         sigma: The weight of the cubic term; its order of magnitude matters (the paper takes 100 to 1000).
         scope: "whole": one alpha. "leaf": one for each leaf, with its block of the Hessian. "variable": one for each
             parameter, with the diagonal.
-        rule: How sigma adapts, such as ``cubic_rule()``, at the price of a forward pass; None keeps it.
+        rule: How sigma adapts, such as ``curvax.damping.cubic_rule()``, at the price of a forward pass; None keeps it.
         acceptance: With a rule, the least ratio of a step that is taken (0.1 in Cartis, Gould and Toint 2011); None
             takes every step, as the paper does.
         ascent: What to do with a d that points upwards, which momentum and noise bring about: "turn" it round, or
@@ -184,7 +165,7 @@ def scale_by_cubic_step(
     if ascent not in ("turn", "keep"):
         raise ValueError(f"ascent must be 'turn' or 'keep', got {ascent!r}")
     if acceptance is not None and rule is None:
-        raise ValueError("acceptance needs a rule, such as curvax.transforms.cubic_rule(), to try another sigma by")
+        raise ValueError("acceptance needs a rule, such as curvax.damping.cubic_rule(), to try another sigma by")
     inner = optax.with_extra_args_support(inner)
 
     def init(params: PyTree) -> CubicStepState:
@@ -308,11 +289,15 @@ def _groups(scope, at, gradient, direction, diagonal, dtype):
     gradients = jax.tree.leaves(gradient)
     if scope == "leaf":
         hessian = products.hessian(at.objective, at=at).restrict(gradient)
+
+        def own_block(index):
+            return hessian.quadratic(treedef.unflatten([jnp.where(index == i, x, 0) for i, x in enumerate(leaves)]))
+
+        # One traced form for all leaves, one after another.
+        curvatures = jax.lax.map(own_block, jnp.arange(len(leaves))).astype(dtype)
         groups = []
-        for index, leaf in enumerate(leaves):
-            alone = treedef.unflatten([x if i == index else jnp.zeros_like(x) for i, x in enumerate(leaves)])
-            curvature = hessian.quadratic(alone).astype(dtype)
-            slope, norm = trees.vdot(gradients[index], leaf).astype(dtype), trees.norm(leaf).astype(dtype)
+        for leaf, g, curvature in zip(leaves, gradients, curvatures, strict=True):
+            slope, norm = trees.vdot(g, leaf).astype(dtype), trees.norm(leaf).astype(dtype)
             groups.append((slope, curvature, norm, lambda alpha, leaf=leaf: trees.scale(alpha, leaf)))
         return groups
     exact = diagonal is None

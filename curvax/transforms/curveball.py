@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -10,10 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from curvax import trees
-from curvax.curvature_point import CurvaturePoint, Piece
+from curvax.curvature_point import CurvaturePoint
 from curvax.damping.rules import DampingRule, curveball_rule
 from curvax.objective import Objective
-from curvax.output_matrix import OutputMatrix
 from curvax.quadratic_model import reduction_ratio
 from curvax.term import scale_cases
 from curvax.transforms._point import point_for_update
@@ -73,7 +71,6 @@ def curveball(
     rule: DampingRule | None = None,
     damped_model: bool = True,
     gradient: Literal["recomputed", "incoming"] = "recomputed",
-    curvature: Callable[[Piece], OutputMatrix] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""CurveBall: z <- rho z - beta (G z + lambda z + g), theta <- theta + z.
 
@@ -105,7 +102,6 @@ def curveball(
         damped_model: Whether lambda z enters the model that rho, beta and the predicted change come from, as in the
             authors' published code, or the bracket alone, as equation 18 reads.
         gradient: Where g comes from, "recomputed" or "incoming".
-        curvature: (piece) -> the matrix on the outputs, in place of the loss's own ``curvature``.
 
     Returns:
         The transformation; its updates are ready for ``optax.apply_updates``. ``state.info`` holds the figures.
@@ -155,7 +151,7 @@ def curveball(
         del extra
         at = point_for_update("curveball", objective, updates, params, at, batch)
         dtype = state.damping.dtype
-        model = _Model(at, updates, updates if gradient == "incoming" else None, curvature)
+        model = _Model(at, updates, updates if gradient == "incoming" else None)
         damping, z = state.damping, state.velocity
 
         bracket, pushed = model.gradient_at(z)
@@ -198,9 +194,8 @@ def curveball(
 class _Model:
     """The undamped quadratic model on the leaves of ``like``: its gradient at z, and its forms on two vectors."""
 
-    def __init__(self, at, like, gradient, curvature):
+    def __init__(self, at, like, gradient):
         self.at, self.like, self.gradient = at, like, gradient
-        self.curvature = curvature or (lambda piece: piece.loss.curvature(piece.outputs, piece.targets))
         self.penalty = at.objective.l2 is not None
 
     def gradient_at(self, z: PyTree) -> tuple[PyTree, tuple[PyTree, ...] | None]:
@@ -211,7 +206,9 @@ class _Model:
             pushed = tuple(piece.jvp(tangent) for piece in self.at.pieces())
 
         def one(piece):
-            curved = self.curvature(piece).product(piece.jvp(tangent) if piece.extra is None else piece.extra)
+            curved = piece.loss.curvature(piece.outputs, piece.targets).product(
+                piece.jvp(tangent) if piece.extra is None else piece.extra
+            )
             if self.gradient is None:
                 curved = trees.add(curved, piece.loss.gradient(piece.outputs, piece.targets))
             return piece.transpose(scale_cases(piece.scale, curved))
@@ -232,7 +229,7 @@ class _Model:
         def one(piece):
             v = piece.jvp(tangent)
             u = piece.jvp(z_tangent) if piece.extra is None else piece.extra
-            matrix = self.curvature(piece)
+            matrix = piece.loss.curvature(piece.outputs, piece.targets)
             curved_v, curved_u = (scale_cases(piece.scale, matrix.product(x)) for x in (v, u))
             cross = trees.vdot(u, curved_v)
             slope = scale_cases(piece.scale, piece.loss.gradient(piece.outputs, piece.targets))

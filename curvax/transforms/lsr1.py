@@ -129,7 +129,7 @@ def lsr1(
     def step(at, updates, state):
         start = trees.norm(updates) if initial_radius is None else jnp.asarray(initial_radius)
         radius = jnp.where(state.steps == 0, start.astype(state.strategy.dtype), state.strategy)
-        evaluate, loss = _around(at, updates), at.loss.astype(state.strategy.dtype)
+        (evaluate, _), loss = _around(at, updates), at.loss.astype(state.strategy.dtype)
         options = {"scale": scale, "rule": rule, "acceptance": acceptance, "skip_tolerance": skip_tolerance}
         return trust_region_step(evaluate, loss, updates, state.memory, radius, **options), radius, loss
 
@@ -186,7 +186,7 @@ def lsr1_linesearch(
     """
 
     def step(at, updates, state):
-        evaluate, loss = _around(at, updates), at.loss.astype(state.strategy.dtype)
+        (evaluate, loss_at), loss = _around(at, updates), at.loss.astype(state.strategy.dtype)
         taken = line_search_step(
             evaluate,
             loss,
@@ -196,7 +196,7 @@ def lsr1_linesearch(
             scale=scale,
             sufficient_decrease=sufficient_decrease,
             skip_tolerance=skip_tolerance,
-            loss_at=lambda displacement: at.loss_at(trees.add(at.params, trees.embed(displacement, at.params))),
+            loss_at=loss_at,
         )
         return taken, taken.strategy, loss
 
@@ -252,7 +252,7 @@ def _transformation(name, objective, memory_size, strategy, step):
 
 
 def _around(at, like):
-    """(displacement of the leaves of ``like``) -> (loss, gradient in them) on the point's batch."""
+    """From a displacement of the leaves of ``like`` to (loss, gradient in them) and to the loss, on the point's batch."""
 
     def loss_at(displacement):
         return at.loss_at(trees.add(at.params, trees.embed(displacement, at.params)))
@@ -261,4 +261,4 @@ def _around(at, like):
         loss, gradient = jax.value_and_grad(loss_at)(displacement)
         return loss, trees.cast_like(gradient, like)
 
-    return evaluate
+    return evaluate, loss_at

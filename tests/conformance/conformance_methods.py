@@ -82,7 +82,7 @@ METHODS = [
         functools.partial(curvax.curveball, gradient="incoming"),
         None,
         {"initial_damping": 0.5},
-        ("objective", "momentum", "learning_rate", "rule", "damped_model", "gradient", "curvature"),
+        ("objective", "momentum", "learning_rate", "rule", "damped_model", "gradient"),
     ),
     Method(
         "lsr1",

@@ -10,7 +10,8 @@ import pytest
 
 import curvax
 from curvax import trees
-from curvax.transforms import cubic_rule, cubic_step_of_examples, cubic_step_size
+from curvax.damping import cubic_rule
+from curvax.transforms import cubic_step_of_examples, cubic_step_size
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,177 @@
+r"""Limited-memory symmetric rank-one (SR1) matrices.
+
+The SR1 matrix of pairs (a_i, b_i) is the symmetric B with B a_i = b_i that grows from gamma I by one rank for each
+pair: B+ = B + r r^T / (r^T a), r = b - B a. In compact form B = gamma I + Psi C^{-1} Psi^T with psi_i = b_i - gamma a_i
+and C_ij = a_i^T psi_j for a_i not older than a_j. The pairs (s, y) of steps and changes of the gradient give the
+Hessian (direct form), the pairs (y, s) its inverse; the two are inverse to each other where gamma is. C is the matrix
+D + L + L^T - S^T B_0 S of the literature, so the vectors psi alone need to be kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from curvax import trees
+from curvax.compact_map import CompactMap, inner_products
+
+PyTree = Any
+Scalar = Any
+Array = jax.Array
+
+
+class SR1Memory(NamedTuple):
+    """The pairs of a limited-memory SR1 matrix, as a ring buffer of arrays with fixed shapes.
+
+    Attributes:
+        vectors: Psi, a pytree like the parameters with a leading axis of slots.
+        core: C, shape (slots, slots).
+        gram: Psi^T Psi, shape (slots, slots).
+        ages: When each slot was filled, counted from 1; 0 for an empty slot.
+    """
+
+    vectors: PyTree
+    core: Array
+    gram: Array
+    ages: Array
+
+
+class MemoryUpdate(NamedTuple):
+    """What ``sr1_update`` returns.
+
+    Attributes:
+        memory: The memory.
+        skipped: Whether the pair was left out.
+        dropped: How many older pairs were dropped because the matrix was no longer well defined.
+    """
+
+    memory: SR1Memory
+    skipped: Array
+    dropped: Array
+
+
+def sr1_memory(params: PyTree, size: int = 5) -> SR1Memory:
+    """An empty memory for vectors like ``params``.
+
+    Args:
+        params: A pytree with the shapes and dtypes of the parameters.
+        size: m, how many pairs it keeps.
+
+    Returns:
+        The memory.
+    """
+    if size < 1:
+        raise ValueError(f"the memory must hold one pair at least, got size={size}")
+    dtype = trees.wide_dtype(*jax.tree.leaves(params))
+    vectors = jax.tree.map(lambda leaf: jnp.zeros((size, *leaf.shape), leaf.dtype), params)
+    return SR1Memory(
+        vectors, jnp.zeros((size, size), dtype), jnp.zeros((size, size), dtype), jnp.zeros(size, jnp.int32)
+    )
+
+
+def sr1_map(memory: SR1Memory, scale: Scalar) -> CompactMap:
+    """The SR1 matrix of a memory, a linear map with ``solve``, ``to_dense``, ``spectrum`` and the rest.
+
+    Args:
+        memory: The memory.
+        scale: gamma, the number whose multiple of the identity the matrix grew from, as in ``sr1_update``.
+
+    Returns:
+        The map.
+    """
+    return CompactMap(jnp.asarray(scale, memory.core.dtype), memory.vectors, memory.core, memory.gram, memory.ages > 0)
+
+
+def sr1_update(
+    memory: SR1Memory, operand: PyTree, image: PyTree, scale: Scalar, tolerance: float = 1e-8
+) -> MemoryUpdate:
+    r"""Adds the pair (a, b) that the matrix shall take a to b by, in place of the oldest one.
+
+    A pair is left out if |a^T r| < tolerance ||a|| ||r|| with r = b - B a, as it would make the update unbounded, or if
+    it is not finite or already obeyed. Then, as long as C is singular or Psi has dependent columns (relative to
+    rounding), the oldest pair is dropped. Costs three products with Psi.
+
+    Args:
+        memory: The memory.
+        operand: a: the step s for the Hessian, the change y of the gradient for its inverse.
+        image: b: y or s.
+        scale: gamma, not zero.
+        tolerance: The threshold r of the paper.
+
+    Returns:
+        A ``MemoryUpdate``.
+
+    Example:
+        >>> H = jnp.diag(jnp.array([1.0, -2.0, 3.0]))
+        >>> memory = curvax.quasi_newton.sr1_memory(jnp.zeros(3), size=3)
+        >>> for a in jnp.array([[1.0, 2.0, 3.0], [0.0, 1.0, 1.0], [1.0, 0.0, 0.0]]):
+        ...     memory, _, _ = curvax.quasi_newton.sr1_update(memory, a, H @ a, scale=0.5)
+        >>> bool(jnp.allclose(curvax.quasi_newton.sr1_map(memory, 0.5).to_dense(), H, atol=1e-4))
+        True
+
+    Source: Ramamurthy and Duffy 2017, section 3 and appendix; Nocedal and Wright 2006, section 6.2.
+    """
+    dtype = memory.core.dtype
+    scale = jnp.asarray(scale, dtype)
+    matrix = sr1_map(memory, scale)
+    along = matrix.project(operand)
+    psi = trees.sub(image, trees.scale(scale, operand))
+    residual = trees.sub(psi, matrix.combine(matrix.solve_core(along)))
+    lengths = trees.norm(operand).astype(dtype) * trees.norm(residual).astype(dtype)
+    curved = jnp.abs(trees.vdot(operand, residual)).astype(dtype) >= tolerance * lengths
+    rounding = 10 * jnp.finfo(dtype).eps * trees.norm(image).astype(dtype)
+    news = trees.norm(residual).astype(dtype) > rounding
+    kept = curved & news & (lengths > 0) & trees.all_finite(operand, image)
+
+    slot = jnp.argmin(memory.ages)
+    here = jnp.arange(memory.ages.size) == slot
+    stored = jax.tree.map(
+        lambda stack, leaf: stack.at[slot].set(jnp.where(kept, leaf, stack[slot])), memory.vectors, psi
+    )
+    squares = inner_products(stored, psi).astype(dtype)
+    used = (memory.ages > 0) | here
+    ages = jnp.where(here, jnp.max(memory.ages) + 1, memory.ages)
+    products = jnp.where(here, trees.vdot(operand, psi).astype(dtype), along)
+    core, gram = (
+        _with_row(matrix, here, row, used) for matrix, row in ((memory.core, products), (memory.gram, squares))
+    )
+    small = trees.where(kept, (core, gram, ages), (memory.core, memory.gram, memory.ages))
+    repaired = jax.lax.while_loop(_is_ill_defined, _without_oldest, small)
+    dropped = jnp.sum(small[2] > 0) - jnp.sum(repaired[2] > 0)
+    return MemoryUpdate(SR1Memory(stored, *repaired), ~kept, dropped.astype(jnp.int32))
+
+
+def _with_row(matrix, here, row, used):
+    """``matrix`` with ``row`` in the row and the column where ``here`` is, zero where nothing is stored."""
+    replaced = jnp.where(here[:, None], row[None, :], jnp.where(here[None, :], row[:, None], matrix))
+    return jnp.where(used[:, None] & used[None, :], replaced, 0)
+
+
+def _is_ill_defined(small):
+    """Whether C is singular or Psi has dependent columns, to rounding; the matrices are first scaled."""
+    core, gram, ages = small
+    used = ages > 0
+    both = used[:, None] & used[None, :]
+    identity = jnp.eye(ages.size, dtype=core.dtype)
+    rounding = 10 * ages.size * jnp.finfo(core.dtype).eps
+
+    def scaled(matrix, sizes):
+        factors = jax.lax.rsqrt(jnp.where(used & (sizes > 0), sizes, 1))
+        return jnp.where(both, matrix * factors[:, None] * factors[None, :], identity)
+
+    of_core = jnp.abs(jnp.linalg.eigvalsh(scaled(core, jnp.max(jnp.abs(core), axis=1))))
+    of_gram = jnp.linalg.eigvalsh(scaled(gram, jnp.diagonal(gram)))
+    bad = (jnp.min(of_core) <= rounding * jnp.max(of_core)) | (jnp.min(of_gram) <= rounding)
+    empty = jnp.any(used & (jnp.diagonal(gram) <= 0))
+    return jnp.any(used) & (bad | empty)
+
+
+def _without_oldest(small):
+    core, gram, ages = small
+    oldest = jnp.argmin(jnp.where(ages > 0, ages, jnp.iinfo(ages.dtype).max))
+    ages = jnp.where(jnp.arange(ages.size) == oldest, 0, ages)
+    used = ages > 0
+    both = used[:, None] & used[None, :]
+    return jnp.where(both, core, 0), jnp.where(both, gram, 0), ages

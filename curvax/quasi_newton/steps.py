@@ -1,0 +1,187 @@
+"""One iteration of L-SR1, by a trust region and by a line search (Ramamurthy and Duffy 2017, algorithms 1 and 2)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvax import trees
+from curvax.damping.rules import RadiusRule
+from curvax.quadratic_model import reduction_ratio
+from curvax.quasi_newton.sr1 import SR1Memory, sr1_map, sr1_update
+from curvax.solvers.compact_trust_region import compact_trust_region
+
+PyTree = Any
+Scalar = Any
+Array = jax.Array
+Evaluate = Callable[[PyTree], tuple[Array, PyTree]]
+
+
+@dataclasses.dataclass(frozen=True)
+class SR1Step:
+    """One iteration of L-SR1.
+
+    Attributes:
+        step: What was tried.
+        step_norm: Its norm.
+        new_loss: f there.
+        new_gradient: Its gradient there.
+        predicted_change: The change of the quadratic model.
+        step_ratio: The actual over the predicted change.
+        accepted: Whether the step shall be taken.
+        strategy: The radius, or the step size, for the next iteration.
+        memory: The memory with the new pair, be the step taken or not.
+        skipped: Whether the pair was left out.
+        dropped: Pairs dropped to repair the memory.
+        hard_case: Whether the trust-region problem was in its hard case; for a line search, whether the direction
+            pointed upwards and was turned round.
+    """
+
+    step: PyTree
+    step_norm: Array
+    new_loss: Array
+    new_gradient: PyTree
+    predicted_change: Array
+    step_ratio: Array
+    accepted: Array
+    strategy: Array
+    memory: SR1Memory
+    skipped: Array
+    dropped: Array
+    hard_case: Array
+
+
+def trust_region_step(
+    evaluate: Evaluate,
+    loss: Array,
+    gradient: PyTree,
+    memory: SR1Memory,
+    radius: Array,
+    *,
+    scale: Scalar = 1.0,
+    rule: RadiusRule | None = None,
+    acceptance: Scalar = 1e-4,
+    skip_tolerance: float = 1e-8,
+) -> SR1Step:
+    """One iteration of algorithm 1: the exact step in the region, its judgement, the pair, the radius.
+
+    Args:
+        evaluate: (step) -> (loss, gradient) behind the step.
+        loss: f here.
+        gradient: Its gradient here.
+        memory: Of the direct form, pairs (s, y).
+        radius: Delta.
+        scale: gamma.
+        rule: How Delta adapts.
+        acceptance: eta, the least ratio of a step that is taken.
+        skip_tolerance: r of the skip rule.
+
+    Returns:
+        An ``SR1Step``.
+    """
+    rule, dtype = RadiusRule() if rule is None else rule, memory.core.dtype
+    solution = compact_trust_region(sr1_map(memory, scale), gradient, radius)
+    new_loss, new_gradient = evaluate(solution.step)
+    predicted = solution.model_value.astype(dtype)
+    ratio = reduction_ratio(loss, new_loss, predicted).astype(dtype)
+    updated = sr1_update(memory, solution.step, trees.sub(new_gradient, gradient), scale, skip_tolerance)
+    return SR1Step(
+        step=solution.step,
+        step_norm=solution.norm,
+        new_loss=new_loss.astype(dtype),
+        new_gradient=new_gradient,
+        predicted_change=predicted,
+        step_ratio=ratio,
+        accepted=ratio > acceptance,
+        strategy=rule(radius, ratio, solution.norm),
+        memory=updated.memory,
+        skipped=updated.skipped,
+        dropped=updated.dropped,
+        hard_case=solution.hard_case,
+    )
+
+
+def line_search_step(
+    evaluate: Evaluate,
+    loss: Array,
+    gradient: PyTree,
+    memory: SR1Memory,
+    last_step_size: Array,
+    *,
+    scale: Scalar = 1.0,
+    sufficient_decrease: Scalar = 1e-4,
+    most_halvings: int = 30,
+    skip_tolerance: float = 1e-8,
+    loss_at: Callable[[PyTree], Array] | None = None,
+) -> SR1Step:
+    """One iteration of algorithm 2: the direction -H g, halved until the loss falls enough, and the pair.
+
+    The matrix may be indefinite: a direction that points upwards is turned round, and one orthogonal to the gradient is
+    replaced by -g.
+
+    Args:
+        evaluate: (step) -> (loss, gradient) behind the step.
+        loss: f here.
+        gradient: Its gradient here.
+        memory: Of the inverse form, pairs (y, s).
+        last_step_size: The step size before; the search starts from min(1, twice that).
+        scale: gamma; H_0 = I / gamma.
+        sufficient_decrease: c of Armijo's rule.
+        most_halvings: The cap on the search.
+        skip_tolerance: r of the skip rule.
+        loss_at: (step) -> loss, if that is cheaper than with the gradient.
+
+    Returns:
+        An ``SR1Step``.
+    """
+    dtype = memory.core.dtype
+    loss_at = (lambda step: evaluate(step)[0]) if loss_at is None else loss_at
+    inverse_scale = 1 / jnp.asarray(scale, dtype)
+    direction = trees.scale(-1.0, sr1_map(memory, inverse_scale)(gradient))
+    slope = trees.vdot(gradient, direction).astype(dtype)
+    lengths = trees.norm(gradient).astype(dtype) * trees.norm(direction).astype(dtype)
+    upwards = slope > 0
+    orthogonal = ~(jnp.abs(slope) > jnp.sqrt(jnp.finfo(dtype).eps) * lengths)
+    direction = trees.where(upwards, trees.scale(-1.0, direction), direction)
+    direction = trees.where(orthogonal, trees.scale(-1.0, gradient), direction)
+    slope = jnp.where(orthogonal, -trees.vdot(gradient, gradient).astype(dtype), -jnp.abs(slope))
+    rounding = 10 * jnp.finfo(dtype).eps * jnp.abs(loss)
+
+    def sufficient(step_size, value):
+        return value <= loss + sufficient_decrease * step_size * slope + rounding
+
+    def searching(carry):
+        step_size, value, tries = carry
+        return ~sufficient(step_size, value) & (tries < most_halvings)
+
+    def halve(carry):
+        step_size, _, tries = carry
+        step_size = step_size / 2
+        return step_size, loss_at(trees.scale(step_size, direction)).astype(dtype), tries + 1
+
+    start = jnp.minimum(1, 2 * last_step_size).astype(dtype)
+    first = (start, loss_at(trees.scale(start, direction)).astype(dtype), jnp.zeros((), jnp.int32))
+    step_size, value, _ = jax.lax.while_loop(searching, halve, first)
+    step = trees.scale(step_size, direction)
+    accepted = sufficient(step_size, value)
+    new_loss, new_gradient = evaluate(step)
+    updated = sr1_update(memory, trees.sub(new_gradient, gradient), step, inverse_scale, skip_tolerance)
+    predicted = step_size * slope / 2
+    return SR1Step(
+        step=step,
+        step_norm=trees.norm(step).astype(dtype),
+        new_loss=new_loss.astype(dtype),
+        new_gradient=new_gradient,
+        predicted_change=predicted,
+        step_ratio=reduction_ratio(loss, new_loss, predicted).astype(dtype),
+        accepted=accepted,
+        strategy=jnp.where(accepted, step_size, last_step_size / 2),
+        memory=updated.memory,
+        skipped=updated.skipped,
+        dropped=updated.dropped,
+        hard_case=upwards,
+    )
