@@ -12,7 +12,7 @@ help:
 	@echo "make test-all  all tests"
 	@echo "make bench     costs and autoencoders into benchmarks/results/, in 40 minutes or less; go on by the same command"
 	@echo "make bench-rnn the table over long time lags, an hour or less; go on by the same command"
-	@echo "make bench-papers  tables of the papers: CurveBall's toys, plateaus, image networks"
+	@echo "make bench-papers  tables of the papers: CurveBall's toys, plateaus, image networks, two hours or more; go on by the same command"
 	@echo "make lint      ruff and pyright"
 
 .venv/ready: pyproject.toml
@@ -40,13 +40,7 @@ bench-rnn: .venv/ready
 bench-papers: .venv/ready
 	$(BIN)/python -m benchmarks.curveball_toys
 	$(BIN)/python -m benchmarks.cubic_plateau
-	for network in lenet cifar_net; do \
-	  $(BIN)/python -m benchmarks.image_training --network $$network --optimizer lsr1 lbfgs adam nag || exit 1; \
-	done
-	for network in basic_cnn basic_cnn_bn; do \
-	  $(BIN)/python -m benchmarks.image_training --network $$network --batch-size 128 \
-	    --optimizer curveball curveball_fixed adam sgd || exit 1; \
-	done
+	$(BIN)/python -m benchmarks.image_tables
 
 lint: .venv/ready
 	$(BIN)/ruff check .

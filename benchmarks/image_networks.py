@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 PyTree = Any
 Array = jax.Array
@@ -207,6 +208,33 @@ def vgg_f(classes: int = 1000, image_size: int = 224) -> Network:
         return _dense(params["dense"][-1], x)
 
     return Network(init, apply, (image_size, image_size, 3))
+
+
+def random_network(seed: int, classes: int = 10, widths: Sequence[int] = (4, 8, 16, 32)) -> Network:
+    """3 to 10 convolutions 3x3 with batch normalisation and ReLU, pooled with probability 1/2 (CurveBall, figure 3).
+
+    The paper draws the channels from 32, 64, 128, 256; here they are an eighth of that by default. The last convolution
+    gives the classes, without either, and the mean over what is left of the image is taken.
+    """
+    generator = np.random.default_rng(seed)
+    depth = int(generator.integers(3, 11))
+    channels = [3, *(int(width) for width in generator.choice(widths, depth - 1)), classes]
+    pooled = generator.random(depth - 1) < 0.5
+
+    def init(key):
+        keys = jax.random.split(key, depth)
+        sizes = zip(keys, itertools.pairwise(channels), strict=True)
+        return [
+            _conv_params(k, 3, m, n, (2 / (9 * m)) ** 0.5, index < depth - 1) for index, (k, (m, n)) in enumerate(sizes)
+        ]
+
+    def apply(params, x):
+        for layer, pool in zip(params[:-1], pooled, strict=True):
+            x = jax.nn.relu(_conv(layer, x))
+            x = _pool(x, 3, 2) if pool and x.shape[1] > 1 else x
+        return jnp.mean(_conv(params[-1], x), axis=(1, 2))
+
+    return Network(init, apply, (32, 32, 3))
 
 
 def _conv_params(key, size, inputs, outputs, stddev, batch_norm):

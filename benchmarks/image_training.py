@@ -1,20 +1,11 @@
-"""Image networks trained by CurveBall, L-SR1 and methods of first order: epochs to a test error, skipped pairs, time.
+"""One image network trained by CurveBall, L-SR1 or a rival: loss, test error, skipped pairs, after every epoch or less.
 
-Run, for instance::
-
-    python -m benchmarks.image_training --network lenet --optimizer lsr1 adam nag --batch-size 500 --seconds 60
-    python -m benchmarks.image_training --network basic_cnn --optimizer curveball adam sgd --batch-size 128
-    python -m benchmarks.image_training --network cifar_net --optimizer lsr1 --sweep memory
-
-``--sweep`` tries one setting of L-SR1 on its grid (memory 2, 5, 10; decrease and increase of the radius). Learning
-rates of methods of first order are tuned on the grid that is printed, every setting for the full time.
+``benchmarks.image_tables`` makes the tables of the papers from such runs; its command line also takes single runs.
 """
 
 from __future__ import annotations
 
-import argparse
-import itertools
-import pathlib
+import functools
 import time
 from typing import Any, NamedTuple
 
@@ -26,31 +17,31 @@ import optax
 import curvax
 from benchmarks import data
 from benchmarks import image_networks as networks
-from benchmarks.plots import plot_runs
-from benchmarks.progress import table
-from curvax.damping import RadiusRule
+from benchmarks.progress import Progress
+from curvax.damping import DampingRule, RadiusRule
 
-RESULTS = pathlib.Path(__file__).parent / "results"
+TEST_EXAMPLES = 2000
+STEPS_BETWEEN_RECORDS = 50
 
 
 class Task(NamedTuple):
-    """A network, its data set, its penalty, and the test error in per cent that counts as reached."""
+    """A network, its data set and its penalty."""
 
     make: Any
     dataset: str
-    l2: float
-    target: float
+    l2: float = 0.0
 
 
 TASKS = {
-    "lenet": Task(networks.lenet, "mnist", 1e-4, 3.0),
-    "lenet_plain": Task(lambda: networks.lenet(batch_norm=False), "mnist", 1e-4, 3.0),
-    "cifar_net": Task(networks.cifar_net, "cifar10", 1e-3, 50.0),
-    "cifar_net_plain": Task(lambda: networks.cifar_net(batch_norm=False), "cifar10", 1e-3, 50.0),
-    "basic_cnn": Task(networks.basic_cnn, "cifar10", 0.0, 50.0),
-    "basic_cnn_bn": Task(lambda: networks.basic_cnn(batch_norm=True), "cifar10", 0.0, 50.0),
-    "resnet20": Task(networks.resnet20, "cifar10", 1e-4, 50.0),
-    "mlp": Task(lambda: networks.mlp((784, 128, 64, 32, 10)), "mnist", 0.0, 5.0),
+    "lenet": Task(networks.lenet, "mnist", 1e-4),
+    "lenet_plain": Task(functools.partial(networks.lenet, batch_norm=False), "mnist", 1e-4),
+    "cifar_net": Task(networks.cifar_net, "cifar10", 1e-3),
+    "cifar_net_plain": Task(functools.partial(networks.cifar_net, batch_norm=False), "cifar10", 1e-3),
+    "basic_cnn": Task(networks.basic_cnn, "cifar10"),
+    "basic_cnn_bn": Task(functools.partial(networks.basic_cnn, batch_norm=True), "cifar10"),
+    "resnet20": Task(networks.resnet20, "cifar10", 1e-4),
+    "mlp": Task(functools.partial(networks.mlp, (784, 128, 64, 32, 10)), "mnist"),
+    **{f"random_{seed}": Task(functools.partial(networks.random_network, seed), "cifar10") for seed in range(50)},
 }
 
 
@@ -72,48 +63,63 @@ def forgetful_lbfgs(period: int = 5) -> optax.GradientTransformationExtraArgs:
 
 
 METHODS = {
-    "curveball": lambda o, damping: curvax.curveball(o, initial_damping=damping),
-    "curveball_fixed": lambda o, damping: curvax.curveball(
-        o, initial_damping=damping, rule=curvax.damping.DampingRule(decrease=1, increase=1)
+    "curveball": lambda o, damping=1.0: curvax.curveball(o, initial_damping=damping),
+    "curveball, lambda fixed": lambda o, damping=1.0: curvax.curveball(
+        o, initial_damping=damping, rule=DampingRule(decrease=1, increase=1)
     ),
     "lsr1": lambda o, memory=5, decrease=0.5, increase=2.0: curvax.lsr1(
         o, memory_size=memory, rule=RadiusRule(shrink=decrease, grow=increase)
     ),
     "lsr1_linesearch": lambda o: curvax.lsr1_linesearch(o),
     "lbfgs": lambda o: forgetful_lbfgs(),
-    "adam": lambda o, rate: optax.adam(rate),
-    "nag": lambda o, rate: optax.sgd(rate, momentum=0.9, nesterov=True),
-    "sgd": lambda o, rate: optax.sgd(rate, momentum=0.9),
+    "adam": lambda o, rate=1e-3: optax.adam(rate),
+    "nag": lambda o, rate=0.01: optax.sgd(rate, momentum=0.9, nesterov=True),
+    "sgd": lambda o, rate=0.1: optax.sgd(rate, momentum=0.9),
 }
 
 
-GRIDS: dict[str, list[dict[str, float]]] = {
-    "curveball": [{"damping": 1.0}, {"damping": 10.0}],
-    "curveball_fixed": [{"damping": 1.0}, {"damping": 10.0}],
-    "lsr1": [{}],
-    "lsr1_linesearch": [{}],
-    "lbfgs": [{}],
-    "adam": [{"rate": 1e-3}, {"rate": 3e-3}],
-    "nag": [{"rate": 3e-3}, {"rate": 1e-2}, {"rate": 3e-2}],
-    "sgd": [{"rate": 1e-2}, {"rate": 1e-1}],
-}
-SWEEPS = {
-    "memory": [{"memory": m} for m in (2, 5, 10)],
-    "radius": [{"decrease": d, "increase": i} for d, i in itertools.product((0.2, 0.5, 0.8), (1.2, 2.0))],
-}
+class Run(NamedTuple):
+    """What is to be run.
+
+    Attributes:
+        network: A key of ``TASKS``.
+        method: A key of ``METHODS``.
+        settings: What its function takes.
+        batch_size: Examples in a step; all there are where there are fewer.
+        seconds: The run ends with the step in which its own time, without compiling and testing, reaches this,
+        epochs: or with the step that completes so many passes over the training set.
+    """
+
+    network: str
+    method: str
+    settings: dict[str, float]
+    batch_size: int
+    seconds: float
+    epochs: float | None = None
+
+    @property
+    def label(self) -> str:
+        """The method and its settings in words."""
+        settings = ", ".join(f"{key} {value:g}" for key, value in self.settings.items())
+        return f"{self.method} ({settings})" if settings else self.method
 
 
-def train(task: Task, name: str, settings: dict[str, Any], batch_size: int, seconds: float, folder: str | None):
-    """Trains for some seconds, compilation not counted; the records, one after every epoch or part of one."""
+def train(run: Run, folder: str | None = None) -> tuple[str, list[dict[str, float]]]:
+    """Trains from seed 0.
+
+    Returns:
+        What the data set is and where it came from, and the records: step, seconds, epoch, loss (the mean since the
+        last record), test_error in per cent, and for L-SR1 skipped_fraction, of the pairs.
+    """
+    task = TASKS[run.network]
     network, dataset = task.make(), data.load(task.dataset, folder)
     objective = curvax.Objective(network.apply, curvax.losses.softmax_cross_entropy(), l2=task.l2 or None)
-    tx = optax.with_extra_args_support(METHODS[name](objective, **settings))
-    shape = network.image_shape
-    images = jnp.asarray(dataset.train_inputs).reshape(-1, *shape)
+    tx = optax.with_extra_args_support(METHODS[run.method](objective, **run.settings))
+    images = jnp.asarray(dataset.train_inputs).reshape(-1, *network.image_shape)
     labels = jnp.asarray(dataset.train_targets)
-    test = (jnp.asarray(dataset.test_inputs).reshape(-1, *shape)[:2000], jnp.asarray(dataset.test_targets)[:2000])
-    count = images.shape[0]
-    batch_size = min(batch_size, count)
+    count, batch_size = len(labels), min(run.batch_size, len(labels))
+    tests = jnp.asarray(dataset.test_inputs).reshape(-1, *network.image_shape), jnp.asarray(dataset.test_targets)
+    tests = jax.tree.map(lambda leaf: leaf[:TEST_EXAMPLES], tests)
 
     @jax.jit
     def step(params, state, chosen):
@@ -126,89 +132,48 @@ def train(task: Task, name: str, settings: dict[str, Any], batch_size: int, seco
     @jax.jit
     def test_error(params):
         # Batch normalisation takes the statistics of what it is given: parts of the size of a training batch.
-        size = min(batch_size, 500, len(test[0]))
-        parts = len(test[0]) // size
-        batches = jax.tree.map(lambda leaf: leaf[: parts * size].reshape(parts, size, *leaf.shape[1:]), test)
+        size = min(batch_size, 500, len(tests[1]))
+        parts = len(tests[1]) // size
+        batches = jax.tree.map(lambda leaf: leaf[: parts * size].reshape(parts, size, *leaf.shape[1:]), tests)
         wrong = jax.lax.map(lambda b: jnp.mean(jnp.argmax(network.apply(params, b[0]), axis=-1) != b[1]), batches)
         return 100 * jnp.mean(wrong)
 
     params = jax.jit(network.init)(jax.random.key(0))
     state = tx.init(params)
-    order = np.random.default_rng(0)
     jax.block_until_ready((step(params, state, jnp.arange(batch_size)), test_error(params)))
-    records, used, steps, losses, permutation, start = [], 0.0, 0, [], order.permutation(count), 0
-    every = max(1, min(count // batch_size, 50))
-    while used < seconds:
-        begin = time.perf_counter()
-        if start + batch_size > count:
-            permutation, start = order.permutation(count), 0
-        params, state, loss = step(params, state, jnp.asarray(permutation[start : start + batch_size]))
-        losses.append(float(jax.block_until_ready(loss)))
-        used, start, steps = used + time.perf_counter() - begin, start + batch_size, steps + 1
-        if steps % every == 0 or used >= seconds:
-            record = {
-                "step": steps,
-                "seconds": used,
-                "epoch": steps * batch_size / count,
-                "loss": float(np.mean(losses)),
-                "test_error": float(test_error(params)),
-            }
+
+    records, losses, seconds, steps = [], [], 0.0, 0
+    every = min(count // batch_size, STEPS_BETWEEN_RECORDS)
+    batches = _batches(count, batch_size)
+    with Progress(None, run.seconds, f"{run.network}, batch {batch_size}, {run.label}", interval=20) as progress:
+        while not _over(run, seconds, steps * batch_size / count):
+            chosen = jnp.asarray(next(batches))
+            begin = time.perf_counter()
+            params, state, loss = step(params, state, chosen)
+            losses.append(float(loss))
+            seconds, steps = seconds + time.perf_counter() - begin, steps + 1
+            epoch = steps * batch_size / count
+            if steps % every and not _over(run, seconds, epoch):
+                continue
+            record = {"step": steps, "seconds": seconds, "epoch": epoch, "loss": float(np.mean(losses))}
+            record["test_error"] = float(test_error(params))
             skipped_pairs = getattr(getattr(state, "info", None), "skipped_pairs", None)
             if skipped_pairs is not None:
                 record["skipped_fraction"] = int(skipped_pairs) / steps
             records.append(record)
             losses = []
+            progress.update(steps, {name: value for name, value in record.items() if name != "step"})
     return str(dataset), records
 
 
-def row_of(label: str, records: list[dict[str, float]], target: float) -> dict[str, str]:
-    """What the table says of a run."""
-    reached = [record for record in records if record["test_error"] <= target]
-    return {
-        "method": label,
-        "steps": str(records[-1]["step"]),
-        "epochs": f"{records[-1]['epoch']:.1f}",
-        "training loss": f"{records[-1]['loss']:.4f}",
-        "lowest test error, %": f"{min(record['test_error'] for record in records):.2f}",
-        f"epochs to {target:g} %": f"{reached[0]['epoch']:.1f}" if reached else "-",
-        f"seconds to {target:g} %": f"{reached[0]['seconds']:.0f}" if reached else "-",
-        "skipped pairs": f"{records[-1]['skipped_fraction']:.1%}" if "skipped_fraction" in records[-1] else "",
-    }
+def _over(run: Run, seconds: float, epoch: float) -> bool:
+    return seconds >= run.seconds or (run.epochs is not None and epoch >= run.epochs)
 
 
-def main(argv=None):
-    """Trains, prints the table and adds it to ``benchmarks/results/images_<network>_<batch size>.md``."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", choices=TASKS, required=True)
-    parser.add_argument("--optimizer", nargs="+", choices=METHODS, default=["lsr1", "curveball", "adam", "nag"])
-    parser.add_argument("--batch-size", type=int, default=500)
-    parser.add_argument("--seconds", type=float, default=60.0, help="training time of every setting (default 60)")
-    parser.add_argument("--sweep", choices=SWEEPS, help="try this setting of lsr1 in place of the optimisers")
-    parser.add_argument("--data-folder")
-    parser.add_argument("--output", type=pathlib.Path, default=RESULTS)
-    arguments = parser.parse_args(argv)
-    task = TASKS[arguments.network]
-    plan = [("lsr1", s) for s in SWEEPS[arguments.sweep]] if arguments.sweep else None
-    plan = plan or [(name, settings) for name in arguments.optimizer for settings in GRIDS[name]]
-    rows, runs, source = [], {}, ""
-    for name, settings in plan:
-        label = " ".join([name, *(f"{key} {value:g}" for key, value in settings.items())])
-        source, records = train(task, name, settings, arguments.batch_size, arguments.seconds, arguments.data_folder)
-        rows.append(row_of(label, records, task.target))
-        runs[label] = records
-        print(rows[-1], flush=True)
-    title = f"{arguments.network}, batch {arguments.batch_size}, {arguments.seconds:g} s for every setting"
-    columns = list(rows[0])
-    table(rows, columns, title)
-    name = f"images_{arguments.network}_{arguments.batch_size}" + (f"_{arguments.sweep}" if arguments.sweep else "")
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    plot_runs(runs, arguments.output / f"{name}.png", title=title, label="training loss")
-    lines = [f"# {title}", "", f"{source} l2 {task.l2:g}. Test error on 2,000 examples at most.", ""]
-    lines += ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(row[c] for c in columns) + " |" for row in rows]
-    lines += ["", f"![training loss]({name}.png)", ""]
-    (arguments.output / f"{name}.md").write_text("\n".join(lines))
-
-
-if __name__ == "__main__":
-    main()
+def _batches(count: int, size: int):
+    """Random batches without end, each example once in a pass, what is left over at its end dropped."""
+    generator = np.random.default_rng(0)
+    while True:
+        order = generator.permutation(count)
+        for start in range(0, count - size + 1, size):
+            yield order[start : start + size]

@@ -252,7 +252,7 @@ def _transformation(name, objective, memory_size, strategy, step):
 
 
 def _around(at, like):
-    """From a displacement of the leaves of ``like`` to (loss, gradient in them) and to the loss, on the point's batch."""
+    """From a displacement of the leaves of ``like``: to (loss, gradient in them), and to the loss, on the batch."""
 
     def loss_at(displacement):
         return at.loss_at(trees.add(at.params, trees.embed(displacement, at.params)))
