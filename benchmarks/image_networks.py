@@ -33,7 +33,9 @@ class Network(NamedTuple):
     image_shape: tuple[int, int, int]
 
 
-def mlp(sizes: Sequence[int], activation: Callable = jnp.tanh, scale: float | None = None) -> Network:
+def mlp(
+    sizes: Sequence[int], activation: Callable = jnp.tanh, scale: float | None = None, biases: bool = True
+) -> Network:
     """Dense layers; weights are normal with variance 1 / inputs, or uniform in (-scale, scale)."""
 
     def init(key):
@@ -44,14 +46,18 @@ def mlp(sizes: Sequence[int], activation: Callable = jnp.tanh, scale: float | No
                 kernel = jax.random.normal(k, (m, n)) / m**0.5
             else:
                 kernel = jax.random.uniform(k, (m, n), minval=-scale, maxval=scale)
-            layers.append({"kernel": kernel, "bias": jnp.zeros(n)})
+            layers.append({"kernel": kernel, "bias": jnp.zeros(n)} if biases else {"kernel": kernel})
         return layers
+
+    def dense(layer, x):
+        x = x @ layer["kernel"]
+        return x + layer["bias"] if biases else x
 
     def apply(params, x):
         x = x.reshape(x.shape[0], -1)
         for layer in params[:-1]:
-            x = activation(x @ layer["kernel"] + layer["bias"])
-        return x @ params[-1]["kernel"] + params[-1]["bias"]
+            x = activation(dense(layer, x))
+        return dense(params[-1], x)
 
     return Network(init, apply, (1, 1, sizes[0]))
 

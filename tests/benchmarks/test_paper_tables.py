@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import curvax
-from benchmarks import cubic_plateau, curveball_toys, image_tables, image_training, step_cost
+from benchmarks import cubic_plateau, curveball_toys, data, image_tables, image_training, step_cost
 from benchmarks import image_networks as networks
 
 
@@ -90,6 +91,25 @@ def test_a_random_network_is_that_of_its_seed_and_within_the_papers_bounds():
         again = jax.eval_shape(networks.random_network(seed).init, jax.random.key(0))
         assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, again)
     assert 3 <= min(depths) < max(depths) <= 10
+
+
+@pytest.mark.slow
+def test_the_cubic_rate_is_a_hundred_times_higher_on_the_plateau_and_leaves_it_where_sgd_stays():
+    dataset = data.load("digits")
+    cubic = lambda o: curvax.scale_by_cubic_step(o, optax.sgd(0.02), sigma=100.0)  # noqa: E731
+    losses, rates = cubic_plateau.train(dataset, cubic, 0.1, 1500)
+    error, rate = cubic_plateau.smoothed(losses), cubic_plateau.smoothed(rates)
+    assert rate.max() > 50 * rate[-1]
+    assert error[-1] < 0.9 * error[0]
+    stuck, _ = cubic_plateau.train(dataset, lambda _: optax.sgd(0.02), 0.1, 1500)
+    assert cubic_plateau.smoothed(stuck)[-1] > 0.99 * stuck[0]
+
+
+@pytest.mark.slow
+def test_with_biases_the_noise_of_a_batch_bounds_the_cubic_rate_on_the_plateau():
+    cubic = lambda o: curvax.scale_by_cubic_step(o, optax.sgd(0.02), sigma=100.0)  # noqa: E731
+    _, rates = cubic_plateau.train(data.load("digits"), cubic, 0.1, 200, biases=True)
+    np.testing.assert_allclose(rates.mean(), cubic_plateau.noise_bound(100.0), rtol=0.15)
 
 
 @pytest.fixture
