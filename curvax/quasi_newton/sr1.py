@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import trees
-from curvax.compact_map import CompactMap, inner_products
+from curvax.compact_map import CompactMap
 
 PyTree = Any
 Scalar = Any
@@ -85,13 +85,20 @@ def sr1_map(memory: SR1Memory, scale: Scalar) -> CompactMap:
 
 
 def sr1_update(
-    memory: SR1Memory, operand: PyTree, image: PyTree, scale: Scalar, tolerance: float = 1e-8
+    memory: SR1Memory,
+    operand: PyTree,
+    image: PyTree,
+    scale: Scalar,
+    tolerance: float = 1e-8,
+    *,
+    expected: PyTree | None = None,
+    usable: Array | bool = True,
 ) -> MemoryUpdate:
     r"""Adds the pair (a, b) that the matrix shall take a to b by, in place of the oldest one.
 
     A pair is left out if |a^T r| < tolerance ||a|| ||r|| with r = b - B a, as it would make the update unbounded, or if
     it is not finite or already obeyed. Then, as long as C is singular or Psi has dependent columns (relative to
-    rounding), the oldest pair is dropped. Costs three products with Psi.
+    rounding), the oldest pair is dropped. Costs two products with Psi, and one more unless B a is given.
 
     Args:
         memory: The memory.
@@ -99,6 +106,8 @@ def sr1_update(
         image: b: y or s.
         scale: gamma, not zero.
         tolerance: The threshold r of the paper.
+        expected: B a, if it is known.
+        usable: False leaves the pair out whatever it is.
 
     Returns:
         A ``MemoryUpdate``.
@@ -116,24 +125,27 @@ def sr1_update(
     dtype = memory.core.dtype
     scale = jnp.asarray(scale, dtype)
     matrix = sr1_map(memory, scale)
-    along = matrix.project(operand)
     psi = trees.sub(image, trees.scale(scale, operand))
-    residual = trees.sub(psi, matrix.combine(matrix.solve_core(along)))
+    along, squares = matrix.project(operand), matrix.project(psi)
+    if expected is None:
+        residual = trees.sub(psi, matrix.combine(matrix.solve_core(along)))
+    else:
+        residual = trees.sub(image, expected)
     lengths = trees.norm(operand).astype(dtype) * trees.norm(residual).astype(dtype)
     curved = jnp.abs(trees.vdot(operand, residual)).astype(dtype) >= tolerance * lengths
     rounding = 10 * jnp.finfo(dtype).eps * trees.norm(image).astype(dtype)
     news = trees.norm(residual).astype(dtype) > rounding
-    kept = curved & news & (lengths > 0) & trees.all_finite(operand, image)
+    kept = curved & news & (lengths > 0) & trees.all_finite(operand, image) & usable
 
     slot = jnp.argmin(memory.ages)
     here = jnp.arange(memory.ages.size) == slot
     stored = jax.tree.map(
         lambda stack, leaf: stack.at[slot].set(jnp.where(kept, leaf, stack[slot])), memory.vectors, psi
     )
-    squares = inner_products(stored, psi).astype(dtype)
     used = (memory.ages > 0) | here
     ages = jnp.where(here, jnp.max(memory.ages) + 1, memory.ages)
     products = jnp.where(here, trees.vdot(operand, psi).astype(dtype), along)
+    squares = jnp.where(here, trees.vdot(psi, psi).astype(dtype), squares)
     core, gram = (
         _with_row(matrix, here, row, used) for matrix, row in ((memory.core, products), (memory.gram, squares))
     )

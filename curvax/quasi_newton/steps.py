@@ -39,6 +39,7 @@ class SR1Step:
         dropped: Pairs dropped to repair the memory.
         hard_case: Whether the trust-region problem was in its hard case; for a line search, whether the direction
             pointed upwards and was turned round.
+        finite: Whether loss, gradient and model are finite; the memory is as it was where not.
     """
 
     step: PyTree
@@ -53,6 +54,7 @@ class SR1Step:
     skipped: Array
     dropped: Array
     hard_case: Array
+    finite: Array
 
 
 def trust_region_step(
@@ -88,7 +90,11 @@ def trust_region_step(
     new_loss, new_gradient = evaluate(solution.step)
     predicted = solution.model_value.astype(dtype)
     ratio = reduction_ratio(loss, new_loss, predicted).astype(dtype)
-    updated = sr1_update(memory, solution.step, trees.sub(new_gradient, gradient), scale, skip_tolerance)
+    finite = trees.all_finite(loss, gradient, predicted)
+    # The multiplier says what B makes of the step, without another product: (B + sigma I) s = -g.
+    expected = trees.scale(-1.0, trees.add_scaled(gradient, solution.multiplier, solution.step))
+    change = trees.sub(new_gradient, gradient)
+    updated = sr1_update(memory, solution.step, change, scale, skip_tolerance, expected=expected, usable=finite)
     return SR1Step(
         step=solution.step,
         step_norm=solution.norm,
@@ -102,6 +108,7 @@ def trust_region_step(
         skipped=updated.skipped,
         dropped=updated.dropped,
         hard_case=solution.hard_case,
+        finite=finite,
     )
 
 
@@ -169,8 +176,10 @@ def line_search_step(
     step = trees.scale(step_size, direction)
     accepted = sufficient(step_size, value)
     new_loss, new_gradient = evaluate(step)
-    updated = sr1_update(memory, trees.sub(new_gradient, gradient), step, inverse_scale, skip_tolerance)
     predicted = step_size * slope / 2
+    finite = trees.all_finite(loss, gradient, predicted)
+    change = trees.sub(new_gradient, gradient)
+    updated = sr1_update(memory, change, step, inverse_scale, skip_tolerance, usable=finite)
     return SR1Step(
         step=step,
         step_norm=trees.norm(step).astype(dtype),
@@ -184,4 +193,5 @@ def line_search_step(
         skipped=updated.skipped,
         dropped=updated.dropped,
         hard_case=upwards,
+        finite=finite,
     )

@@ -61,29 +61,42 @@ def compact_trust_region(matrix: CompactMap, gradient: PyTree, radius: Scalar) -
     spectrum = matrix.spectrum()
     dtype = matrix.scale.dtype
     inside = spectrum.basis.T @ matrix.project(gradient)
-    outside = trees.sub(gradient, matrix.combine(spectrum.basis @ inside))
-    # Once more, as the basis is orthonormal to rounding only.
-    outside = trees.sub(outside, matrix.combine(spectrum.basis @ (spectrum.basis.T @ matrix.project(outside))))
-    length = trees.norm(outside).astype(dtype)
-    rounding = 10 * jnp.finfo(dtype).eps * trees.norm(gradient).astype(dtype)
+    whole = trees.norm(gradient).astype(dtype)
+    share = inside / jnp.where(whole > 0, whole, 1)
+    length = whole * jnp.sqrt(jnp.maximum(1 - share @ share, 0))
+
+    # What g has outside of the range is (vector - Psi basis part), the vector being g itself ...
+    def as_difference():
+        return length, gradient, inside
+
+    # ... unless the difference cancels; then it is formed, twice, as the basis is orthonormal to rounding only.
+    def formed():
+        outside = gradient
+        for _ in range(2):
+            outside = trees.sub(outside, matrix.combine(spectrum.basis @ (spectrum.basis.T @ matrix.project(outside))))
+        return trees.norm(outside).astype(dtype), outside, jnp.zeros_like(inside)
+
+    length, vector, part = jax.lax.cond(length < 0.3 * whole, formed, as_difference)
     has_outside = spectrum.rank < trees.size(gradient)
-    length = jnp.where(has_outside & (length > rounding), length, 0)
+    length = jnp.where(has_outside & (length > 10 * jnp.finfo(dtype).eps * whole), length, 0)
 
     # Where Psi spans everything, its complement has no eigenvalue: one that never matters stands in.
     rest = jnp.where(has_outside, spectrum.rest, jnp.max(spectrum.values))
     small = diagonal_trust_region(jnp.append(spectrum.values, rest), jnp.append(inside, length), radius)
 
+    # In the hard case any direction outside of the range will do.
     def any_direction():
         drawn = trees.random_normal(jax.random.key(0), gradient)
         drawn = trees.sub(drawn, matrix.combine(spectrum.basis @ (spectrum.basis.T @ matrix.project(drawn))))
-        return trees.scale(1 / trees.norm(drawn), drawn)
+        return 1 / trees.norm(drawn).astype(dtype), drawn, jnp.zeros_like(inside)
 
     def own_direction():
-        return trees.scale(1 / jnp.where(length > 0, length, 1), outside)
+        return jnp.where(length > 0, 1 / jnp.where(length > 0, length, 1), 0), vector, part
 
     needed = (length == 0) & (small.step[-1] != 0)
-    direction = jax.lax.cond(needed, any_direction, own_direction)
-    step = trees.add(matrix.combine(spectrum.basis @ small.step[:-1]), trees.scale(small.step[-1], direction))
+    factor, vector, part = jax.lax.cond(needed, any_direction, own_direction)
+    along = factor * small.step[-1]
+    step = trees.add(matrix.combine(spectrum.basis @ (small.step[:-1] - along * part)), trees.scale(along, vector))
     return CompactTrustRegionStep(
         step, trees.norm(small.step).astype(dtype), small.multiplier, small.hard_case, small.model_value
     )

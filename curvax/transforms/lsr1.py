@@ -246,7 +246,8 @@ def _transformation(name, objective, memory_size, strategy, step):
         )
         moved = trees.where(taken.accepted, taken.step, trees.zeros_like(taken.step))
         after = LSR1State(next_count(state.steps), taken.strategy, taken.memory, info)
-        return finish(trees.all_finite(loss, updates, taken.predicted_change), moved, after, state)
+        # The memory of a step that is not finite is the old one already: not to be selected, it is the largest part.
+        return finish(taken.finite, moved, after, state._replace(memory=taken.memory))
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
