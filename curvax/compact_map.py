@@ -92,10 +92,19 @@ class CompactMap(LinearMap):
     def solve(self, vector: PyTree, *, damping: Scalar = 0.0) -> PyTree:
         """(A + damping I)^{-1} v by the formula of Sherman, Morrison and Woodbury."""
         trees.check_like(vector, self.structure, "vector", "the map's vectors")
-        total = self.scale + jnp.asarray(damping, self.scale.dtype)
-        inner = self._own(self.core) + self._own(self.gram, 0) / total
-        coefficients = jnp.linalg.solve(inner, self.project(vector) / total) / total
-        return trees.sub(trees.scale(1 / total, vector), self.combine(coefficients))
+        damping = jnp.asarray(damping, self.scale.dtype)
+        total = self.scale + damping
+
+        def by_woodbury():
+            inner = self._own(self.core) + self._own(self.gram, 0) / total
+            coefficients = jnp.linalg.solve(inner, self.project(vector) / total) / total
+            return trees.sub(trees.scale(1 / total, vector), self.combine(coefficients))
+
+        # The matrix may be regular all the same, where Psi spans everything.
+        def by_spectrum():
+            return self._spectral(vector, lambda values: 1 / (values + damping))
+
+        return jax.lax.cond(total == 0, by_spectrum, by_woodbury)
 
     def bilinear(self, left: PyTree, right: PyTree) -> Array:
         change = self.project(left) @ self.solve_core(self.project(right))
@@ -119,7 +128,7 @@ class CompactMap(LinearMap):
         rest = jnp.asarray(trees.size(self.structure), self.scale.dtype) - spectrum.rank.astype(self.scale.dtype)
         kept = jnp.any(spectrum.basis != 0, axis=0)
         inside = jnp.where(kept, jnp.log(jnp.abs(jnp.where(kept, spectrum.values + damping, 1))), 0)
-        return jnp.sum(inside) + rest * jnp.log(jnp.abs(spectrum.rest + damping))
+        return jnp.sum(inside) + jnp.where(rest > 0, rest * jnp.log(jnp.abs(spectrum.rest + damping)), 0)
 
     def project(self, vector: PyTree) -> Array:
         """Psi^T v, zero for vectors that do not count; shape (k,)."""
@@ -157,7 +166,9 @@ class CompactMap(LinearMap):
 
     def _spectral(self, vector, function):
         spectrum = self.spectrum()
-        rest = function(spectrum.rest)
+        # Where Psi spans everything gamma is no eigenvalue, and another number stands in for it.
+        spans = spectrum.rank >= trees.size(self.structure)
+        rest = function(jnp.where(spans, jnp.max(spectrum.values), spectrum.rest))
         components = spectrum.basis.T @ self.project(vector)
         change = self.combine(spectrum.basis @ ((function(spectrum.values) - rest) * components))
         return trees.add(trees.scale(rest, vector), change)

@@ -28,6 +28,7 @@ from curvax.layers.instrument import evaluate
 from curvax.layers.taps import Captured, TappedPoint
 from curvax.linear_map import LinearMap
 from curvax.products import with_penalty
+from curvax.term import scale_cases
 
 PyTree = Any
 Array = jax.Array
@@ -50,6 +51,9 @@ def layer_hessian(tapped: TappedPoint) -> LinearMap:
     Raises:
         ValueError: A parameter has no structure, the model couples examples or takes batch statistics, or weights are
             finer than examples.
+
+    The model runs on one example at a time: what it makes from the size of its batch or from places in it, such as a
+    dropout mask from a key of its own, is not seen. Hand such numbers in as inputs.
 
     Example:
         >>> objective = curvax.Objective(lambda p, x: jax.nn.relu(x @ p["w"]) @ p["u"], curvax.losses.squared_error())
@@ -83,7 +87,9 @@ def layer_hessian(tapped: TappedPoint) -> LinearMap:
             batch = jax.tree.map(lambda leaf: leaf[None], (inputs, targets))
             return parts.of_example(loss, point.params, *batch)
 
-        terms.append(TermStructure(*jax.vmap(one)(cases.inputs, cases.targets), scales[index], parts))
+        # Examples that are left out may not be finite.
+        present = scale_cases(scales[index] != 0, jax.vmap(one)(cases.inputs, cases.targets))
+        terms.append(TermStructure(*present, scales[index], parts))
     return with_penalty(LayerHessian(tuple(terms), point.params), point)
 
 

@@ -34,7 +34,8 @@ def record(
     """Runs a program and keeps every equation that depends on what varies.
 
     Calls, ``remat`` and custom rules whose bodies are elementwise stay one equation or are entered, whichever keeps
-    their derivatives; a ``scan`` is unrolled.
+    their derivatives; a ``scan`` is unrolled. What several equations make of one variable entry by entry, such as
+    x sigmoid(x), becomes one step.
 
     Args:
         program: The program.
@@ -112,6 +113,25 @@ class RecordedProgram:
     steps: list[Step]
     arguments: list[Value]
     roots: dict[tuple[int, ...], Value]
+    chains: dict[int, tuple[Value, list[Step]]] = dataclasses.field(default_factory=dict)
+
+    def append(self, step: Step) -> None:
+        """Adds an equation, or the elementwise function of one variable that it completes."""
+        origin = self._origin(step)
+        if origin is None:
+            self.steps.append(step)
+            return
+        before = [part for x in step.variables for part in self.chains.get(id(x), (x, []))[1]]
+        parts = [*dict.fromkeys(before), step]
+        self.chains[id(step.outputs[0])] = origin, parts
+        plain = len(parts) == 1
+        self.steps.append(step if plain else Chain(step.program, step.eqn, [origin], step.outputs, parts))
+
+    def _origin(self, step):
+        """The one value that an elementwise step's operands come from entry by entry."""
+        origins = [self.chains.get(id(x), (x, []))[0] for x in step.variables]
+        same = all(x is origins[0] for x in origins) and len(step.outputs) == 1 and step.elementwise
+        return origins[0] if same and origins[0].array.shape == step.outputs[0].array.shape else None
 
     def sweep(self, seeds: Sequence[tuple[Value, Array]], rule: Rule) -> dict[int, Array]:
         """Sends ``seeds`` backwards by ``rule``; what arrives at a value adds up and is found under its ``id``."""
@@ -184,6 +204,35 @@ class Step:
         return self.name in BILINEAR and len(self.variables) == 2
 
 
+@dataclasses.dataclass(eq=False)
+class Chain(Step):
+    """Several elementwise equations that make one function of one variable.
+
+    Attributes:
+        parts: The equations in their order, the last one that of the result.
+    """
+
+    parts: list[Step]
+
+    def function(self, *arrays: Array) -> list[Array]:
+        values = {id(self.inputs[0]): arrays[0]}
+        for part in self.parts:
+            (values[id(part.outputs[0])],) = part.function(*(values[id(x)] for x in part.variables))
+        return [values[id(self.outputs[0])]]
+
+    @property
+    def elementwise(self) -> bool:
+        return True
+
+    @property
+    def linear(self) -> bool:
+        return all(part.linear for part in self.parts)
+
+    @property
+    def bilinear(self) -> bool:
+        return False
+
+
 BILINEAR = frozenset({"mul", "dot_general", "conv_general_dilated"})
 
 SELECTIONS = MOVES | {
@@ -236,7 +285,7 @@ def _run_equation(recorded, program, eqn, inputs, address, roots):
         if any(out.varies for out in outputs):
             # A number of another type, such as an index, takes part but has no derivative.
             inputs = [x if _inexact(x.array) else Value(x.array) for x in inputs]
-            recorded.steps.append(Step(program, eqn, inputs, outputs))
+            recorded.append(Step(program, eqn, inputs, outputs))
     return outputs
 
 

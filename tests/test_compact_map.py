@@ -77,3 +77,16 @@ def test_it_passes_through_jit_and_vmap():
     np.testing.assert_allclose(trees.ravel(product), trees.ravel(compact(one(7))), rtol=1e-12)
     many = jax.vmap(lambda scale: curvax.compact_map(scale, vectors(0, 3), compact.core).trace())(jnp.arange(1.0, 4.0))
     np.testing.assert_allclose(np.diff(many), 10.0, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("scale", "damping"), [(0.0, 0.0), (1.0, -1.0), (-1.0, 0.0), (-1.0, 1.0)])
+def test_where_the_vectors_span_everything_the_scale_is_no_eigenvalue(scale, damping):
+    core = jnp.linalg.inv(jnp.array([[2.0, 0.5], [0.5, 3.0]]))
+    matrix = curvax.compact_map(scale, jnp.eye(2), core)
+    dense = np.asarray(matrix.to_dense()) + damping * np.eye(2)
+    v = jnp.array([1.0, 2.0])
+    np.testing.assert_allclose(matrix.solve(v, damping=damping), np.linalg.solve(dense, v), rtol=1e-10)
+    np.testing.assert_allclose(matrix.logdet(damping=damping), np.log(abs(np.linalg.det(dense))), rtol=1e-10)
+    values, vectors = np.linalg.eigh(matrix.to_dense())
+    truth = vectors @ (vectors.T @ v / np.sqrt(values))
+    np.testing.assert_allclose(matrix.inverse_sqrt(v), truth, rtol=1e-10)

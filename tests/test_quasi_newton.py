@@ -7,6 +7,7 @@ import pytest
 
 from curvax import quasi_newton, trees
 from curvax.quasi_newton import MinimizeReason, minimize, sr1_map, sr1_memory, sr1_update
+from curvax.solvers import compact_trust_region
 
 SIZE = 12
 
@@ -200,3 +201,53 @@ def test_results_say_why_they_ended():
         minimize(rosenbrock, jnp.zeros(2), method="newton")
     with pytest.raises(ValueError, match="one pair at least"):
         quasi_newton.sr1_memory(jnp.zeros(2), 0)
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e20])
+def test_pairs_of_any_size_that_single_precision_holds(size):
+    memory = sr1_memory(jnp.zeros(3, jnp.float32))
+    for s in np.eye(3, dtype=np.float32)[:2]:
+        memory, skipped, dropped = sr1_update(memory, jnp.asarray(size * s), jnp.asarray(3 * size * s), 1.0)
+        assert not skipped
+        assert dropped == 0
+    np.testing.assert_allclose(sr1_map(memory, 1.0).to_dense(), np.diag([3.0, 3.0, 1.0]), rtol=1e-5)
+
+
+def test_a_matrix_with_huge_entries_stays_what_it_is_in_single_precision():
+    memory = sr1_memory(jnp.zeros(3, jnp.float32))
+    for s in np.eye(3, dtype=np.float32)[:2]:
+        memory, _, _ = sr1_update(memory, jnp.asarray(s), jnp.asarray(np.float32(1e20) * s), 1.0)
+    matrix = sr1_map(memory, 1.0)
+    np.testing.assert_allclose(matrix.to_dense(), np.diag([1e20, 1e20, 1.0]), rtol=1e-5)
+    step = compact_trust_region(matrix, jnp.ones(3, jnp.float32), 1.0).step
+    np.testing.assert_allclose(step, [0, 0, -1], atol=1e-5)
+
+
+def test_a_pair_that_overflows_is_left_out_and_the_memory_stays_sound():
+    memory = sr1_memory(jnp.zeros(2, jnp.float32))
+    huge = jnp.array([3e38, 3e38], jnp.float32)
+    memory, skipped, _ = sr1_update(memory, jnp.array([1e-5, 0], jnp.float32), huge, 1.0)
+    assert skipped
+    memory, skipped, _ = sr1_update(memory, jnp.array([1, 0], jnp.float32), jnp.array([2, 0], jnp.float32), 1.0)
+    assert not skipped
+    np.testing.assert_allclose(sr1_map(memory, 1.0).to_dense(), np.diag([2.0, 1.0]), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("function", "start"),
+    [
+        (lambda x: jnp.cosh(x[0] - 1) + jnp.sum((x - 1) ** 2) / 2, [20.0, 3.0]),
+        (lambda x: 1e12 * jnp.sum((x - 1) ** 2 * jnp.array([1.0, 10.0], jnp.float32)), [3.0, 4.0]),
+    ],
+    ids=["overflows", "steep"],
+)
+def test_first_steps_that_overflow_do_not_stop_a_minimisation(function, start):
+    result = minimize(function, jnp.array(start, jnp.float32), tolerance=1e-3)
+    np.testing.assert_allclose(result.value, 1.0, atol=1e-3)
+
+
+def test_a_step_onto_a_kink_without_a_gradient_is_not_taken():
+    result = minimize(lambda x: jnp.sqrt(x[0] ** 2), jnp.ones(1), tolerance=1e-3)
+    assert jnp.isfinite(result.gradient_norm)
+    assert abs(result.value[0]) < 1e-5
+    assert int(result.reason) == MinimizeReason.SMALL_STEP

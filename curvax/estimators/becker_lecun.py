@@ -12,7 +12,7 @@ from curvax.curvature_point import CurvaturePoint
 from curvax.estimators.layer_diagonals import unit_vector, with_penalty
 from curvax.objective import Objective, point_at
 from curvax.output_matrix import OutputMatrix
-from curvax.recorded_program import BILINEAR, SELECTIONS, Step, Value, pull_back, record_term
+from curvax.recorded_program import BILINEAR, SELECTIONS, Step, pull_back, record_term
 from curvax.term import scale_cases
 
 PyTree = Any
@@ -109,14 +109,14 @@ def _through_elementwise(step, index, at_results, cotangents):
 
 def _through_product(step, index, at_results):
     """The products with squares in place of the other operand."""
-    variables = step.variables
-    squared = Step(
-        step.program,
-        step.eqn,
-        [x if x is variables[index] else Value(jnp.square(x.array)) for x in step.inputs],
-        step.outputs,
-    )
-    return squared.pull_back(at_results)[0]
+    # By place, as both operands may be one and the same value.
+    place = [i for i, x in enumerate(step.inputs) if x.varies][index]
+    squares = [jnp.square(x.array) for x in step.inputs]
+
+    def product(x):
+        return step.eqn.primitive.bind(*squares[:place], x, *squares[place + 1 :], **step.eqn.params)
+
+    return jax.linear_transpose(product, step.inputs[place].array)(at_results[0])[0]
 
 
 def _diagonal(matrix: OutputMatrix, outputs: PyTree) -> PyTree:

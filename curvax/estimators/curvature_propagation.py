@@ -23,7 +23,6 @@ from curvax.estimators.layer_diagonals import products, with_penalty
 from curvax.estimators.per_example import check_whole_examples
 from curvax.layers.taps import TappedPoint
 from curvax.objective import Objective, point_at
-from curvax.products import LeafScalars
 from curvax.recorded_program import Step, found, pull_back, record_term
 from curvax.term import scale_cases
 
@@ -81,9 +80,10 @@ def propagate_curvature(
             for total, arrived in zip((left, right), sides, strict=True)
         )
     if point.objective.l2 is not None:
-        penalty = LeafScalars(point.objective.penalty_curvature(point.params), point.params)
-        noise = penalty.sample(keys[-1], trees.random_rademacher)
-        left, right = trees.add(left, noise), trees.add(right, noise)
+        weights = point.objective.penalty_curvature(point.params)
+        noise = trees.multiply(trees.random_rademacher(keys[-1], point.params), _root(weights))
+        left = trees.add(left, noise)
+        right = trees.add(right, trees.multiply(noise, jax.tree.map(jnp.sign, weights)))
     return left, right
 
 
@@ -148,8 +148,10 @@ def _layer_products(tapped, scales, key):
         uses = [geometry.use for geometry in tapped.taps[index].uses]
         roots = [use.address for i, use in enumerate(uses) if (index, i) in single]
         recorded = record_term(term, point.params, cases.inputs, roots)
-        gradient = piece.loss.gradient(piece.outputs, piece.targets)
-        pair = _propagate(recorded, piece, gradient, jnp.ones_like(cases.scale), keys[index])
+        # The scales come in at the end; cases that are left out may not be finite and stay out from the start.
+        present = (cases.scale != 0).astype(cases.scale.dtype)
+        gradient = scale_cases(present, piece.loss.gradient(piece.outputs, piece.targets))
+        pair = _propagate(recorded, piece, gradient, present, keys[index])
         for side, arrived in zip(raw, pair, strict=True):
             side.append(
                 [
@@ -199,10 +201,15 @@ def _loss_noise(piece, scale, key):
     matrix = piece.loss.hessian(piece.outputs, piece.targets)
     if piece.loss.convex:
         root = matrix.sqrt_transpose_product(trees.random_rademacher(key, matrix.root_structure))
-        both = scale_cases(jnp.sqrt(scale), root)
-        return both, both
+        left = scale_cases(_root(scale), root)
+        return left, scale_cases(jnp.sign(scale), left)
     signs = trees.random_rademacher(key, piece.outputs)
     return signs, scale_cases(scale, matrix.product(signs))
+
+
+def _root(weights):
+    """Roots of the sizes of weights, which may be negative."""
+    return jax.tree.map(lambda w: jnp.sqrt(jnp.abs(w)), weights)
 
 
 def _noise(step: Step, cotangents: list[Array], key: Array) -> tuple[list[Array], list[Array]]:

@@ -4,7 +4,8 @@ The SR1 matrix of pairs (a_i, b_i) is the symmetric B with B a_i = b_i that grow
 pair: B+ = B + r r^T / (r^T a), r = b - B a. In compact form B = gamma I + Psi C^{-1} Psi^T with psi_i = b_i - gamma a_i
 and C_ij = a_i^T psi_j for a_i not older than a_j. The pairs (s, y) of steps and changes of the gradient give the
 Hessian (direct form), the pairs (y, s) its inverse; the two are inverse to each other where gamma is. C is the matrix
-D + L + L^T - S^T B_0 S of the literature, so the vectors psi alone need to be kept.
+D + L + L^T - S^T B_0 S of the literature, so the vectors psi alone need to be kept. They are kept at unit length, and C
+scaled along with them, which leaves B as it is.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ class SR1Memory(NamedTuple):
     """The pairs of a limited-memory SR1 matrix, as a ring buffer of arrays with fixed shapes.
 
     Attributes:
-        vectors: Psi, a pytree like the parameters with a leading axis of slots.
-        core: C, shape (slots, slots).
+        vectors: Psi at unit lengths, a pytree like the parameters with a leading axis of slots.
+        core: C, scaled likewise, shape (slots, slots).
         gram: Psi^T Psi, shape (slots, slots).
         ages: When each slot was filled, counted from 1; 0 for an empty slot.
     """
@@ -126,26 +127,31 @@ def sr1_update(
     scale = jnp.asarray(scale, dtype)
     matrix = sr1_map(memory, scale)
     psi = trees.sub(image, trees.scale(scale, operand))
-    along, squares = matrix.project(operand), matrix.project(psi)
+    along = matrix.project(operand)
     if expected is None:
         residual = trees.sub(psi, matrix.combine(matrix.solve_core(along)))
     else:
         residual = trees.sub(image, expected)
-    lengths = trees.norm(operand).astype(dtype) * trees.norm(residual).astype(dtype)
-    curved = jnp.abs(trees.vdot(operand, residual)).astype(dtype) >= tolerance * lengths
-    rounding = 10 * jnp.finfo(dtype).eps * trees.norm(image).astype(dtype)
-    news = trees.norm(residual).astype(dtype) > rounding
-    kept = curved & news & (lengths > 0) & trees.all_finite(operand, image) & usable
+    reach, size, rest = (trees.norm(x).astype(dtype) for x in (operand, image, residual))
+    curved = jnp.abs(trees.vdot(operand, _scaled(residual, rest))).astype(dtype) >= tolerance * reach
+    news = rest > 10 * jnp.finfo(dtype).eps * size
+    # psi is kept at unit length, so that pairs of any size stand beside each other.
+    length = trees.norm(psi).astype(dtype)
+    unit = _scaled(psi, length)
+    squares = matrix.project(unit)
+    slope = trees.vdot(operand, unit).astype(dtype)
+    finite = jnp.isfinite(size + rest + length) & jnp.isfinite(slope / length)
+    kept = curved & news & (reach > 0) & (length > 0) & finite & trees.all_finite(operand, image, along) & usable
 
     slot = jnp.argmin(memory.ages)
     here = jnp.arange(memory.ages.size) == slot
     stored = jax.tree.map(
-        lambda stack, leaf: stack.at[slot].set(jnp.where(kept, leaf, stack[slot])), memory.vectors, psi
+        lambda stack, leaf: stack.at[slot].set(jnp.where(kept, leaf, stack[slot])), memory.vectors, unit
     )
     used = (memory.ages > 0) | here
     ages = jnp.where(here, jnp.max(memory.ages) + 1, memory.ages)
-    products = jnp.where(here, trees.vdot(operand, psi).astype(dtype), along)
-    squares = jnp.where(here, trees.vdot(psi, psi).astype(dtype), squares)
+    products = jnp.where(here, slope, along) / jnp.where(length > 0, length, 1)
+    squares = jnp.where(here, trees.vdot(unit, unit).astype(dtype), squares)
     core, gram = (
         _with_row(matrix, here, row, used) for matrix, row in ((memory.core, products), (memory.gram, squares))
     )
@@ -153,6 +159,10 @@ def sr1_update(
     repaired = jax.lax.while_loop(_is_ill_defined, _without_oldest, small)
     dropped = jnp.sum(small[2] > 0) - jnp.sum(repaired[2] > 0)
     return MemoryUpdate(SR1Memory(stored, *repaired), ~kept, dropped.astype(jnp.int32))
+
+
+def _scaled(vector, length):
+    return trees.scale(jnp.where(length > 0, 1 / jnp.where(length > 0, length, 1), 0), vector)
 
 
 def _with_row(matrix, here, row, used):
@@ -175,9 +185,9 @@ def _is_ill_defined(small):
 
     of_core = jnp.abs(jnp.linalg.eigvalsh(scaled(core, jnp.max(jnp.abs(core), axis=1))))
     of_gram = jnp.linalg.eigvalsh(scaled(gram, jnp.diagonal(gram)))
-    bad = (jnp.min(of_core) <= rounding * jnp.max(of_core)) | (jnp.min(of_gram) <= rounding)
-    empty = jnp.any(used & (jnp.diagonal(gram) <= 0))
-    return jnp.any(used) & (bad | empty)
+    good = (jnp.min(of_core) > rounding * jnp.max(of_core)) & (jnp.min(of_gram) > rounding)
+    # What is not a number is not good.
+    return jnp.any(used) & ~(good & jnp.all(jnp.where(used, jnp.diagonal(gram) > 0, True)))
 
 
 def _without_oldest(small):

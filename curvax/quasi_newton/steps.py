@@ -89,7 +89,9 @@ def trust_region_step(
     solution = compact_trust_region(sr1_map(memory, scale), gradient, radius)
     new_loss, new_gradient = evaluate(solution.step)
     predicted = solution.model_value.astype(dtype)
+    # Where there is no gradient, as on a kink, the step has failed whatever the loss.
     ratio = reduction_ratio(loss, new_loss, predicted).astype(dtype)
+    ratio = jnp.where(trees.all_finite(new_gradient), ratio, -jnp.inf)
     finite = trees.all_finite(loss, gradient, predicted)
     # The multiplier says what B makes of the step, without another product: (B + sigma I) s = -g.
     expected = trees.scale(-1.0, trees.add_scaled(gradient, solution.multiplier, solution.step))
@@ -174,8 +176,8 @@ def line_search_step(
     first = (start, loss_at(trees.scale(start, direction)).astype(dtype), jnp.zeros((), jnp.int32))
     step_size, value, _ = jax.lax.while_loop(searching, halve, first)
     step = trees.scale(step_size, direction)
-    accepted = sufficient(step_size, value)
     new_loss, new_gradient = evaluate(step)
+    accepted = sufficient(step_size, value) & trees.all_finite(new_gradient)
     predicted = step_size * slope / 2
     finite = trees.all_finite(loss, gradient, predicted)
     change = trees.sub(new_gradient, gradient)

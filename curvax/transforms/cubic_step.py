@@ -198,7 +198,7 @@ def scale_by_cubic_step(
             reach = jnp.abs(alpha) * norm
             change += jnp.sum(a * alpha + c * alpha * alpha / 2 + state.sigma * reach**3 / 6)
             slope, curvature = slope + jnp.sum(a), curvature + jnp.sum(c)
-        step = steps[0] if len(steps) == 1 else jax.tree.structure(direction).unflatten(steps)
+        step = steps[0] if scope == "whole" else jax.tree.structure(direction).unflatten(steps)
 
         count, loss = next_count(state.steps), at.loss.astype(dtype)
         ratio, accepted = jnp.zeros((), dtype), jnp.array(True)

@@ -100,7 +100,8 @@ def curveball(
             0.999 above 3/2 and over 0.999 below 1/2. ``DampingRule(decrease=1, increase=1)`` keeps it fixed, without
             the forward pass.
         damped_model: Whether lambda z enters the model that rho, beta and the predicted change come from, as in the
-            authors' published code, or the bracket alone, as equation 18 reads.
+            authors' published code, or the bracket alone, as equation 18 reads; without it steps on a nearly flat model
+            are not bounded by lambda and may diverge.
         gradient: Where g comes from, "recomputed" or "incoming".
 
     Returns:

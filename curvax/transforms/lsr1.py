@@ -128,7 +128,9 @@ def lsr1(
 
     def step(at, updates, state):
         start = trees.norm(updates) if initial_radius is None else jnp.asarray(initial_radius)
-        radius = jnp.where(state.steps == 0, start.astype(state.strategy.dtype), state.strategy)
+        # From a stationary point any radius will do; that of zero is no region.
+        start = jnp.where(start > 0, start, 1).astype(state.strategy.dtype)
+        radius = jnp.where(state.steps == 0, start, state.strategy)
         (evaluate, _), loss = _around(at, updates), at.loss.astype(state.strategy.dtype)
         options = {"scale": scale, "rule": rule, "acceptance": acceptance, "skip_tolerance": skip_tolerance}
         return trust_region_step(evaluate, loss, updates, state.memory, radius, **options), radius, loss

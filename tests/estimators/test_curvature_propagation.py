@@ -198,3 +198,90 @@ def test_becker_lecun_names_an_operation_without_a_rule():
     batch = (jnp.ones((1, 2, 2)), jnp.ones((1, 2, 2)))
     with pytest.raises(ValueError, match="no rule for the operation `custom_linear_solve`"):
         estimators.becker_lecun_diagonal(objective, jnp.eye(2), batch)
+
+
+def test_becker_lecun_through_a_product_of_a_value_with_itself():
+    # Both operands are the same value; each sends the square of the other back.
+    w, x = jnp.array([[0.7, -0.4], [0.3, 0.9]]), jnp.array([[1.0, 2.0]])
+    objective = curvax.Objective(lambda w, x: x @ (w @ w), curvax.losses.squared_error())
+    at_product = np.square(x).T * np.ones((1, 2))
+    truth = at_product @ np.square(w).T + np.square(w).T @ at_product
+    batch = (x, jnp.zeros((1, 2)))
+    np.testing.assert_allclose(estimators.becker_lecun_diagonal(objective, w, batch), truth, rtol=1e-10)
+
+
+@pytest.mark.parametrize("hessian", [False, True])
+@pytest.mark.parametrize(
+    "activation",
+    [
+        jax.nn.silu,
+        jax.nn.gelu,
+        lambda z: jax.nn.gelu(z, approximate=False),
+        jax.nn.mish,
+        jax.nn.soft_sign,
+        lambda z: jnp.logaddexp(z, -z),
+        lambda z: z * jnp.exp(-(z**2)) + jnp.sin(z) / (1 + z**2),
+    ],
+    ids=["silu", "gelu", "gelu by erf", "mish", "soft_sign", "logaddexp", "written out"],
+)
+def test_becker_lecun_is_exact_for_outputs_apart_whatever_the_activation(activation, hessian):
+    objective = curvax.Objective(lambda w, x: activation(x * w), curvax.losses.squared_error())
+    w, batch = jnp.array([0.8, 0.5]), (jnp.array([[0.7, -1.3], [0.4, 2.0]]), jnp.array([[0.2, 0.4], [1.0, -1.0]]))
+    truth = (curvax.hessian if hessian else curvax.ggn)(objective, w, batch).diagonal()
+    ours = estimators.becker_lecun_diagonal(objective, w, batch, hessian=hessian)
+    np.testing.assert_allclose(ours, truth, rtol=1e-9)
+
+
+def test_a_chain_of_elementwise_equations_beside_other_uses_of_its_parts():
+    def model_fn(w, x):
+        z = x @ w
+        a = jnp.tanh(z)
+        return a @ w.T + jnp.exp(a) + z * a
+
+    w = 0.5 * jax.random.normal(jax.random.key(0), (2, 2))
+    batch = (jax.random.normal(jax.random.key(1), (3, 2)), jnp.ones((3, 2)))
+    objective = curvax.Objective(model_fn, curvax.losses.squared_error())
+    truth = curvax.hessian(objective, w, batch).to_dense()
+    keys = jax.random.split(jax.random.key(2), 4000)
+    s, t = jax.vmap(lambda k: estimators.propagate_curvature(objective, w, batch, key=k))(keys)
+    s, t = s.reshape(len(keys), -1), t.reshape(len(keys), -1)
+    scatter = np.std(np.asarray(s[:, :, None] * t[:, None, :]), axis=0) / len(keys) ** 0.5
+    assert np.all(np.abs(np.asarray(s.T @ t) / len(keys) - truth) < 5 * scatter + 1e-9)
+
+
+@pytest.mark.parametrize("kind", ["examples", "terms", "penalty"])
+def test_negative_weights_have_a_hessian_too(kind):
+    def model_fn(w, x):
+        return jnp.tanh(x @ w)
+
+    loss, w = curvax.losses.squared_error(), jnp.full((2, 1), 0.3)
+    batch = (jax.random.normal(jax.random.key(0), (4, 2)), jnp.ones((4, 1)))
+    if kind == "examples":
+        weights = jnp.array([1.0, -0.5, 2.0, 0.0])
+        objective = curvax.Objective(model_fn, loss, example_weights=lambda batch: weights)
+    elif kind == "terms":
+        terms = [curvax.Term(model_fn, loss), curvax.Term(lambda w, x: x @ w, loss, weight=-0.5)]
+        objective, batch = curvax.Objective.from_terms(*terms), batch
+    else:
+        objective = curvax.Objective(model_fn, loss, l2=-0.1)
+    truth = curvax.hessian(objective, w, batch).to_dense()
+    keys = jax.random.split(jax.random.key(2), 4000)
+    s, t = jax.vmap(lambda k: estimators.propagate_curvature(objective, w, batch, key=k))(keys)
+    s, t = s.reshape(len(keys), -1), t.reshape(len(keys), -1)
+    scatter = np.std(np.asarray(s[:, :, None] * t[:, None, :]), axis=0) / len(keys) ** 0.5
+    assert np.all(np.abs(np.asarray(s.T @ t) / len(keys) - truth) < 5 * scatter + 1e-9)
+
+
+def test_an_example_that_is_left_out_need_not_be_finite():
+    # z^2 / t is infinite at t = 0, where the mask is.
+    loss = curvax.losses.from_function(lambda z, t: jnp.sum(z**2) / t[0], convex=True)
+    objective = curvax.Objective(lambda w, x: jnp.tanh(x @ w), loss, mask=lambda batch: batch[1][:, 0] > 0)
+    w = jnp.full((2, 1), 0.3)
+    batch = (jax.random.normal(jax.random.key(0), (3, 2)), jnp.array([[1.0], [0.0], [2.0]]))
+    kept = (batch[0][::2], batch[1][::2])
+    without = curvax.Objective(lambda w, x: jnp.tanh(x @ w), loss)
+    tapped = curvax.tap(objective, curvax.find_layers(objective, w, batch), w, batch)
+    truth = curvax.hessian(without, w, kept)
+    np.testing.assert_allclose(curvax.layer_hessian(tapped).to_dense(), truth.to_dense(), rtol=1e-9)
+    draws = estimators.sampled_hessian_diagonal(tapped, jax.random.key(1), num_samples=2000)
+    np.testing.assert_allclose(draws, truth.diagonal(), rtol=0.1)

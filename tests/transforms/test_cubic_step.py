@@ -192,3 +192,14 @@ def test_a_sampled_diagonal_may_stand_in_for_the_exact_one():
 def test_misuse_is_explained(options, message):
     with pytest.raises(ValueError, match=message):
         curvax.scale_by_cubic_step(problem()[0], optax.sgd(1.0), **options)
+
+
+@pytest.mark.parametrize("scope", ["whole", "leaf", "variable"])
+def test_a_container_of_one_leaf_is_a_container(scope):
+    objective = curvax.Objective(lambda p, x: x @ p["w"], curvax.losses.squared_error())
+    params, batch = {"w": jnp.ones((2, 1))}, (jnp.ones((3, 2)), jnp.zeros((3, 1)))
+    tx = curvax.scale_by_cubic_step(objective, optax.sgd(1.0), scope=scope)
+    _, gradient, at = objective.value_and_grad(params, batch)
+    updates, _ = tx.update(gradient, tx.init(params), params, at=at)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    assert jnp.all(updates["w"] < 0)

@@ -129,3 +129,36 @@ def test_a_step_costs_little_more_than_its_two_gradients():
     ours = curvax.testing.flops(step, params, jax.eval_shape(tx.init, params), batch, while_trip_count=10)
     gradient = curvax.testing.flops(jax.value_and_grad(objective), params, batch)
     assert ours <= 1.25 * 2 * gradient
+
+
+def test_a_stationary_start_is_no_error():
+    objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
+    w, batch = jnp.ones((2, 1)), (jnp.ones((3, 2)), 2 * jnp.ones((3, 1)))
+    for make in (curvax.lsr1, curvax.lsr1_linesearch):
+        tx = make(objective)
+        _, gradient, at = objective.value_and_grad(w, batch)
+        updates, state = tx.update(gradient, tx.init(w), w, at=at)
+        assert state.info.skipped_steps == 0
+        np.testing.assert_array_equal(updates, 0)
+
+
+def test_a_first_step_that_overflows_does_not_freeze_the_memory():
+    def residuals(w, x):
+        del x
+        return jnp.stack([jnp.sqrt(2 * jnp.cosh(w[0] - 1)), w[0] - 1, w[1] - 1])[None]
+
+    objective = curvax.Objective(residuals, curvax.losses.squared_error())
+    batch = (jnp.zeros((1, 1), jnp.float32), jnp.zeros((1, 3), jnp.float32))
+    tx = curvax.lsr1(objective)
+
+    @jax.jit
+    def step(w, state):
+        _, gradient, at = objective.value_and_grad(w, batch)
+        updates, state = tx.update(gradient, state, w, at=at)
+        return optax.apply_updates(w, updates), state
+
+    w = jnp.array([20.0, 3.0], jnp.float32)
+    state = tx.init(w)
+    for _ in range(100):
+        w, state = step(w, state)
+    np.testing.assert_allclose(w, 1.0, atol=1e-3)
