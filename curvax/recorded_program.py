@@ -266,6 +266,8 @@ def _run(recorded, program, consts, arguments, address, roots):
         outputs = _run_equation(recorded, program, eqn, inputs, here, roots)
         if here in roots:
             outputs[0].varies, recorded.roots[here] = True, outputs[0]
+            # What arrives at it is asked for, so no chain may pass it by.
+            recorded.chains.pop(id(outputs[0]), None)
         environment.update(zip(eqn.outvars, outputs, strict=True))
     return [read(atom) for atom in program.outvars]
 
