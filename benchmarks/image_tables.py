@@ -183,6 +183,8 @@ def row_of(label: str, records: Sequence[Mapping[str, float]], target: float) ->
     """What a table says of a run."""
     last = records[-1]
     reached = [record for record in records if record["test_error"] <= target]
+    # The last batch of an epoch is dropped where it is not whole.
+    first_epoch = [record for record in records if record["epoch"] > 0.9]
     return {
         "method": label,
         "steps": f"{last['step']}",
@@ -190,6 +192,7 @@ def row_of(label: str, records: Sequence[Mapping[str, float]], target: float) ->
         "seconds": f"{last['seconds']:.0f}",
         "training loss at the end": f"{last['loss']:.4f}",
         "lowest test error, %": f"{min(record['test_error'] for record in records):.2f}",
+        "test error after an epoch, %": f"{first_epoch[0]['test_error']:.2f}" if first_epoch else "-",
         f"epochs to {target:g} %": f"{reached[0]['epoch']:.1f}" if reached else "-",
         f"seconds to {target:g} %": f"{reached[0]['seconds']:.0f}" if reached else "-",
         "skipped pairs": f"{last['skipped_fraction']:.1%}" if "skipped_fraction" in last else "",
@@ -259,7 +262,7 @@ def _section(
         runs = {run.label: result["records"] for run, result in finished}
         plot_runs(runs, output / picture, title=experiment.title, label="training loss")
     missing = len(experiment.runs) - len(finished)
-    lines = [f"## {experiment.title}", "", f"{finished[0][1]['data']}, l2 {TASKS[finished[0][0].network].l2:g}."]
+    lines = [f"## {experiment.title}", "", f"{finished[0][1]['data']} l2 {TASKS[finished[0][0].network].l2:g}."]
     lines += [f"Runs missing: {missing}."] if missing else []
     lines += [f"The paper: {experiment.paper}.", ""]
     lines += ["| " + " | ".join(row) + " |" for row in [columns, ["---"] * len(columns), *(r.values() for r in rows)]]

@@ -89,7 +89,8 @@ def layer_hessian(tapped: TappedPoint) -> LinearMap:
 
         # Examples that are left out may not be finite.
         present = scale_cases(scales[index] != 0, jax.vmap(one)(cases.inputs, cases.targets))
-        terms.append(TermStructure(*present, scales[index], parts))
+        inputs, cotangents, curvature, responses = present
+        terms.append(TermStructure(inputs, cotangents, curvature, responses, scales[index], parts))
     return with_penalty(LayerHessian(tuple(terms), point.params), point)
 
 

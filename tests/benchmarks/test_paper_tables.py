@@ -139,7 +139,7 @@ def test_image_tables_go_on_with_what_is_missing(short_runs, tmp_path, capsys):
     image_tables.main(["--minutes", "0", "--output", str(tmp_path)])
     assert len(short_runs) == done
     text = (tmp_path / "image_networks.md").read_text()
-    assert "| lsr1 | 4 | 2.0 | 2 | 1.0000 | 2.00 | 2.0 | 2 | 25.0% |" in text
+    assert "| lsr1 | 4 | 2.0 | 2 | 1.0000 | 2.00 | 60.00 | 2.0 | 2 | 25.0% |" in text
     assert "missing" not in text
     assert (tmp_path / "image_networks_lenet_500.png").stat().st_size > 1000
 
