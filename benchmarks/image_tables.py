@@ -12,6 +12,7 @@ All runs of one experiment have the same time, or the same epochs; compiling and
 from __future__ import annotations
 
 import argparse
+import collections
 import itertools
 import json
 import math
@@ -175,6 +176,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             for run in experiment.runs
         ]
         finished = [(run, result) for run, result in zip(experiment.runs, results, strict=True) if result is not None]
+        if experiment.across:
+            finished = _whole_networks(experiment, finished)
         if finished:
             sections.append(_section(name, experiment, finished, arguments.output))
     _write(sections, arguments.output)
@@ -248,6 +251,7 @@ def _section(
     name: str, experiment: Experiment, finished: Sequence[tuple[Run, Mapping[str, Any]]], output: pathlib.Path
 ) -> str:
     """Heading, table and plot of one experiment."""
+    missing = len(experiment.runs) - len(finished)
     if experiment.across:
         rows = rows_across(finished)
     else:
@@ -262,7 +266,6 @@ def _section(
     else:
         runs = {run.label: result["records"] for run, result in finished}
         plot_runs(runs, output / picture, title=experiment.title, label="training loss")
-    missing = len(experiment.runs) - len(finished)
     lines = [f"## {experiment.title}", "", f"{finished[0][1]['data']} l2 {TASKS[finished[0][0].network].l2:g}."]
     lines += [f"Runs missing: {missing}."] if missing else []
     lines += [f"The paper: {experiment.paper}.", ""]
@@ -296,6 +299,13 @@ def _plot_across(finished: Sequence[tuple[Run, Mapping[str, Any]]], path: pathli
     axes.set(xlabel="epochs", ylabel="training loss, median and quartiles", title=title)
     axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def _whole_networks(experiment, finished):
+    """The runs of the networks that every method has finished."""
+    counts = collections.Counter(run.network for run, _ in finished)
+    methods = len({run.label for run in experiment.runs})
+    return [(run, result) for run, result in finished if counts[run.network] == methods]
 
 
 def _by_method(finished: Sequence[tuple[Run, Mapping[str, Any]]]) -> dict[str, list[list[dict[str, float]]]]:
