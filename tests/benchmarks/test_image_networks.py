@@ -59,11 +59,14 @@ def test_it_takes_a_step(name, make):
         updates, state = tx.update(gradient, state, params, at=at)
         return optax.apply_updates(params, updates), state, loss
 
-    # The first radius of L-SR1, the norm of the gradient, may be too long; rejected steps halve it.
+    # The first radius of L-SR1, the norm of the gradient, may be far too long (272 on VGG-f, where 0.07 is right);
+    # rejected steps halve it.
     after, state = params, tx.init(params)
-    for _ in range(10):
+    for _ in range(20):
         after, state, loss = step(after, state)
         assert np.isfinite(loss)
+        if any(np.any(a != b) for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(params), strict=True)):
+            break
     assert state.info.skipped_steps == 0
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
     assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(params), strict=True))
