@@ -12,7 +12,7 @@ help:
 	@echo "make test-all  all tests"
 	@echo "make bench     costs and autoencoders into benchmarks/results/, in 40 minutes or less; go on by the same command"
 	@echo "make bench-rnn the table over long time lags, an hour or less; go on by the same command"
-	@echo "make bench-papers  tables of the papers: CurveBall's toys, plateaus, image networks, two hours or more; go on by the same command"
+	@echo "make bench-papers  tables of the papers: CurveBall's toys, plateaus, image networks; hours; image networks go on by the same command"
 	@echo "make lint      ruff and pyright"
 
 .venv/ready: pyproject.toml

@@ -1,13 +1,13 @@
 """Cubic learning rates on a plateau: 12 hidden ReLU layers of 128, started where nothing moves (methods CR-10).
 
-Run: ``python -m benchmarks.cubic_plateau``, about ten minutes for each data set on two cores. Weights are U(-0.1, 0.1),
+Run: ``python -m benchmarks.cubic_plateau``, some minutes for each data set. Weights are U(-0.1, 0.1),
 for which the signal of the first layers has died away at the output (U(-0.2, 0.2) in the run without a plateau). Every
 base method runs with its own learning rate, decayed by 0.95 every 100 steps as in the paper, and with the cubic rate
 along its direction. Writes error and learning rate against steps, and a table with how far the rate rises.
 
 The paper does not say whether its networks have biases; its derivations leave them out. It decides how flat the plateau
 is. Without biases the gradient dies away with the signal. With them the outputs' biases see the classes of each batch,
-and the noise of a batch keeps the gradient, and by it the cubic rate, where it is (``noise_bound``). The networks here
+and the noise of a batch keeps the gradient, and by it the cubic rate, where it is (``noise_rate``). The networks here
 have none, but for one more run of SGD.
 """
 
@@ -72,7 +72,7 @@ class Start(NamedTuple):
 STARTS = (Start("sgd", 0.2), *(Start(base, 0.1) for base in CASES), Start("sgd", 0.1, biases=True))
 
 
-def noise_bound(sigma: float, classes: int = 10) -> float:
+def noise_rate(sigma: float, classes: int = 10) -> float:
     """What the cubic rate along the gradient is near on a plateau with biases.
 
     Where the weights' slope and curvature vanish, alpha = sqrt(2 / (sigma ||g||)), and g is the mean over the batch of
@@ -144,8 +144,8 @@ def main(argv=None):
         "",
         "The paper: with SGD the rate is a hundred times higher on the plateau than after it, where it is about 0.05."
         " Its networks are taken to have no biases, as in its derivations. With biases the noise of a batch in the"
-        f" outputs' keeps the gradient up, and the rate near {noise_bound(100.0):.2f} for sigma 100 and"
-        f" {noise_bound(1000.0):.2f} for sigma 1000.",
+        f" outputs' keeps the gradient up, and the rate near {noise_rate(100.0):.2f} for sigma 100 and"
+        f" {noise_rate(1000.0):.2f} for sigma 1000.",
         "",
     ]
     for name in arguments.data:

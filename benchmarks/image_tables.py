@@ -1,6 +1,6 @@
 """The papers' tables of image networks: CurveBall and L-SR1 next to their rivals, at a size that two cores can do.
 
-Run: ``python -m benchmarks.image_tables`` (an hour and a half on two cores, or ``--minutes``). Every finished run is a
+Run: ``python -m benchmarks.image_tables`` (hours on two cores, or ``--minutes``). Every finished run is a
 file, so the command goes on where it was stopped; ``--experiment NAME`` does one table, ``--list`` names them. A single
 run of your own::
 
@@ -139,7 +139,7 @@ def experiments() -> dict[str, Experiment]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs what is not on file yet and writes ``image_tables.md`` and its plots, or does a single run."""
+    """Runs what is not on file yet and writes ``image_networks.md`` and its plots, or does a single run."""
     every = experiments()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experiment", nargs="+", choices=every, metavar="NAME", help="these tables only")
@@ -266,7 +266,8 @@ def _section(
     else:
         runs = {run.label: result["records"] for run, result in finished}
         plot_runs(runs, output / picture, title=experiment.title, label="training loss")
-    lines = [f"## {experiment.title}", "", f"{finished[0][1]['data']} l2 {TASKS[finished[0][0].network].l2:g}."]
+    sources = dict.fromkeys(result["data"] for _, result in finished)
+    lines = [f"## {experiment.title}", "", f"{' '.join(sources)} l2 {TASKS[finished[0][0].network].l2:g}."]
     lines += [f"Runs missing: {missing}."] if missing else []
     lines += [f"The paper: {experiment.paper}.", ""]
     lines += ["| " + " | ".join(row) + " |" for row in [columns, ["---"] * len(columns), *(r.values() for r in rows)]]

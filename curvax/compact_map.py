@@ -51,7 +51,8 @@ class Spectrum(NamedTuple):
     Attributes:
         values: Those along the columns of P = Psi T, an orthonormal basis of the range of Psi; shape (k,).
         basis: T, shape (k, k). A column is zero where Psi has less than k dimensions, its value then is large.
-        rest: The eigenvalue on everything orthogonal to Psi.
+        rest: The eigenvalue on everything orthogonal to Psi, gamma; where Psi spans everything gamma is none, and one
+            of the others stands in its place.
         rank: The dimension of the range of Psi.
     """
 
@@ -128,7 +129,7 @@ class CompactMap(LinearMap):
         rest = jnp.asarray(trees.size(self.structure), self.scale.dtype) - spectrum.rank.astype(self.scale.dtype)
         kept = jnp.any(spectrum.basis != 0, axis=0)
         inside = jnp.where(kept, jnp.log(jnp.abs(jnp.where(kept, spectrum.values + damping, 1))), 0)
-        return jnp.sum(inside) + jnp.where(rest > 0, rest * jnp.log(jnp.abs(spectrum.rest + damping)), 0)
+        return jnp.sum(inside) + jax.scipy.special.xlogy(rest, jnp.abs(spectrum.rest + damping))
 
     def project(self, vector: PyTree) -> Array:
         """Psi^T v, zero for vectors that do not count; shape (k,)."""
@@ -154,7 +155,9 @@ class CompactMap(LinearMap):
         far = 2 * jnp.max(jnp.abs(reduced)) + jnp.abs(self.scale)
         values, vectors = jnp.linalg.eigh(reduced + jnp.diag(jnp.where(kept, 0, far)))
         basis = (axes * jnp.where(kept, 1 / jnp.where(kept, lengths, 1), 0)) @ vectors
-        return Spectrum(values + self.scale, basis, self.scale, jnp.sum(kept))
+        values, rank = values + self.scale, jnp.sum(kept)
+        rest = jnp.where(rank < trees.size(self.structure), self.scale, jnp.max(values))
+        return Spectrum(values, basis, rest, rank)
 
     @property
     def _both(self):
@@ -166,9 +169,7 @@ class CompactMap(LinearMap):
 
     def _spectral(self, vector, function):
         spectrum = self.spectrum()
-        # Where Psi spans everything gamma is no eigenvalue, and another number stands in for it.
-        spans = spectrum.rank >= trees.size(self.structure)
-        rest = function(jnp.where(spans, jnp.max(spectrum.values), spectrum.rest))
+        rest = function(spectrum.rest)
         components = spectrum.basis.T @ self.project(vector)
         change = self.combine(spectrum.basis @ ((function(spectrum.values) - rest) * components))
         return trees.add(trees.scale(rest, vector), change)

@@ -41,6 +41,9 @@ def layer_hessian(tapped: TappedPoint) -> LinearMap:
     shared ones, with any activations. Products and quadratic forms need no pass through the model. An example keeps
     S^2 + S sum_l |a_l| numbers for S outputs of layers, not the square of the number of parameters; see ``stored``.
 
+    The model runs on one example at a time: what it makes from the size of its batch or from places in it, such as a
+    dropout mask from a key of its own, is not seen. Hand such numbers in as inputs.
+
     Args:
         tapped: From ``curvax.tap``.
 
@@ -51,9 +54,6 @@ def layer_hessian(tapped: TappedPoint) -> LinearMap:
     Raises:
         ValueError: A parameter has no structure, the model couples examples or takes batch statistics, or weights are
             finer than examples.
-
-    The model runs on one example at a time: what it makes from the size of its batch or from places in it, such as a
-    dropout mask from a key of its own, is not seen. Hand such numbers in as inputs.
 
     Example:
         >>> objective = curvax.Objective(lambda p, x: jax.nn.relu(x @ p["w"]) @ p["u"], curvax.losses.squared_error())

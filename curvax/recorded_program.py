@@ -198,11 +198,6 @@ class Step:
             return True
         return self.name in BILINEAR and len(self.variables) == 1
 
-    @property
-    def bilinear(self) -> bool:
-        """Whether the result is linear in each of two operands that vary."""
-        return self.name in BILINEAR and len(self.variables) == 2
-
 
 @dataclasses.dataclass(eq=False)
 class Chain(Step):
@@ -227,10 +222,6 @@ class Chain(Step):
     @property
     def linear(self) -> bool:
         return all(part.linear for part in self.parts)
-
-    @property
-    def bilinear(self) -> bool:
-        return False
 
 
 BILINEAR = frozenset({"mul", "dot_general", "conv_general_dilated"})

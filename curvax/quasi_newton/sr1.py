@@ -140,8 +140,9 @@ def sr1_update(
     unit = _scaled(psi, length)
     squares = matrix.project(unit)
     slope = trees.vdot(operand, unit).astype(dtype)
-    finite = jnp.isfinite(size + rest + length) & jnp.isfinite(slope / length)
-    kept = curved & news & (reach > 0) & (length > 0) & finite & trees.all_finite(operand, image, along) & usable
+    # What is not finite in a vector is not in its norm.
+    finite = trees.all_finite(reach, size, rest, slope / length, along)
+    kept = curved & news & (reach > 0) & finite & usable
 
     slot = jnp.argmin(memory.ages)
     here = jnp.arange(memory.ages.size) == slot
@@ -172,22 +173,19 @@ def _with_row(matrix, here, row, used):
 
 
 def _is_ill_defined(small):
-    """Whether C is singular or Psi has dependent columns, to rounding; the matrices are first scaled."""
+    """Whether C is singular or Psi has dependent columns, to rounding; C is first scaled."""
     core, gram, ages = small
     used = ages > 0
     both = used[:, None] & used[None, :]
     identity = jnp.eye(ages.size, dtype=core.dtype)
     rounding = 10 * ages.size * jnp.finfo(core.dtype).eps
 
-    def scaled(matrix, sizes):
-        factors = jax.lax.rsqrt(jnp.where(used & (sizes > 0), sizes, 1))
-        return jnp.where(both, matrix * factors[:, None] * factors[None, :], identity)
-
-    of_core = jnp.abs(jnp.linalg.eigvalsh(scaled(core, jnp.max(jnp.abs(core), axis=1))))
-    of_gram = jnp.linalg.eigvalsh(scaled(gram, jnp.diagonal(gram)))
-    good = (jnp.min(of_core) > rounding * jnp.max(of_core)) & (jnp.min(of_gram) > rounding)
-    # What is not a number is not good.
-    return jnp.any(used) & ~(good & jnp.all(jnp.where(used, jnp.diagonal(gram) > 0, True)))
+    sizes = jnp.max(jnp.abs(core), axis=1)
+    factors = jax.lax.rsqrt(jnp.where(used & (sizes > 0), sizes, 1))
+    of_core = jnp.abs(jnp.linalg.eigvalsh(jnp.where(both, core * factors[:, None] * factors[None, :], identity)))
+    of_gram = jnp.linalg.eigvalsh(jnp.where(both, gram, identity))
+    # Said so that what is not a number is not well defined either.
+    return jnp.any(used) & ~((jnp.min(of_core) > rounding * jnp.max(of_core)) & (jnp.min(of_gram) > rounding))
 
 
 def _without_oldest(small):

@@ -80,9 +80,8 @@ def compact_trust_region(matrix: CompactMap, gradient: PyTree, radius: Scalar) -
     has_outside = spectrum.rank < trees.size(gradient)
     length = jnp.where(has_outside & (length > 10 * jnp.finfo(dtype).eps * whole), length, 0)
 
-    # Where Psi spans everything, its complement has no eigenvalue: one that never matters stands in.
-    rest = jnp.where(has_outside, spectrum.rest, jnp.max(spectrum.values))
-    small = diagonal_trust_region(jnp.append(spectrum.values, rest), jnp.append(inside, length), radius)
+    values = jnp.append(spectrum.values, spectrum.rest)
+    small = diagonal_trust_region(values, jnp.append(inside, length), radius)
 
     # In the hard case any direction outside of the range will do.
     def any_direction():
