@@ -140,7 +140,9 @@ def train(run: Run, folder: str | None = None) -> tuple[str, list[dict[str, floa
 
     params = jax.jit(network.init)(jax.random.key(0))
     state = tx.init(params)
-    jax.block_until_ready((step(params, state, jnp.arange(batch_size)), test_error(params)))
+    # Compiled beforehand and not run: a line search on a whole data set takes minutes.
+    step = step.lower(params, state, jnp.arange(batch_size)).compile()
+    test_error = test_error.lower(params).compile()
 
     records, losses, seconds, steps = [], [], 0.0, 0
     every = min(count // batch_size, STEPS_BETWEEN_RECORDS)
