@@ -289,7 +289,7 @@ def _write(sections: Sequence[str], output: pathlib.Path) -> None:
 
 def _plot_across(finished: Sequence[tuple[Run, Mapping[str, Any]]], path: pathlib.Path, title: str) -> None:
     """Median and quartiles of the training loss over the networks."""
-    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    figure = Figure(figsize=(8.5, 4.6), layout="constrained")
     axes = figure.subplots()
     for colour, (label, results) in zip(COLOURS, _by_method(finished).items(), strict=False):
         length = min(len(records) for records in results)
