@@ -121,7 +121,6 @@ def train(run: Run, folder: str | None = None) -> tuple[str, list[dict[str, floa
     tests = jnp.asarray(dataset.test_inputs).reshape(-1, *network.image_shape), jnp.asarray(dataset.test_targets)
     tests = jax.tree.map(lambda leaf: leaf[:TEST_EXAMPLES], tests)
 
-    @jax.jit
     def step(params, state, chosen):
         loss, gradient, at = objective.value_and_grad(params, (images[chosen], labels[chosen]))
         # What a line search of optax wants; it hands ``at`` on to the function of the loss.
@@ -129,7 +128,6 @@ def train(run: Run, folder: str | None = None) -> tuple[str, list[dict[str, floa
         updates, state = tx.update(gradient, state, params, at=at, **line)
         return optax.apply_updates(params, updates), state, loss
 
-    @jax.jit
     def test_error(params):
         # Batch normalisation takes the statistics of what it is given: parts of the size of a training batch.
         size = min(batch_size, 500, len(tests[1]))
@@ -141,8 +139,8 @@ def train(run: Run, folder: str | None = None) -> tuple[str, list[dict[str, floa
     params = jax.jit(network.init)(jax.random.key(0))
     state = tx.init(params)
     # Compiled beforehand and not run: a line search on a whole data set takes minutes.
-    step = step.lower(params, state, jnp.arange(batch_size)).compile()
-    test_error = test_error.lower(params).compile()
+    compiled_step = jax.jit(step).lower(params, state, jnp.arange(batch_size)).compile()
+    compiled_test_error = jax.jit(test_error).lower(params).compile()
 
     records, losses, seconds, steps = [], [], 0.0, 0
     every = min(count // batch_size, STEPS_BETWEEN_RECORDS)
@@ -151,14 +149,14 @@ def train(run: Run, folder: str | None = None) -> tuple[str, list[dict[str, floa
         while not _over(run, seconds, steps * batch_size / count):
             chosen = jnp.asarray(next(batches))
             begin = time.perf_counter()
-            params, state, loss = step(params, state, chosen)
+            params, state, loss = compiled_step(params, state, chosen)
             losses.append(float(loss))
             seconds, steps = seconds + time.perf_counter() - begin, steps + 1
             epoch = steps * batch_size / count
             if steps % every and not _over(run, seconds, epoch):
                 continue
             record = {"step": steps, "seconds": seconds, "epoch": epoch, "loss": float(np.mean(losses))}
-            record["test_error"] = float(test_error(params))
+            record["test_error"] = float(compiled_test_error(params))
             skipped_pairs = getattr(getattr(state, "info", None), "skipped_pairs", None)
             if skipped_pairs is not None:
                 record["skipped_fraction"] = int(skipped_pairs) / steps
