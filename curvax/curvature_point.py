@@ -48,6 +48,7 @@ class Piece(NamedTuple):
     jvp: Callable[[PyTree], PyTree]
     transpose: Callable[[PyTree], PyTree]
     value_at: Callable[[PyTree], jax.Array]
+    gradient_at: Callable[[PyTree], PyTree]
     extra: PyTree
 
 
@@ -247,8 +248,13 @@ def _piece(term, inputs, targets, scale, linearization, extra):
         outputs, _ = term.apply(params, inputs)
         return weighted_sum(scale, term.loss.value(outputs, targets))
 
+    def gradient_at(params):
+        # Not by differentiating ``value_at``: the loss of a case that is left out may be infinite.
+        outputs, transpose = jax.vjp(lambda p: term.apply(p, inputs)[0], params)
+        return transpose(scale_cases(scale, term.loss.gradient(outputs, targets)))[0]
+
     outputs, jvp, transpose = linearization
-    return Piece(term.loss, outputs, targets, scale, jvp, lambda u: transpose(u)[0], value_at, extra)
+    return Piece(term.loss, outputs, targets, scale, jvp, lambda u: transpose(u)[0], value_at, gradient_at, extra)
 
 
 def _only(parts):

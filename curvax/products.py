@@ -297,7 +297,7 @@ class Hessian(LinearMap):
             return self.linear_gradient(vector)
 
         def one(piece):
-            return jax.jvp(jax.grad(piece.value_at), (self.point.params,), (vector,))[1]
+            return jax.jvp(piece.gradient_at, (self.point.params,), (vector,))[1]
 
         return self.point.accumulate(one)
 
@@ -313,7 +313,7 @@ class Hessian(LinearMap):
 
     def data_gradient(self, params: PyTree) -> PyTree:
         """The gradient of the objective without its penalty."""
-        return self.point.accumulate(lambda piece: jax.grad(piece.value_at)(params))
+        return self.point.accumulate(lambda piece: piece.gradient_at(params))
 
 
 class OverBatches(LinearMap):

@@ -72,6 +72,10 @@ def test_a_case_that_the_mask_leaves_out_may_have_an_infinite_loss():
     close(loss, np.e - 1)
     close(gradient, [np.e - 1])
     close(curvax.ggn(objective, at=at).to_dense(), [[np.e]])
+    for chunk_size in (None, 1):
+        hessian = curvax.hessian(objective, jnp.ones(1), batch, chunk_size=chunk_size)
+        close(hessian.to_dense(), [[np.e]])
+        close(hessian.quadratic(jnp.ones(1)), np.e)
 
 
 def test_padding_an_example_and_masking_it_changes_nothing():
