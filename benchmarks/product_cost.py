@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 import curvax
+from benchmarks.operations import flops
 from benchmarks.progress import table
 
 SIZES = (784, 1024, 1024, 10)
@@ -86,7 +87,7 @@ def main(argv=None):
     arguments = parser.parse_args(argv)
 
     calls = operations(*setting())
-    counts = {name: curvax.testing.flops(function, *inputs) for name, (function, inputs) in calls.items()}
+    counts = {name: flops(function, *inputs) for name, (function, inputs) in calls.items()}
     seconds = measure(calls, arguments.repeats)
     columns = ["operation", "GFLOP", "in gradients (counted)", "ms (median)", "in gradients (time)"]
     rows = [

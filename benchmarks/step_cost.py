@@ -80,7 +80,7 @@ def counted(objective, entry, params, batch):
     def flops(make):
         tx = make(objective)
         state = jax.eval_shape(tx.init, params)
-        return curvax.testing.flops(training_step(objective, tx), params, state, batch, while_trip_count=entry.loops)
+        return flops(training_step(objective, tx), params, state, batch, while_trip_count=entry.loops)
 
     every = flops(entry.make)
     if entry.rare is None:

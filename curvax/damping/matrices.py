@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from curvax import trees
-from curvax.curvature_point import CurvaturePoint
 from curvax.estimators.chapelle_erhan import chapelle_erhan_diagonal
-from curvax.linear_map import Diagonal, LinearMap, Sum
-from curvax.products import LeafScalars
+from curvax.matrices.curvature import LeafScalars
+from curvax.matrices.linear_map import Diagonal, LinearMap, Sum
+from curvax.objectives.point import CurvaturePoint
 
 PyTree = Any
 Scalar = Any

@@ -10,14 +10,15 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
-from curvax import products, trees
-from curvax.curvature_point import CurvaturePoint, linearize_term
+from curvax import trees
 from curvax.damping.matrices import Curvature, Damping, Tikhonov
 from curvax.layers.taps import LayerOutputs
-from curvax.linear_map import LinearMap
-from curvax.output_loss import OutputLoss
-from curvax.output_matrix import OutputMatrix
-from curvax.standard_losses import SquaredError
+from curvax.matrices.curvature import hessian
+from curvax.matrices.linear_map import LinearMap
+from curvax.objectives.loss import OutputLoss
+from curvax.objectives.output_matrix import OutputMatrix
+from curvax.objectives.point import CurvaturePoint, linearize_term
+from curvax.objectives.standard_losses import SquaredError
 
 PyTree = Any
 Scalar = Any
@@ -88,7 +89,7 @@ class Structural(Damping):
     base: Damping
 
     def __call__(self, at: CurvaturePoint, curvature: Curvature, strength: Scalar, key: jax.Array) -> LinearMap:
-        if curvature is products.hessian:
+        if curvature is hessian:
             raise ValueError("structural damping extends a Gauss-Newton or Fisher matrix; pass curvature=curvax.ggn")
         weight = jnp.asarray(self.strength)
         if self.relative:

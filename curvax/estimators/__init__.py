@@ -10,12 +10,6 @@ from curvax.estimators.eigenpairs import top_eigenpairs as top_eigenpairs
 from curvax.estimators.lanczos import LanczosResult as LanczosResult
 from curvax.estimators.lanczos import gauss_quadrature as gauss_quadrature
 from curvax.estimators.lanczos import lanczos as lanczos
-from curvax.estimators.layer_diagonals import empirical_fisher_diagonal as empirical_fisher_diagonal
-from curvax.estimators.layer_diagonals import exact_ggn_diagonal as exact_ggn_diagonal
-from curvax.estimators.layer_diagonals import sampled_ggn_diagonal as sampled_ggn_diagonal
-from curvax.estimators.per_example import gradient_inner_products as gradient_inner_products
-from curvax.estimators.per_example import gradient_norms as gradient_norms
-from curvax.estimators.per_example import per_example_gradients as per_example_gradients
 from curvax.estimators.spectra import SpectralDensity as SpectralDensity
 from curvax.estimators.spectra import spectral_density as spectral_density
 from curvax.estimators.traces import TraceEstimate as TraceEstimate

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import trees
-from curvax.linear_map import LinearMap
+from curvax.matrices.linear_map import LinearMap
 
 PyTree = Any
 

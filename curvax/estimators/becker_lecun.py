@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from curvax import trees
-from curvax.curvature_point import CurvaturePoint
-from curvax.estimators.layer_diagonals import unit_vector, with_penalty
-from curvax.objective import Objective, point_at
-from curvax.output_matrix import OutputMatrix
-from curvax.recorded_program import BILINEAR, SELECTIONS, Step, pull_back, record_term
-from curvax.term import scale_cases
+from curvax.layers.diagonals import unit_vector, with_penalty
+from curvax.objectives.objective import Objective, point_at
+from curvax.objectives.output_matrix import OutputMatrix
+from curvax.objectives.point import CurvaturePoint
+from curvax.objectives.term import scale_cases
+from curvax.programs.record import BILINEAR, SELECTIONS, Step, pull_back, record_term
 
 PyTree = Any
 Array = jax.Array

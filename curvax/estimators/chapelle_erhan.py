@@ -7,11 +7,11 @@ from typing import Any
 import jax
 
 from curvax import trees
-from curvax.estimators.layer_diagonals import sampled_squares
+from curvax.layers.diagonals import sampled_squares
 from curvax.layers.find import Layers
 from curvax.layers.taps import tap_at
-from curvax.linear_map import Diagonal, LinearMap, Noise, Sum
-from curvax.products import LeafScalars, Pullback
+from curvax.matrices.curvature import LeafScalars, Pullback
+from curvax.matrices.linear_map import Diagonal, LinearMap, Noise, Sum
 
 PyTree = Any
 

@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 
 from curvax import trees
-from curvax.curvature_point import CurvaturePoint
-from curvax.estimators.layer_diagonals import products, with_penalty
-from curvax.estimators.per_example import check_whole_examples
+from curvax.layers.diagonals import products, with_penalty
+from curvax.layers.per_example import check_whole_examples
 from curvax.layers.taps import TappedPoint
-from curvax.objective import Objective, point_at
-from curvax.recorded_program import Step, found, pull_back, record_term
-from curvax.term import scale_cases
+from curvax.objectives.objective import Objective, point_at
+from curvax.objectives.point import CurvaturePoint
+from curvax.objectives.term import scale_cases
+from curvax.programs.record import Step, found, pull_back, record_term
 
 PyTree = Any
 Array = jax.Array

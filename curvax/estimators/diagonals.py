@@ -11,7 +11,7 @@ from curvax import trees
 from curvax.estimators import _blocks as blocks
 from curvax.estimators.lanczos import check_at_least
 from curvax.estimators.traces import sampler
-from curvax.linear_map import LinearMap
+from curvax.matrices.linear_map import LinearMap
 
 PyTree = Any
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from curvax import trees
 from curvax.estimators import _blocks as blocks
-from curvax.linear_map import LinearMap
+from curvax.matrices.linear_map import LinearMap
 
 PyTree = Any
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from curvax import trees
 from curvax.estimators import _blocks as blocks
 from curvax.estimators.lanczos import check_at_least, gauss_quadrature, lanczos
-from curvax.linear_map import LinearMap
+from curvax.matrices.linear_map import LinearMap
 
 Scalar = Any
 

@@ -1,9 +1,17 @@
-"""Layer taps: the structure of any JAX model, found in its program."""
+"""Layer taps: the structure of any JAX model, found in its program, and what is worked out from it."""
 
+from curvax.layers.diagonals import empirical_fisher_diagonal as empirical_fisher_diagonal
+from curvax.layers.diagonals import exact_ggn_diagonal as exact_ggn_diagonal
+from curvax.layers.diagonals import sampled_ggn_diagonal as sampled_ggn_diagonal
 from curvax.layers.find import Layer as Layer
 from curvax.layers.find import Layers as Layers
 from curvax.layers.find import find_layers as find_layers
 from curvax.layers.find import find_layers_at as find_layers_at
+from curvax.layers.hessian import layer_hessian as layer_hessian
+from curvax.layers.per_example import gradient_inner_products as gradient_inner_products
+from curvax.layers.per_example import gradient_norms as gradient_norms
+from curvax.layers.per_example import per_example_gradients as per_example_gradients
+from curvax.layers.sample_space import gram as gram
 from curvax.layers.taps import Captured as Captured
 from curvax.layers.taps import LayerOutputs as LayerOutputs
 from curvax.layers.taps import TappedPoint as TappedPoint

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 
 from curvax import trees
-from curvax.curvature_point import CurvaturePoint
-from curvax.layers.analysis import analyse
 from curvax.layers.geometry import Geometry, elementwise_axes, geometry_of
-from curvax.layers.uses import Use
-from curvax.layers.views import Leaf, ancestors, leaf_indices, places_given, signature
-from curvax.objective import Objective
-from curvax.term import Term
+from curvax.objectives.objective import Objective
+from curvax.objectives.point import CurvaturePoint
+from curvax.objectives.term import Term
+from curvax.programs.analysis import analyse
+from curvax.programs.uses import Use
+from curvax.programs.views import Leaf, ancestors, leaf_indices, places_given, signature
 
 PyTree = Any
 Fallback = Literal["error", "diagonal", "gradient"]

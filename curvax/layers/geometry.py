@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax.layers.uses import Use
-from curvax.layers.views import Node, only_moves, places_given, value, without_permutation
+from curvax.programs.uses import Use
+from curvax.programs.views import Node, only_moves, places_given, value, without_permutation
 
 Array = jax.Array
 

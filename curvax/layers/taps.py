@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from jax.tree_util import Partial, register_dataclass
 
 from curvax import trees
-from curvax.curvature_point import Cases, CurvaturePoint, Linearization
 from curvax.layers.find import Layer, Layers, trace_term
 from curvax.layers.geometry import Geometry, geometry_of
-from curvax.layers.instrument import evaluate, evaluate_outputs
-from curvax.layers.views import places_given
-from curvax.objective import Objective
-from curvax.term import Term, scale_cases, weighted_sum, weighting
+from curvax.objectives.objective import Objective
+from curvax.objectives.point import Cases, CurvaturePoint, Linearization
+from curvax.objectives.term import Term, scale_cases, weighted_sum, weighting
+from curvax.programs.instrument import evaluate, evaluate_outputs
+from curvax.programs.views import places_given
 
 PyTree = Any
 Array = jax.Array

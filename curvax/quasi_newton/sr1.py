@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import trees
-from curvax.compact_map import CompactMap
+from curvax.matrices.compact import CompactMap
 
 PyTree = Any
 Scalar = Any

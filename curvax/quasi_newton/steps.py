@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from curvax import trees
 from curvax.damping.rules import RadiusRule
-from curvax.quadratic_model import reduction_ratio
+from curvax.matrices.quadratic_model import reduction_ratio
 from curvax.quasi_newton.sr1 import SR1Memory, sr1_map, sr1_update
 from curvax.solvers.compact_trust_region import compact_trust_region
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import trees
-from curvax.compact_map import CompactMap
+from curvax.matrices.compact import CompactMap
 from curvax.solvers.trust_region import diagonal_trust_region
 
 PyTree = Any

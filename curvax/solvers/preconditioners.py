@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import trees
-from curvax.linear_map import Diagonal
+from curvax.matrices.linear_map import Diagonal
 
 PyTree = Any
 Scalar = Any

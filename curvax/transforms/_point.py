@@ -8,8 +8,8 @@ import jax
 import optax
 
 from curvax import trees
-from curvax.curvature_point import CurvaturePoint
-from curvax.objective import Objective
+from curvax.objectives.objective import Objective
+from curvax.objectives.point import CurvaturePoint
 
 PyTree = Any
 

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from curvax import products, trees
-from curvax.curvature_point import CurvaturePoint
+from curvax import trees
 from curvax.damping.rules import DampingRule
-from curvax.objective import Objective
-from curvax.quadratic_model import reduction_ratio
+from curvax.matrices.curvature import hessian
+from curvax.matrices.quadratic_model import reduction_ratio
+from curvax.objectives.objective import Objective
+from curvax.objectives.point import CurvaturePoint
 from curvax.transforms._point import point_for_update
 from curvax.transforms._step import empty_info, finish, next_count
 
@@ -264,7 +265,7 @@ def cubic_step_of_examples(
     def of(batch):
         gradient = jax.grad(objective)(params, batch)
         along = trees.scale(-1.0, gradient)
-        curvature = products.hessian(objective, params, batch).quadratic(along)
+        curvature = hessian(objective, params, batch).quadratic(along)
         norm = trees.norm(along)
         alpha = cubic_step_size(trees.vdot(gradient, along), curvature, norm, jnp.asarray(sigma, norm.dtype))
         return along, alpha, trees.scale(alpha, along)
@@ -282,16 +283,16 @@ def cubic_step_of_examples(
 def _groups(scope, at, gradient, direction, diagonal, dtype):
     """For each group of parameters with an alpha of its own: slope, curvature, norm, and alpha -> the step."""
     if scope == "whole":
-        curvature = products.hessian(at.objective, at=at).restrict(gradient).quadratic(direction).astype(dtype)
+        curvature = hessian(at.objective, at=at).restrict(gradient).quadratic(direction).astype(dtype)
         slope, norm = trees.vdot(gradient, direction).astype(dtype), trees.norm(direction).astype(dtype)
         return [(slope, curvature, norm, lambda alpha: trees.scale(alpha, direction))]
     leaves, treedef = jax.tree.flatten(direction)
     gradients = jax.tree.leaves(gradient)
     if scope == "leaf":
-        hessian = products.hessian(at.objective, at=at).restrict(gradient)
+        matrix = hessian(at.objective, at=at).restrict(gradient)
 
         def own_block(index):
-            return hessian.quadratic(treedef.unflatten([jnp.where(index == i, x, 0) for i, x in enumerate(leaves)]))
+            return matrix.quadratic(treedef.unflatten([jnp.where(index == i, x, 0) for i, x in enumerate(leaves)]))
 
         # One traced form for all leaves, one after another.
         curvatures = jax.lax.map(own_block, jnp.arange(len(leaves))).astype(dtype)
@@ -301,7 +302,7 @@ def _groups(scope, at, gradient, direction, diagonal, dtype):
             groups.append((slope, curvature, norm, lambda alpha, leaf=leaf: trees.scale(alpha, leaf)))
         return groups
     exact = diagonal is None
-    entries = products.hessian(at.objective, at=at).diagonal() if exact else diagonal(at)
+    entries = hessian(at.objective, at=at).diagonal() if exact else diagonal(at)
     entries = jax.tree.leaves(trees.extract(entries, gradient))
     groups = []
     for leaf, g, h in zip(leaves, gradients, entries, strict=True):

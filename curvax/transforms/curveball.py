@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import optax
 
 from curvax import trees
-from curvax.curvature_point import CurvaturePoint
 from curvax.damping.rules import DampingRule, curveball_rule
-from curvax.objective import Objective
-from curvax.quadratic_model import reduction_ratio
-from curvax.term import scale_cases
+from curvax.matrices.quadratic_model import reduction_ratio
+from curvax.objectives.objective import Objective
+from curvax.objectives.point import CurvaturePoint
+from curvax.objectives.term import scale_cases
 from curvax.transforms._point import point_for_update
 from curvax.transforms._step import empty_info, finish, next_count
 

@@ -10,15 +10,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from curvax import products, solvers, trees
-from curvax.curvature_point import CurvaturePoint
+from curvax import solvers, trees
 from curvax.damping.matrices import Damping, tikhonov
 from curvax.damping.rules import DampingRule
 from curvax.estimators.chapelle_erhan import chapelle_erhan_diagonal
 from curvax.layers.find import Layers
-from curvax.linear_map import LinearMap
-from curvax.objective import Objective
-from curvax.quadratic_model import reduction_ratio
+from curvax.matrices.curvature import ggn
+from curvax.matrices.linear_map import LinearMap
+from curvax.matrices.quadratic_model import reduction_ratio
+from curvax.objectives.objective import Objective
+from curvax.objectives.point import CurvaturePoint
 from curvax.transforms._point import point_for_update
 from curvax.transforms._step import empty_info, finish, next_count, step_key
 
@@ -102,7 +103,7 @@ def hessian_free(
     stop_period: int = 5,
     choice: Literal["walk", "best", "last"] = "walk",
     sufficient_decrease: float = 1e-2,
-    curvature: Callable[..., LinearMap] = products.ggn,
+    curvature: Callable[..., LinearMap] = ggn,
     layers: Layers | None = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from curvax import products, solvers, trees
-from curvax.curvature_point import CurvaturePoint
-from curvax.linear_map import LinearMap
-from curvax.objective import Objective
+from curvax import solvers, trees
+from curvax.matrices.curvature import ggn
+from curvax.matrices.linear_map import LinearMap
+from curvax.objectives.objective import Objective
+from curvax.objectives.point import CurvaturePoint
 from curvax.transforms._point import point_for_update
 from curvax.transforms._step import empty_info, finish, next_count
 
@@ -61,7 +62,7 @@ def krylov_subspace_descent(
     num_vectors: int = 20,
     max_subspace_iterations: int = 20,
     tolerance: float = 1e-3,
-    curvature: Callable[..., LinearMap] = products.ggn,
+    curvature: Callable[..., LinearMap] = ggn,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Krylov subspace descent: delta minimises h(theta + delta) over span{g, B g, B^2 g, ..., last step} by L-BFGS.
 

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from curvax import products, trees
-from curvax.curvature_point import CurvaturePoint
+from curvax import trees
 from curvax.damping.rules import DampingRule
-from curvax.linear_map import LinearMap
-from curvax.objective import Objective
-from curvax.quadratic_model import reduction_ratio
+from curvax.matrices.curvature import ggn, hessian
+from curvax.matrices.linear_map import LinearMap
+from curvax.matrices.quadratic_model import reduction_ratio
+from curvax.objectives.objective import Objective
+from curvax.objectives.point import CurvaturePoint
 from curvax.transforms._point import point_for_update
 from curvax.transforms._step import empty_info, finish, next_count
 
@@ -66,7 +67,7 @@ def levenberg_marquardt(
     initial_damping: float = 1.0,
     rule: DampingRule | None = None,
     scaling: Scaling = "identity",
-    curvature: Callable[..., LinearMap] = products.ggn,
+    curvature: Callable[..., LinearMap] = ggn,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Levenberg-Marquardt: delta = -(B + lambda D)^{-1} g, with lambda adapted and bad steps rejected.
 
@@ -161,7 +162,7 @@ def scale_by_dense_curvature(
     *,
     damping: float = 1e-3,
     scaling: Scaling = "identity",
-    curvature: Callable[..., LinearMap] = products.ggn,
+    curvature: Callable[..., LinearMap] = ggn,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies the updates by (B + damping D)^{-1}, with B formed and factorised; for small problems.
 
@@ -218,7 +219,7 @@ def scale_by_dense_curvature(
 def _dense(linear_map, curvature):
     matrix = linear_map.to_dense()
     matrix = (matrix + matrix.T) / 2
-    if curvature is not products.hessian:
+    if curvature is not hessian:
         return matrix
     values, vectors = jnp.linalg.eigh(matrix)
     return (vectors * jnp.abs(values)) @ vectors.T

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from curvax import trees
-from curvax.curvature_point import CurvaturePoint
 from curvax.damping.rules import RadiusRule
-from curvax.objective import Objective
+from curvax.objectives.objective import Objective
+from curvax.objectives.point import CurvaturePoint
 from curvax.quasi_newton import SR1Memory, SR1Step, line_search_step, sr1_memory, trust_region_step
 from curvax.transforms._point import point_for_update
 from curvax.transforms._step import empty_info, finish, next_count

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from curvax import products, solvers, trees
-from curvax.curvature_point import CurvaturePoint
-from curvax.linear_map import LinearMap
-from curvax.objective import Objective
+from curvax import solvers, trees
+from curvax.matrices.curvature import fisher
+from curvax.matrices.linear_map import LinearMap
+from curvax.objectives.objective import Objective
+from curvax.objectives.point import CurvaturePoint
 from curvax.transforms._point import point_for_update
 from curvax.transforms._step import empty_info, finish, next_count
 
@@ -67,7 +68,7 @@ def natural_gradient(
     max_iterations: int = 20,
     tolerance: float = 1e-4,
     warm_start: float = 0.0,
-    curvature: Callable[..., LinearMap] = products.fisher,
+    curvature: Callable[..., LinearMap] = fisher,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Natural gradient descent, delta = -alpha (F + lambda I)^{-1} g, solved by conjugate gradients.
 
@@ -133,7 +134,7 @@ def scale_by_natural_gradient(
     max_iterations: int = 20,
     tolerance: float = 1e-4,
     warm_start: float = 0.0,
-    curvature: Callable[..., LinearMap] = products.fisher,
+    curvature: Callable[..., LinearMap] = fisher,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies the updates by (F + lambda I)^{-1}, by conjugate gradients.
 

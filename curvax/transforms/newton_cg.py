@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from curvax import products, solvers, trees
-from curvax.curvature_point import CurvaturePoint
+from curvax import solvers, trees
 from curvax.damping.rules import RadiusRule
-from curvax.linear_map import LinearMap
-from curvax.objective import Objective
-from curvax.quadratic_model import reduction_ratio
+from curvax.matrices.curvature import hessian
+from curvax.matrices.linear_map import LinearMap
+from curvax.matrices.quadratic_model import reduction_ratio
+from curvax.objectives.objective import Objective
+from curvax.objectives.point import CurvaturePoint
 from curvax.transforms._point import point_for_update
 from curvax.transforms._step import empty_info, finish, next_count
 
@@ -77,7 +78,7 @@ def newton_cg(
     max_iterations: int = 50,
     tolerance: float = 0.5,
     acceptance: float = 1e-4,
-    curvature: Callable[..., LinearMap] = products.hessian,
+    curvature: Callable[..., LinearMap] = hessian,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Trust-region Newton: delta minimises g^T delta + 1/2 delta^T H delta in ||delta|| <= r, by Steihaug's method.
 

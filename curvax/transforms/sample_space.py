@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import optax
 
 from curvax import trees
-from curvax.curvature_point import CurvaturePoint
 from curvax.layers.find import Layers, find_layers_at
+from curvax.layers.sample_space import Curvature, SampleSpace
 from curvax.layers.taps import tap_at
-from curvax.objective import Objective
-from curvax.sample_space import Curvature, SampleSpace
+from curvax.objectives.objective import Objective
+from curvax.objectives.point import CurvaturePoint
 from curvax.transforms._point import point_for_update
 from curvax.transforms._step import empty_info, finish, next_count
 

@@ -1,12 +1,12 @@
 """Counted operations of curvature products: the algorithm's floors and a few per cent for elementwise work."""
 
-import curvax
 from benchmarks import product_cost
+from benchmarks.operations import flops
 
 
 def test_costs_in_gradients_on_an_existing_linearisation():
     calls = product_cost.operations(*product_cost.setting())
-    counts = {name: curvax.testing.flops(function, *arguments) for name, (function, arguments) in calls.items()}
+    counts = {name: flops(function, *arguments) for name, (function, arguments) in calls.items()}
     gradients = {name: count / counts["gradient"] for name, count in counts.items()}
     assert gradients["GGN product"] <= 1.25
     assert gradients["GGN quadratic form"] <= 0.65

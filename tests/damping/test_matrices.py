@@ -7,7 +7,7 @@ import pytest
 
 import curvax
 from curvax import damping
-from curvax.testing import problem
+from tests.problems import problem
 
 KEY = jax.random.key(0)
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import curvax
+from benchmarks.operations import flops
 from curvax import damping
-from curvax.testing import dense_ggn, flops
+from tests.oracles import dense_ggn
 
 KEY = jax.random.key(0)
 

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 import curvax
-from curvax import testing, trees
+from curvax import trees
+from tests import oracles, problems
 
 DRAWS = 3000
 
 
 def draws(name, distribution):
-    _, objective, params, batch = testing.problem(name)
+    _, objective, params, batch = problems.problem(name)
 
     @jax.jit
     @jax.vmap
@@ -22,7 +23,7 @@ def draws(name, distribution):
             curvax.estimators.chapelle_erhan_diagonal(matrix, key, num_samples=2, distribution=distribution)
         )
 
-    exact = np.diag(jax.jit(testing.dense_ggn)(objective, params, batch))
+    exact = np.diag(jax.jit(oracles.dense_ggn)(objective, params, batch))
     return np.asarray(draw(jax.random.split(jax.random.key(0), DRAWS))), exact
 
 

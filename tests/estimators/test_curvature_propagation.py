@@ -7,7 +7,7 @@ import pytest
 
 import curvax
 from curvax import estimators, trees
-from tests.estimators.test_layer_estimators import ravel, setting
+from tests.layers.test_layer_estimators import ravel, setting
 
 DRAWS = 4000
 

@@ -7,7 +7,7 @@ import pytest
 
 import curvax
 from curvax import estimators
-from curvax.linear_map import LinearMap
+from curvax.matrices.linear_map import LinearMap
 
 ESTIMATORS = {
     "rademacher": lambda a, k, m: estimators.hutchinson_trace(a, k, num_samples=m),

@@ -92,7 +92,7 @@ def test_chains_of_layers(chain, tied, seed):
     @jax.jit
     def compute(params, batch):
         tapped = curvax.tap(objective, layers, params, batch)
-        return curvax.estimators.per_example_gradients(tapped), curvax.estimators.gradient_norms(tapped)
+        return curvax.layers.per_example_gradients(tapped), curvax.layers.gradient_norms(tapped)
 
     @jax.jit
     def oracle(params, batch):
@@ -124,7 +124,7 @@ def test_a_batch_sharded_over_devices_gives_the_same(axis_type):
     def compute(params, batch):
         tapped = curvax.tap(objective, layers, params, batch)
         _, gradient, _ = tapped.value_and_gradient()
-        norms, diagonal = curvax.estimators.gradient_norms(tapped), curvax.estimators.empirical_fisher_diagonal(tapped)
+        norms, diagonal = curvax.layers.gradient_norms(tapped), curvax.layers.empirical_fisher_diagonal(tapped)
         return gradient, norms, diagonal
 
     expected = compute(params, batch)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import curvax
+from benchmarks.operations import flops
 from curvax import trees
 from tests.layers.cases import CASES, N
 
@@ -149,7 +150,7 @@ def test_bfloat16_has_structure_and_its_products_are_summed_in_single_precision(
         assert use.inputs.dtype == use.cotangents.dtype == jnp.float32
     wide = curvax.Objective(lambda p, x: network(p, x, jnp.float32), curvax.losses.squared_error())
     truth = jax.vmap(lambda *one: jax.grad(wide)(params, jax.tree.map(lambda leaf: leaf[None], one)))(*batch)
-    each = curvax.estimators.per_example_gradients(tapped)
+    each = curvax.layers.per_example_gradients(tapped)
     for ours, theirs in zip(jax.tree.leaves(each), jax.tree.leaves(truth), strict=True):
         ours, theirs = np.asarray(ours, float), np.asarray(theirs, float)
         assert np.linalg.norm(ours - theirs) < 0.03 * np.linalg.norm(theirs)
@@ -262,7 +263,5 @@ def test_gradient_and_taps_cost_at_most_1_45_gradients(form, remat):
         loss, gradient, (uses,) = tapped.value_and_gradient(tapped.loss_cotangents())
         return loss, gradient, [(use.inputs, use.cotangents) for use in uses]
 
-    ratio = curvax.testing.flops(with_taps, params, (single, single)) / curvax.testing.flops(
-        jax.value_and_grad(objective), params, (single, single)
-    )
+    ratio = flops(with_taps, params, (single, single)) / flops(jax.value_and_grad(objective), params, (single, single))
     assert ratio <= 1.45

@@ -178,7 +178,7 @@ def test_a_sampled_diagonal_may_stand_in_for_the_exact_one():
     layers = curvax.find_layers(objective, params, batch)
 
     def diagonal(at):
-        return curvax.estimators.exact_ggn_diagonal(curvax.layers.tap_at(layers, at))
+        return curvax.layers.exact_ggn_diagonal(curvax.layers.tap_at(layers, at))
 
     tx = curvax.scale_by_cubic_step(objective, optax.sgd(1.0), scope="variable", diagonal=diagonal)
     step, _ = one_step(tx, objective, params, batch)

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import curvax
+from benchmarks.operations import flops
 from curvax import trees
 from curvax.damping import DampingRule, curveball_rule
 
@@ -203,7 +204,7 @@ def test_a_step_costs_little_more_than_two_of_momentum_sgd(gradient, limit):
             updates, state = tx.update(gradient, state, params, **extra)
             return optax.apply_updates(params, updates), state
 
-        return curvax.testing.flops(step, params, jax.eval_shape(tx.init, params), batch)
+        return flops(step, params, jax.eval_shape(tx.init, params), batch)
 
     sgd = counted(optax.sgd(0.1, momentum=0.9), False)
     # Every fifth step measures the loss behind it.

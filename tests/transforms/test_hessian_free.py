@@ -10,8 +10,8 @@ import pytest
 
 import curvax
 from curvax import solvers
-from curvax.testing import dense_ggn
 from curvax.transforms import RECIPE_A, RECIPE_B, RECIPE_C
+from tests.oracles import dense_ggn
 
 
 def network(params, x):

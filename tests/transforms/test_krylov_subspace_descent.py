@@ -6,7 +6,8 @@ import numpy as np
 import optax
 
 import curvax
-from curvax.testing import dense_ggn, problem
+from tests.oracles import dense_ggn
+from tests.problems import problem
 
 GOAL, PARAMS, DATA = problem("mlp")[1:]
 

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import curvax
+from benchmarks.operations import flops
 from curvax import trees
 
 
@@ -126,8 +127,8 @@ def test_a_step_costs_little_more_than_its_two_gradients():
         return optax.apply_updates(params, updates), state
 
     # Two loops: of the secular equation and of the memory's repair, both on numbers as few as the pairs.
-    ours = curvax.testing.flops(step, params, jax.eval_shape(tx.init, params), batch, while_trip_count=10)
-    gradient = curvax.testing.flops(jax.value_and_grad(objective), params, batch)
+    ours = flops(step, params, jax.eval_shape(tx.init, params), batch, while_trip_count=10)
+    gradient = flops(jax.value_and_grad(objective), params, batch)
     assert ours <= 1.25 * 2 * gradient
 
 

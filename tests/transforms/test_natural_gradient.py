@@ -8,7 +8,8 @@ import numpy as np
 import optax
 
 import curvax
-from curvax.testing import dense_fisher, problem
+from tests.oracles import dense_fisher
+from tests.problems import problem
 
 GOAL, PARAMS, DATA = problem("mlp")[1:]
 

@@ -9,7 +9,8 @@ import optax
 import pytest
 
 import curvax
-from curvax.testing import dense_hessian, problem
+from tests.oracles import dense_hessian
+from tests.problems import problem
 
 
 def make_step(goal, tx, data):

@@ -1,0 +1,195 @@
+"""Diagonals of Fisher and Gauss-Newton matrices by layer taps: squares are of each example, never of the sum."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvax import trees
+from curvax.layers.per_example import check_whole_examples, split_uses
+from curvax.layers.taps import Captured, TappedPoint
+from curvax.matrices.linear_map import Noise
+from curvax.objectives.output_matrix import OutputMatrix
+from curvax.objectives.point import CurvaturePoint, Piece
+
+PyTree = Any
+Array = jax.Array
+
+
+def empirical_fisher_diagonal(tapped: TappedPoint) -> PyTree:
+    r"""The diagonal of the empirical Fisher matrix, (1/N) sum_i sq(g_i), without the gradients of single examples.
+
+    For a layer with one position per example it is sq(A)^T sq(dS), as cheap as the gradient; where positions share
+    parameters, the square is that of the sum over them (Martens 2016, section 4.9.3).
+
+    Args:
+        tapped: From ``curvax.tap``.
+
+    Returns:
+        The diagonal, a pytree like the parameters, with the penalty's; zeros for parameters without structure.
+
+    Raises:
+        ValueError: Weights or a mask over the steps of sequences make the cases finer than examples.
+
+    Example:
+        >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
+        >>> w, batch = jnp.zeros((2, 1)), (jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.ones((2, 1)))
+        >>> tapped = curvax.tap(objective, curvax.find_layers(objective, w, batch), w, batch)
+        >>> curvax.layers.empirical_fisher_diagonal(tapped)
+        Array([[ 5.],
+               [10.]], dtype=float...)
+    """
+    scales = check_whole_examples(tapped, "empirical_fisher_diagonal")
+    captured = tapped.pull_back(tapped.loss_cotangents())
+    return with_penalty(tapped.point, _squares(tapped, captured, scales))
+
+
+def sampled_ggn_diagonal(tapped: TappedPoint, key: Array, *, num_samples: int = 1) -> PyTree:
+    r"""An unbiased estimate of the diagonal of the Gauss-Newton matrix, the mean of sq(J_i^T (H_L^{1/2})^T v_i).
+
+    Every case has noise v_i of signs of its own, and squares are taken for each example before the mean, which leaves
+    out the cross terms between examples that ``chapelle_erhan_diagonal`` of a linear map has to average away: the
+    variance falls with the number of examples, for the same backward sweep (Chapelle and Erhan 2011; Martens 2016,
+    algorithm 6).
+
+    Args:
+        tapped: From ``curvax.tap``.
+        key: A PRNG key.
+        num_samples: Draws to average.
+
+    Returns:
+        The estimate, a pytree like the parameters, with the penalty's part; zeros for parameters without structure.
+
+    Raises:
+        ValueError: As for ``empirical_fisher_diagonal``.
+
+    Example:
+        >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
+        >>> w, batch = jnp.zeros((2, 1)), (jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.ones((2, 1)))
+        >>> tapped = curvax.tap(objective, curvax.find_layers(objective, w, batch), w, batch)
+        >>> curvax.layers.sampled_ggn_diagonal(tapped, jax.random.key(0))   # exact, as there is one output
+        Array([[ 5.],
+               [10.]], dtype=float...)
+    """
+    matrices = output_matrices(tapped, _curvature)
+    return with_penalty(tapped.point, sampled_squares(tapped, matrices, key, num_samples, trees.random_rademacher))
+
+
+def sampled_squares(
+    tapped: TappedPoint, matrices: Sequence[OutputMatrix], key: Array, num_samples: int, distribution: Noise
+) -> PyTree:
+    """The estimate for any matrices on the outputs, without the penalty's part."""
+    scales = check_whole_examples(tapped, "sampled diagonals by layers")
+
+    def one(total, key):
+        keys = jax.random.split(key, len(matrices))
+        seeds = tuple(
+            matrix.sqrt_transpose_product(distribution(k, matrix.root_structure))
+            for matrix, k in zip(matrices, keys, strict=True)
+        )
+        return trees.add(total, _squares(tapped, tapped.pull_back(seeds), scales)), None
+
+    zeros = trees.zeros_like(tapped.point.params)
+    total, _ = jax.lax.scan(one, zeros, jax.random.split(key, num_samples))
+    return trees.scale(1 / num_samples, total)
+
+
+def exact_ggn_diagonal(tapped: TappedPoint) -> PyTree:
+    r"""The diagonal of the Gauss-Newton matrix, (1/N) sum_i sum_j sq(J_i^T (H_L^{1/2})^T e_j), by a sweep for each j.
+
+    The number of sweeps is that of the outputs of an example: for classification, not for autoencoders or long
+    sequences. Sweeps follow one another in the memory of one (Bishop 1992; Martens 2016, section 4.9.2).
+
+    Args:
+        tapped: From ``curvax.tap``.
+
+    Returns:
+        The diagonal, a pytree like the parameters, with the penalty's; zeros for parameters without structure.
+
+    Raises:
+        ValueError: As for ``empirical_fisher_diagonal``.
+
+    Example:
+        >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.softmax_cross_entropy())
+        >>> w, batch = jnp.zeros((1, 2)), (jnp.array([[2.0]]), jnp.array([0]))
+        >>> tapped = curvax.tap(objective, curvax.find_layers(objective, w, batch), w, batch)
+        >>> print(curvax.layers.exact_ggn_diagonal(tapped).round(3))
+        [[1. 1.]]
+    """
+    scales = check_whole_examples(tapped, "exact_ggn_diagonal")
+    matrices = output_matrices(tapped, _curvature)
+
+    def one(total, column):
+        seeds = tuple(matrix.sqrt_transpose_product(unit_vector(matrix.root_structure, column)) for matrix in matrices)
+        return trees.add(total, _squares(tapped, tapped.pull_back(seeds), scales)), None
+
+    zeros = trees.zeros_like(tapped.point.params)
+    total, _ = jax.lax.scan(one, zeros, jnp.arange(max(map(num_columns, matrices))))
+    return with_penalty(tapped.point, total)
+
+
+def output_matrices(tapped: TappedPoint, make: Callable[[Piece], OutputMatrix]) -> list[OutputMatrix]:
+    """The matrix on the outputs of each term."""
+    return [make(piece) for piece in tapped.point.pieces()]
+
+
+def num_columns(matrix: OutputMatrix) -> int:
+    """How many columns the root S^T of an output matrix has for each example."""
+    return sum(leaf.size // leaf.shape[0] for leaf in jax.tree.leaves(matrix.root_structure))
+
+
+def unit_vector(structure: PyTree, column: Array) -> PyTree:
+    """The unit vector e_column for every example, in the arrays of ``structure``; zero behind the last one."""
+    leaves, treedef = jax.tree.flatten(structure)
+    start, filled = 0, []
+    for leaf in leaves:
+        size = leaf.size // leaf.shape[0]
+        unit = (jnp.arange(size) == column - start).astype(leaf.dtype).reshape(leaf.shape[1:])
+        filled.append(jnp.broadcast_to(unit, leaf.shape))
+        start += size
+    return treedef.unflatten(filled)
+
+
+def _curvature(piece):
+    return piece.loss.curvature(piece.outputs, piece.targets)
+
+
+def products(tapped: TappedPoint, left: list[Captured], right: list[Captured], scales: list[Array]) -> PyTree:
+    """sum_i scale_i s_i * t_i over the examples of all terms, for the gradients s_i and t_i of two sweeps."""
+    others = {id(use): other for use, other in zip(left, right, strict=True)}
+    apart, together = split_uses(tapped, left)
+    total = tapped.to_params(
+        [
+            (use, use.products(others[id(use)].cotangents, scales[use.term].astype(use.cotangents.dtype)))
+            for use in apart
+        ]
+    )
+    for term, scale in enumerate(scales):
+        uses = [use for use in together if use.term == term]
+        if uses:
+            rows = tapped.to_params([(use, use.per_example()) for use in uses])
+            same = left is right
+            other_rows = rows if same else tapped.to_params([(use, others[id(use)].per_example()) for use in uses])
+            total = trees.add(total, jax.tree.map(functools.partial(_weighted_products, scale), rows, other_rows))
+    return total
+
+
+def _squares(tapped, captured, scales):
+    """sum_i scale_i sq(g_i) over the examples of all terms."""
+    return products(tapped, captured, captured, scales)
+
+
+def _weighted_products(weights, left, right):
+    return jnp.tensordot(weights.astype(left.dtype), left * right, 1)
+
+
+def with_penalty(point: CurvaturePoint, diagonal: PyTree) -> PyTree:
+    """The diagonal and that of the penalty's Hessian."""
+    objective, params = point.objective, point.params
+    if objective.l2 is None:
+        return diagonal
+    return jax.tree.map(lambda leaf, eta: leaf + eta, diagonal, objective.penalty_curvature(params))

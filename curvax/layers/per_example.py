@@ -1,0 +1,230 @@
+"""Gradients of single examples by layer taps: the gradients themselves, their norms and their inner products."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvax.layers.taps import Captured, TappedPoint
+
+PyTree = Any
+Array = jax.Array
+
+
+def per_example_gradients(tapped: TappedPoint) -> PyTree:
+    r"""The gradient of every example's own loss, by one backward sweep for all of them.
+
+    Weights of examples, the weight of the term and 1/N are left out: the gradient of the objective is the mean of these
+    where there are none. Examples of several terms follow one another.
+
+    Args:
+        tapped: From ``curvax.tap``.
+
+    Returns:
+        A pytree like the parameters with a leading axis of examples. Parameters without structure have zeros: their
+        gradients come from ``jax.vmap(jax.grad(...))`` only.
+
+    Example:
+        >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
+        >>> w, batch = jnp.zeros((2, 1)), (jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.ones((2, 1)))
+        >>> tapped = curvax.tap(objective, curvax.find_layers(objective, w, batch), w, batch)
+        >>> curvax.layers.per_example_gradients(tapped)[:, :, 0]
+        Array([[-1., -2.],
+               [-3., -4.]], dtype=float...)
+    """
+    _check_separate(tapped, "per_example_gradients")
+    return rows_of(tapped, tapped.pull_back(tapped.loss_cotangents()))
+
+
+def gradient_norms(tapped: TappedPoint) -> Array:
+    r"""The Euclidean norm of every example's gradient, without forming the gradients where a layer is used once.
+
+    For a layer with one position per example ||a ds^T||^2 = ||a||^2 ||ds||^2 (Goodfellow 2015); with shared positions
+    the inner products of positions or the gradients of that layer are formed, whichever takes fewer operations.
+
+    Args:
+        tapped: From ``curvax.tap``.
+
+    Returns:
+        The norms, of shape (examples,).
+
+    Example:
+        >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
+        >>> w, batch = jnp.zeros((2, 1)), (jnp.array([[3.0, 4.0], [0.0, 1.0]]), jnp.ones((2, 1)))
+        >>> tapped = curvax.tap(objective, curvax.find_layers(objective, w, batch), w, batch)
+        >>> curvax.layers.gradient_norms(tapped)
+        Array([5., 1.], dtype=float...)
+    """
+    _check_separate(tapped, "gradient_norms")
+    captured = tapped.pull_back(tapped.loss_cotangents())
+    apart, together = split_uses(tapped, captured)
+    counts = [tapped.point.num_examples(i) for i in range(len(tapped.taps))]
+    total = []
+    for term, count in enumerate(counts):
+        parts = [_squared_norms(use) for use in apart if use.term == term]
+        uses = [use for use in together if use.term == term]
+        if uses:
+            rows = tapped.to_params([(use, use.per_example()) for use in uses])
+            parts += [jnp.sum(jnp.square(leaf), axis=tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(rows)]
+        total.append(sum(parts) if parts else jnp.zeros(count))
+    return jnp.sqrt(jnp.concatenate(total))
+
+
+def gradient_inner_products(tapped: TappedPoint) -> Array:
+    r"""The inner products of all examples' gradients, <g_n, g_m>.
+
+    For a layer with one position per example they are (a_n^T a_m)(ds_n^T ds_m), and no gradient is formed.
+
+    Args:
+        tapped: From ``curvax.tap``.
+
+    Returns:
+        The matrix, of shape (examples, examples).
+
+    Example:
+        >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
+        >>> w, batch = jnp.zeros((2, 1)), (jnp.array([[3.0, 4.0], [0.0, 1.0]]), jnp.ones((2, 1)))
+        >>> tapped = curvax.tap(objective, curvax.find_layers(objective, w, batch), w, batch)
+        >>> curvax.layers.gradient_inner_products(tapped)
+        Array([[25.,  4.],
+               [ 4.,  1.]], dtype=float...)
+    """
+    _check_separate(tapped, "gradient_inner_products")
+    columns = jax.tree.map(lambda leaf: leaf[None], tapped.loss_cotangents())
+    return inner_products(tapped, tapped.pull_back_columns(columns))
+
+
+def inner_products(tapped: TappedPoint, captured: list[Captured]) -> Array:
+    """The inner products of the rows of a Jacobian, one row for each (example, column), columns fastest.
+
+    ``captured`` is from ``pull_back_columns``. Rows of several terms follow one another.
+    """
+    apart, together = split_uses(tapped, captured)
+    terms = range(len(tapped.taps))
+    columns = {use.term: use.cotangents.shape[0] for use in captured}
+    sizes = [columns.get(term, 1) * tapped.point.num_examples(term) for term in terms]
+    blocks: list[list[Any]] = [[0] * len(sizes) for _ in sizes]
+    for use in apart:
+        blocks[use.term][use.term] += _inner_products(use)
+    if together:
+        rows = []
+        for term in terms:
+            uses = [use for use in together if use.term == term]
+            own = {leaf for use in uses for leaf in use.layer.leaves}
+            tree = _each_column(tapped, uses) if uses else ()
+            rows.append({i: _rows(leaf) for i, leaf in enumerate(jax.tree.leaves(tree)) if i in own})
+        for a in terms:
+            for b in terms:
+                for i in rows[a].keys() & rows[b].keys():
+                    blocks[a][b] += rows[a][i] @ rows[b][i].T
+    filled = [
+        [jnp.zeros((sizes[a], sizes[b])) if isinstance(blocks[a][b], int) else blocks[a][b] for b in terms]
+        for a in terms
+    ]
+    return jnp.block(filled) if len(sizes) > 1 else filled[0][0]
+
+
+def rows_of(tapped: TappedPoint, captured: list[Captured]) -> PyTree:
+    """The gradients of all examples of all terms, one after another on axis 0."""
+    parts = []
+    for term in range(len(tapped.taps)):
+        uses = [use for use in captured if use.term == term]
+        count = tapped.point.num_examples(term)
+        tree = tapped.to_params([(use, use.per_example()) for use in uses])
+        parts.append(
+            jax.tree.map(lambda leaf, count=count: jnp.broadcast_to(leaf, (count, *leaf.shape[-leaf.ndim + 1 :])), tree)
+        )
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+
+def split_uses(tapped: TappedPoint, captured: list[Captured]) -> tuple[list[Captured], list[Captured]]:
+    """(uses that have all their parameters to themselves, the others).
+
+    For the first kind, squares and inner products of the layer's matrices are those of the parameters' gradients.
+    """
+    layers_of = Counter(leaf for layer in tapped.layers for leaf in layer.leaves)
+    apart, together = [], []
+    for use in captured:
+        alone = len(use.layer.members) == 1 and use.layer.only_moves
+        alone = alone and all(layers_of[leaf] == 1 for leaf in use.layer.leaves)
+        (apart if alone else together).append(use)
+    return apart, together
+
+
+def _each_column(tapped, uses):
+    """The gradients of all examples, (columns, examples, ...), as a pytree like the parameters."""
+
+    def one(*cotangents):
+        pairs = zip(uses, cotangents, strict=True)
+        return tapped.to_params([(use, use._replace(cotangents=ds).per_example()) for use, ds in pairs])
+
+    return jax.vmap(one)(*(use.cotangents for use in uses))
+
+
+def _rows(leaf):
+    """(columns, examples, ...) as (examples * columns, entries)."""
+    leaf = replicated(leaf)
+    return leaf.swapaxes(0, 1).reshape(leaf.shape[0] * leaf.shape[1], -1)
+
+
+def _squared_norms(use):
+    """||sum_r a_r ds_r^T||^2 for each example."""
+    if use.kind in ("dense", "conv") and _positions_are_few(use):
+        inputs = jnp.einsum("bnri,bnsi->bnrs", use.inputs, use.inputs)
+        return jnp.sum(inputs * jnp.einsum("bnro,bnso->bnrs", use.cotangents, use.cotangents), axis=(0, 2, 3))
+    if use.kind == "embedding":
+        same = use.inputs[0][:, :, None] == use.inputs[0][:, None, :]
+        products = jnp.einsum("bnro,bnso->nrs", use.cotangents, use.cotangents)
+        return jnp.sum(jnp.where(same, products, 0), axis=(1, 2))
+    return jnp.sum(jnp.square(use.per_example()), axis=(1, 2, 3))
+
+
+def _inner_products(use):
+    """The inner products of the rows of one layer; ``cotangents`` has the columns on its first axis."""
+    use = use._replace(inputs=replicated(use.inputs), cotangents=replicated(use.cotangents))
+    columns, _, count, positions, _ = use.cotangents.shape
+    if use.kind in ("dense", "conv") and positions == 1:
+        inputs = jnp.einsum("bnri,bmri->bnm", use.inputs, use.inputs)
+        outputs = jnp.einsum("cbnro,dbmro->bncmd", use.cotangents, use.cotangents)
+        result = jnp.einsum("bnm,bncmd->ncmd", inputs, outputs)
+        return result.reshape(count * columns, count * columns)
+    rows = _rows(jax.vmap(lambda ds: use._replace(cotangents=ds).per_example())(use.cotangents))
+    return rows @ rows.T
+
+
+def replicated(array: Any) -> Any:
+    """The array on every device where its axes are sharded explicitly: each example meets every other."""
+    if array is None or not any(axis is not None for axis in jax.typeof(array).sharding.spec):
+        return array
+    return jax.sharding.reshard(array, jax.sharding.PartitionSpec(*(None,) * array.ndim))
+
+
+def _positions_are_few(use):
+    _, _, positions, outputs = use.cotangents.shape
+    inputs = use.inputs.shape[-1]
+    return positions * (inputs + outputs) <= inputs * outputs
+
+
+def _check_separate(tapped, name):
+    if tapped.layers.couples_examples:
+        raise ValueError(
+            f"{name}: the model couples examples, as batch statistics do, so the gradient of one example is not"
+            " defined; evaluate the model with fixed statistics"
+        )
+
+
+def check_whole_examples(tapped: TappedPoint, name: str) -> list[Array]:
+    """The factor of each example's loss for each term; refuses weights that are finer than examples."""
+    scales = []
+    for index, cases in enumerate(tapped.point.cases):
+        if cases.scale.ndim > 1:
+            raise ValueError(
+                f"{name}: the weights or mask of term {index} have shape {cases.scale.shape}, so that the steps of a"
+                " sequence are the cases; this estimate is one of examples"
+            )
+        count = tapped.point.num_examples(index)
+        scales.append(jnp.broadcast_to(cases.scale, (count,)))
+    return scales

@@ -1,0 +1,231 @@
+r"""Damped Gauss-Newton systems solved in the space of the samples, for fewer outputs in a batch than parameters.
+
+With R the matrix whose rows are the model's scaled output gradients, G = R^T R, the matrix K = R R^T is of the size of
+the batch, and (G + lambda I)^{-1} g = (g - R^T (K + lambda I)^{-1} R g) / lambda. K comes from the inputs and output
+cotangents of the layers; the rows themselves, a gradient for every output of every example, are never formed where
+layers are used once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from curvax import solvers, trees
+from curvax.layers.diagonals import num_columns, unit_vector
+from curvax.layers.per_example import check_whole_examples, inner_products, replicated, split_uses
+from curvax.layers.taps import TappedPoint
+from curvax.objectives.output_matrix import OutputMatrix, RankOneOutputs
+
+PyTree = Any
+Array = jax.Array
+Curvature = Literal["ggn", "fisher", "empirical_fisher"]
+
+
+def gram(tapped: TappedPoint, *, curvature: Curvature = "ggn") -> Array:
+    r"""The matrix K = R R^T with G = R^T R, in the space of the samples, by layers.
+
+    The row of R for column c of example i is sqrt(1/N) times the gradient of (S z_i)_c, where S^T S is the loss's
+    matrix on the outputs; K has the eigenvalues of G but for zeros. For a layer with one position per example the block
+    is (A A^T) times (dS dS^T), entry by entry. The penalty is left out.
+
+    Args:
+        tapped: From ``curvax.tap``.
+        curvature: "ggn", "fisher", or "empirical_fisher", whose K is N x N.
+
+    Returns:
+        K, of shape (rows, rows), the columns of an example next to one another.
+
+    Raises:
+        ValueError: The model couples examples, or weights are finer than examples.
+
+    Example:
+        >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
+        >>> w, batch = jnp.zeros((2, 1)), (jnp.array([[3.0, 4.0], [0.0, 2.0]]), jnp.ones((2, 1)))
+        >>> tapped = curvax.tap(objective, curvax.find_layers(objective, w, batch), w, batch)
+        >>> curvax.gram(tapped)
+        Array([[12.5,  4. ],
+               [ 4. ,  2. ]], dtype=float...)
+    """
+    return SampleSpace(tapped, curvature).gram()
+
+
+class SampleSpace:
+    """R and its transpose at a tapped point.
+
+    Args:
+        tapped: From ``curvax.tap``.
+        curvature: See ``gram``.
+        leaves: The places of the parameters to take into account; None for all.
+    """
+
+    def __init__(self, tapped: TappedPoint, curvature: Curvature, leaves: Collection[int] | None = None):
+        if curvature not in ("ggn", "fisher", "empirical_fisher"):
+            raise ValueError(f"curvature must be 'ggn', 'fisher' or 'empirical_fisher', got {curvature!r}")
+        if tapped.layers.couples_examples:
+            raise ValueError("sample space: the model couples examples, as batch statistics do; fix the statistics")
+        self.tapped = tapped
+        self.roots = [jnp.sqrt(scale) for scale in check_whole_examples(tapped, "sample space")]
+        self.matrices = [_output_matrix(piece, curvature) for piece in tapped.point.pieces()]
+        self.columns = [num_columns(matrix) for matrix in self.matrices]
+        every = range(len(tapped.layers.paths))
+        self.without = set(tapped.layers.unstructured) | (set() if leaves is None else set(every) - set(leaves))
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows R has."""
+        return sum(root.shape[0] * columns for root, columns in zip(self.roots, self.columns, strict=True))
+
+    def project(self, vector: PyTree) -> Array:
+        """R v, by one push forward."""
+        vector = self._structured(vector)
+        parts = []
+        for matrix, root, linear in zip(self.matrices, self.roots, self._linearizations(), strict=True):
+            leaves = jax.tree.leaves(matrix.sqrt_product(linear.jvp(vector)))
+            rows = jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], axis=1)
+            parts.append(replicated(rows * root[:, None].astype(rows.dtype)).reshape(-1))
+        return jnp.concatenate(parts)
+
+    def lift(self, rows: Array) -> PyTree:
+        """R^T y, by one pull back."""
+        total, start = trees.zeros_like(self.tapped.point.params), 0
+        for matrix, root, columns, linear in zip(
+            self.matrices, self.roots, self.columns, self._linearizations(), strict=True
+        ):
+            size = root.shape[0] * columns
+            part = rows[start : start + size].reshape(root.shape[0], columns) * root[:, None].astype(rows.dtype)
+            start += size
+            leaves, treedef = jax.tree.flatten(matrix.root_structure)
+            filled, at = [], 0
+            for leaf in leaves:
+                width = leaf.size // leaf.shape[0]
+                filled.append(part[:, at : at + width].reshape(leaf.shape).astype(leaf.dtype))
+                at += width
+            seeds = matrix.sqrt_transpose_product(treedef.unflatten(filled))
+            total = trees.add(total, linear.transpose(seeds)[0])
+        return self._structured(total)
+
+    def gram(self) -> Array:
+        """K."""
+        return inner_products(self.tapped, self._pull_back_rows())
+
+    def gram_product(self):
+        """y -> K y, without K where every layer has its parameters to itself and one position per example."""
+        captured = self._pull_back_rows()
+        apart, together = split_uses(self.tapped, captured)
+        simple = all(use.kind == "dense" and use.cotangents.shape[1:4:2] == (1, 1) for use in apart)
+        biases = [use for use in apart if use.kind in ("scale", "shift")]
+        if together or len(self.columns) > 1 or not (simple or biases):
+            return lambda rows: self.project(self.lift(rows))
+        factors = []
+        for use in apart:
+            if use.kind == "dense" and use.cotangents.shape[1:4:2] == (1, 1):
+                assert use.inputs is not None
+                inputs = use.inputs[0, :, 0]
+                factors.append((inputs @ inputs.T, use.cotangents[:, 0, :, 0]))
+            elif use.kind in ("scale", "shift"):
+                each = jax.vmap(lambda ds, use=use: use._replace(cotangents=ds).per_example())(use.cotangents)
+                factors.append((None, each.reshape(*each.shape[:2], -1)))
+            else:
+                return lambda rows: self.project(self.lift(rows))
+        (count,), (columns,) = (root.shape[0] for root in self.roots), self.columns
+
+        def product(rows):
+            rows = rows.reshape(count, columns)
+            total = jnp.zeros_like(rows)
+            for inputs, cotangents in factors:
+                summed = jnp.einsum("nc,cno->no", rows, cotangents)
+                if inputs is None:  # an elementwise parameter: its gradients are the cotangents themselves
+                    total += jnp.einsum("o,cno->nc", jnp.sum(summed, axis=0), cotangents)
+                else:
+                    total += jnp.einsum("no,cno->nc", inputs @ summed, cotangents)
+            return total.reshape(-1)
+
+        return product
+
+    def solve(
+        self,
+        vector: PyTree,
+        damping: Array,
+        *,
+        method: Literal["auto", "cholesky", "cg"] = "auto",
+        max_iterations: int = 40,
+        tolerance: float = 1e-6,
+    ) -> tuple[PyTree, Array]:
+        """((G + lambda I)^{-1} v, conjugate gradient steps); parameters without structure keep v.
+
+        Args:
+            vector: v.
+            damping: lambda, above 0.
+            method: "cholesky" of K, with one step of refinement; "cg" with K's products; "auto" takes the first up to
+                1024 rows.
+            max_iterations: The cap on conjugate gradient steps.
+            tolerance: The relative residual they stop at.
+        """
+        if method == "auto":
+            method = "cholesky" if self.num_rows <= 1024 else "cg"
+        if method == "cg":
+            product = self.gram_product()
+
+            def damped(rows):
+                return product(rows) + damping.astype(rows.dtype) * rows
+
+            result = solvers.cg(damped, self.project(vector), max_iterations=max_iterations, tolerance=tolerance)
+            solution = self._woodbury(vector, result.value, damping)
+            return self._completed(solution, vector), result.iterations
+        matrix = self.gram()
+        factor = jax.scipy.linalg.cho_factor(
+            matrix + damping.astype(matrix.dtype) * jnp.eye(len(matrix), dtype=matrix.dtype)
+        )
+
+        def once(vector):
+            return self._woodbury(vector, jax.scipy.linalg.cho_solve(factor, self.project(vector)), damping)
+
+        solution = once(vector)
+        applied = trees.add(self.lift(self.project(solution)), trees.scale(damping, solution))
+        correction = once(self._structured(trees.sub(vector, applied)))
+        return self._completed(trees.add(solution, correction), vector), jnp.zeros((), jnp.int32)
+
+    def _woodbury(self, vector, rows, damping):
+        return trees.scale(1 / damping, trees.sub(self._structured(vector), self.lift(rows)))
+
+    def _completed(self, solution, vector):
+        """The solution, and v itself where a parameter has no structure."""
+        return trees.replace_leaves(solution, self.without, vector)
+
+    def _structured(self, tree):
+        """The tree with zeros for parameters without structure."""
+        if not self.without:
+            return tree
+        return trees.replace_leaves(tree, self.without, trees.zeros_like(tree))
+
+    def _linearizations(self):
+        linearizations = self.tapped.point.linearizations
+        assert linearizations is not None
+        return linearizations
+
+    def _pull_back_rows(self):
+        """The rows of R, as captured uses with the columns of each example on the first axis."""
+
+        def seeds(matrix, root, columns):
+            def one(column):
+                seed = matrix.sqrt_transpose_product(unit_vector(matrix.root_structure, column))
+                return jax.tree.map(lambda z: z * root.reshape(-1, *(1,) * (z.ndim - 1)).astype(z.dtype), seed)
+
+            return jax.vmap(one)(jnp.arange(columns))
+
+        terms = zip(self.matrices, self.roots, self.columns, strict=True)
+        captured = self.tapped.pull_back_columns(tuple(seeds(*term) for term in terms))
+        return [use for use in captured if not self.without & set(use.layer.leaves)]
+
+
+def _output_matrix(piece, curvature) -> OutputMatrix:
+    if curvature == "ggn":
+        return piece.loss.curvature(piece.outputs, piece.targets)
+    if curvature == "fisher":
+        return piece.loss.fisher(piece.outputs, piece.targets)
+    gradient = piece.loss.gradient(piece.outputs, piece.targets)
+    return RankOneOutputs(jax.tree.map(lambda g: jnp.expand_dims(g, 1), gradient), 1)

@@ -1,0 +1,199 @@
+"""Matrices in compact form, scale * I + Psi C^{-1} Psi^T with a few vectors Psi: products, solves, functions."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import register_dataclass
+
+from curvax import trees
+from curvax.matrices.linear_map import LinearMap
+
+PyTree = Any
+Scalar = Any
+Array = jax.Array
+
+
+def compact_map(scale: Scalar, vectors: PyTree, core: Array, used: Array | None = None) -> CompactMap:
+    r"""The symmetric map scale * I + Psi C^{-1} Psi^T of k vectors Psi.
+
+    Quasi-Newton matrices of limited memory have this form (Byrd, Nocedal and Schnabel 1994), and so has any identity
+    with a correction of low rank. Everything costs a few products with Psi and work on k x k matrices.
+
+    Args:
+        scale: gamma, a scalar.
+        vectors: Psi, a pytree whose leaves have a leading axis of length k.
+        core: C, symmetric and not singular, shape (k, k).
+        used: Which of the vectors count, shape (k,), for buffers that are not full; None for all.
+
+    Returns:
+        The map.
+
+    Example:
+        >>> B = curvax.compact_map(2.0, jnp.array([[1.0, 0.0, 0.0]]), jnp.array([[-1.0]]))
+        >>> B.to_dense()
+        Array([[1., 0., 0.],
+               [0., 2., 0.],
+               [0., 0., 2.]], dtype=float...)
+    """
+    dtype = trees.wide_dtype(*jax.tree.leaves(vectors))
+    used = jnp.ones(core.shape[0], bool) if used is None else used
+    gram = jax.vmap(lambda v: inner_products(vectors, v))(vectors).astype(dtype)
+    return CompactMap(jnp.asarray(scale, dtype), vectors, core.astype(dtype), gram, used)
+
+
+class Spectrum(NamedTuple):
+    """The eigenvalues of a compact map.
+
+    Attributes:
+        values: Those along the columns of P = Psi T, an orthonormal basis of the range of Psi; shape (k,).
+        basis: T, shape (k, k). A column is zero where Psi has less than k dimensions, its value then is large.
+        rest: The eigenvalue on everything orthogonal to Psi, gamma; where Psi spans everything gamma is none, and one
+            of the others stands in its place.
+        rank: The dimension of the range of Psi.
+    """
+
+    values: Array
+    basis: Array
+    rest: Array
+    rank: Array
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class CompactMap(LinearMap):
+    """scale * I + Psi C^{-1} Psi^T; see ``compact_map``.
+
+    Attributes:
+        scale: gamma.
+        vectors: Psi, a pytree whose leaves have a leading axis of length k.
+        core: C, shape (k, k).
+        gram: Psi^T Psi, shape (k, k).
+        used: Which vectors count, shape (k,).
+    """
+
+    scale: Array
+    vectors: PyTree
+    core: Array
+    gram: Array
+    used: Array
+
+    @property
+    def structure(self) -> PyTree:
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), self.vectors)
+
+    def __call__(self, vector: PyTree) -> PyTree:
+        trees.check_like(vector, self.structure, "vector", "the map's vectors")
+        change = self.combine(self.solve_core(self.project(vector)))
+        return trees.add(trees.scale(self.scale, vector), change)
+
+    def solve(self, vector: PyTree, *, damping: Scalar = 0.0) -> PyTree:
+        """(A + damping I)^{-1} v by the formula of Sherman, Morrison and Woodbury."""
+        trees.check_like(vector, self.structure, "vector", "the map's vectors")
+        damping = jnp.asarray(damping, self.scale.dtype)
+        total = self.scale + damping
+
+        def by_woodbury():
+            inner = self._own(self.core) + self._own(self.gram, 0) / total
+            coefficients = jnp.linalg.solve(inner, self.project(vector) / total) / total
+            return trees.sub(trees.scale(1 / total, vector), self.combine(coefficients))
+
+        # The matrix may be regular all the same, where Psi spans everything.
+        def by_spectrum():
+            return self._spectral(vector, lambda values: 1 / (values + damping))
+
+        return jax.lax.cond(total == 0, by_spectrum, by_woodbury)
+
+    def bilinear(self, left: PyTree, right: PyTree) -> Array:
+        change = self.project(left) @ self.solve_core(self.project(right))
+        return self.scale * trees.vdot(left, right).astype(self.scale.dtype) + change
+
+    def trace(self) -> Array:
+        count = jnp.asarray(trees.size(self.structure), self.scale.dtype)
+        return self.scale * count + jnp.trace(self.solve_core(self._own(self.gram, 0)))
+
+    def diagonal(self) -> PyTree:
+        inverse = jnp.where(self._both, jnp.linalg.inv(self._own(self.core)), 0)
+
+        def one(leaf):
+            correction = jnp.einsum("i...,ij,j...->...", leaf, inverse.astype(leaf.dtype), leaf)
+            return self.scale.astype(leaf.dtype) + correction
+
+        return jax.tree.map(one, self.vectors)
+
+    def logdet(self, *, damping: Scalar = 0.0) -> Array:
+        spectrum, damping = self.spectrum(), jnp.asarray(damping, self.scale.dtype)
+        rest = jnp.asarray(trees.size(self.structure), self.scale.dtype) - spectrum.rank.astype(self.scale.dtype)
+        kept = jnp.any(spectrum.basis != 0, axis=0)
+        inside = jnp.where(kept, jnp.log(jnp.abs(jnp.where(kept, spectrum.values + damping, 1))), 0)
+        return jnp.sum(inside) + jax.scipy.special.xlogy(rest, jnp.abs(spectrum.rest + damping))
+
+    def project(self, vector: PyTree) -> Array:
+        """Psi^T v, zero for vectors that do not count; shape (k,)."""
+        return jnp.where(self.used, inner_products(self.vectors, vector).astype(self.scale.dtype), 0)
+
+    def solve_core(self, right: Array) -> Array:
+        """C^{-1} right, for what belongs to the vectors that count; shape (k,) or (k, any)."""
+        return jnp.linalg.solve(self._own(self.core), right)
+
+    def combine(self, coefficients: Array) -> PyTree:
+        """Psi c, a pytree like the map's vectors."""
+        return combination(self.vectors, jnp.where(self.used, coefficients, 0))
+
+    def spectrum(self) -> Spectrum:
+        """The eigenvalues, and the eigenvectors that are not orthogonal to Psi, by matrices of k x k alone."""
+        gram = self._own(self.gram, 0)
+        squares, axes = jnp.linalg.eigh(gram)
+        kept = squares > 10 * squares.size * jnp.finfo(squares.dtype).eps * jnp.max(squares)
+        lengths = jnp.sqrt(jnp.where(kept, squares, 0))
+        reduced = lengths[:, None] * (axes.T @ self.solve_core(axes * lengths))
+        reduced = (reduced + reduced.T) / 2
+        # Directions that Psi does not have are moved away from all others, so that they stay apart.
+        far = 2 * jnp.max(jnp.abs(reduced)) + jnp.abs(self.scale)
+        values, vectors = jnp.linalg.eigh(reduced + jnp.diag(jnp.where(kept, 0, far)))
+        basis = (axes * jnp.where(kept, 1 / jnp.where(kept, lengths, 1), 0)) @ vectors
+        values, rank = values + self.scale, jnp.sum(kept)
+        rest = jnp.where(rank < trees.size(self.structure), self.scale, jnp.max(values))
+        return Spectrum(values, basis, rest, rank)
+
+    @property
+    def _both(self):
+        return self.used[:, None] & self.used[None, :]
+
+    def _own(self, matrix, fill=1):
+        """A k x k matrix with ``fill`` times the identity in place of what belongs to vectors that do not count."""
+        return jnp.where(self._both, matrix, fill * jnp.eye(self.used.size, dtype=matrix.dtype))
+
+    def _spectral(self, vector, function):
+        spectrum = self.spectrum()
+        rest = function(spectrum.rest)
+        components = spectrum.basis.T @ self.project(vector)
+        change = self.combine(spectrum.basis @ ((function(spectrum.values) - rest) * components))
+        return trees.add(trees.scale(rest, vector), change)
+
+
+def inner_products(vectors: PyTree, vector: PyTree) -> Array:
+    """Psi^T v for k vectors on leading axes, accumulated in float32 or wider; shape (k,)."""
+
+    def one(stack, leaf):
+        dtype = trees.wide_dtype(stack, leaf)
+        flat = stack.reshape(stack.shape[0], -1).astype(dtype)
+        return jnp.matmul(flat, leaf.reshape(-1).astype(dtype), precision=jax.lax.Precision.HIGHEST)
+
+    parts = jax.tree.leaves(jax.tree.map(one, vectors, vector))
+    dtype = trees.wide_dtype(*parts)
+    return sum(part.astype(dtype) for part in parts)  # pyright: ignore[reportReturnType]
+
+
+def combination(vectors: PyTree, coefficients: Array) -> PyTree:
+    """Psi c, in the dtypes of the vectors."""
+
+    def one(stack):
+        dtype = trees.wide_dtype(stack, coefficients)
+        product = jnp.tensordot(coefficients.astype(dtype), stack.astype(dtype), 1, precision=jax.lax.Precision.HIGHEST)
+        return product.astype(stack.dtype)
+
+    return jax.tree.map(one, vectors)

@@ -1,0 +1,146 @@
+"""The quadratic model of an objective around a point, and how well it predicts: reduction ratio and lower bound."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import register_dataclass
+
+from curvax import trees
+from curvax.matrices.curvature import ggn
+from curvax.matrices.linear_map import LinearMap
+from curvax.objectives.objective import Objective, point_at
+from curvax.objectives.point import CurvaturePoint
+from curvax.objectives.term import weighted_sum
+
+PyTree = Any
+Scalar = Any
+
+
+def quadratic_model(
+    objective: Objective,
+    params: PyTree = None,
+    batch: PyTree = None,
+    *,
+    at: CurvaturePoint | None = None,
+    curvature: Callable[..., LinearMap] = ggn,
+    damping: Scalar = 0.0,
+) -> QuadraticModel:
+    r"""The model M(delta) = h(theta) + g^T delta + 1/2 delta^T (B + damping I) delta of an objective at theta.
+
+    Args:
+        objective: The objective h.
+        params: theta.
+        batch: The batch, for gradient and curvature alike.
+        at: A curvature point in place of params and batch.
+        curvature: What makes B from (objective, at=...): ``curvax.ggn``, ``curvax.hessian`` or ``curvax.fisher``.
+        damping: lambda, Tikhonov damping (Martens 2016, section 4.6.1).
+
+    Returns:
+        The model, a pytree.
+
+    Example:
+        >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
+        >>> batch = (jnp.eye(2), jnp.ones((2, 1)))
+        >>> M = curvax.quadratic_model(objective, jnp.zeros((2, 1)), batch)
+        >>> M(jnp.ones((2, 1))).item(), objective(jnp.ones((2, 1)), batch).item()
+        (0.0, 0.0)
+    """
+    point = point_at(objective, params, batch, at)
+    loss, gradient = point.value_and_gradient()
+    return QuadraticModel(loss, gradient, curvature(point.objective, at=point), damping)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class QuadraticModel:
+    """M(delta) = h + g^T delta + 1/2 delta^T (B + damping I) delta (Martens 2016, eq. 4.1).
+
+    Attributes:
+        loss: h, the value at delta = 0.
+        gradient: g.
+        curvature: B, a linear map.
+        damping: lambda.
+    """
+
+    loss: jax.Array
+    gradient: PyTree
+    curvature: LinearMap
+    damping: Scalar = 0.0
+
+    def __call__(self, delta: PyTree) -> jax.Array:
+        """M(delta)."""
+        return self.loss + self.change(delta).astype(self.loss.dtype)
+
+    def change(self, delta: PyTree) -> jax.Array:
+        """M(delta) - M(0), the predicted change of the objective, by forward passes alone."""
+        quadratic = self.curvature.quadratic(delta)
+        squared_norm = trees.vdot(delta, delta)
+        linear = trees.vdot(self.gradient, delta).astype(quadratic.dtype)
+        return linear + (quadratic + trees.scale(self.damping, squared_norm).astype(quadratic.dtype)) / 2
+
+
+def reduction_ratio(loss: Scalar, new_loss: Scalar, predicted_change: Scalar) -> jax.Array:
+    r"""rho = (h(theta + delta) - h(theta)) / (M(delta) - M(0)), made safe.
+
+    Both changes are shifted down by ten units of rounding of the loss, so that at convergence, where both are nothing
+    but rounding, rho is close to 1 (Conn, Gould, Toint 2000, section 17.4.2). Where the model predicts no decrease, or
+    either value is not finite, rho is -inf: bad by any rule.
+
+    Args:
+        loss: h(theta).
+        new_loss: h(theta + delta) on the same batch.
+        predicted_change: M(delta) - M(0), normally negative.
+
+    Returns:
+        rho, a scalar. Martens 2016, eq. 4.9, with M(0) subtracted as it must be.
+
+    Example:
+        >>> print(f"{curvax.reduction_ratio(jnp.array(2.0), jnp.array(1.0), jnp.array(-2.0)):.6f}")
+        0.500000
+        >>> curvax.reduction_ratio(jnp.array(2.0), jnp.array(jnp.nan), jnp.array(-2.0)).item()
+        -inf
+    """
+    loss, new_loss, predicted = jnp.asarray(loss), jnp.asarray(new_loss), jnp.asarray(predicted_change)
+    rounding = 10 * jnp.finfo(loss.dtype).eps * jnp.abs(loss)
+    denominator = predicted.astype(loss.dtype) - rounding
+    numerator = new_loss.astype(loss.dtype) - loss - rounding
+    valid = (denominator < 0) & jnp.isfinite(numerator) & jnp.isfinite(denominator)
+    ratio = jnp.where(valid, numerator / jnp.where(valid, denominator, -1), -jnp.inf)
+    return jnp.where((numerator == 0) & (denominator == 0), jnp.ones_like(ratio), ratio)
+
+
+def model_lower_bound(
+    objective: Objective, params: PyTree = None, batch: PyTree = None, *, at: CurvaturePoint | None = None
+) -> jax.Array:
+    r"""A lower bound on M(delta) - M(0) over all delta, for the Gauss-Newton model with gradient from the same batch.
+
+    It is -1/2 mean_i g_i^T C_i^+ g_i - l2/2 ||theta||^2, with g_i the gradient and C_i the curvature of the loss in the
+    outputs of case i (Martens 2016, section 4.10.1). A model below it means a bug, or gradient and curvature from
+    different data. The bound is -inf where the loss has slope but no curvature.
+
+    Args:
+        objective: The objective.
+        params: theta.
+        batch: The batch.
+        at: A curvature point in place of params and batch.
+
+    Returns:
+        The bound, a scalar, not positive.
+
+    Example:
+        >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
+        >>> curvax.model_lower_bound(objective, jnp.zeros((2, 1)), (jnp.eye(2), jnp.ones((2, 1))))
+        Array(-0.5, dtype=float...)
+    """
+    point = point_at(objective, params, batch, at)
+
+    def one(piece):
+        return weighted_sum(piece.scale, piece.loss.squared_newton_decrement(piece.outputs, piece.targets))
+
+    data = point.accumulate(one)
+    return -(data / 2 + point.objective.penalty(point.params).astype(data.dtype))

@@ -1,0 +1,1 @@
+"""What is minimised: losses on outputs, terms, the objective, and the curvature point that everything reads."""

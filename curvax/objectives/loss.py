@@ -1,0 +1,123 @@
+"""The interface of a loss on a model's outputs: value, curvature, Fisher matrix and draws of targets."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvax import trees
+from curvax.objectives.output_matrix import AutodiffOutputs, OutputMatrix
+
+PyTree = Any
+
+
+class OutputLoss(abc.ABC):
+    """The interface of every loss. ``outputs`` and ``targets`` carry the examples on axis 0.
+
+    Attributes:
+        convex: Whether the loss is convex in the outputs.
+        natural: Whether the outputs are natural parameters of the predictive distribution, so that Hessian and Fisher
+            matrix on the outputs agree (Martens 2016, eq. 5.5).
+        has_value: Whether the value exists; see ``curvature_only``.
+    """
+
+    convex: bool = True
+    natural: bool = False
+    has_value: bool = True
+
+    @abc.abstractmethod
+    def value(self, outputs: PyTree, targets: PyTree) -> jax.Array:
+        """The loss, not summed: an array whose axes are leading axes of the outputs."""
+
+    def gradient(self, outputs: PyTree, targets: PyTree) -> PyTree:
+        """The gradient of the summed loss in the outputs."""
+        return jax.grad(lambda z: jnp.sum(self.value(z, targets)))(outputs)
+
+    def hessian(self, outputs: PyTree, targets: PyTree) -> OutputMatrix:
+        """H_L, the exact Hessian in the outputs; for a non-convex loss it is indefinite."""
+        return AutodiffOutputs(_OneExample(self), outputs, targets, convex=self.convex)
+
+    def curvature(self, outputs: PyTree, targets: PyTree) -> OutputMatrix:
+        """The matrix of the Gauss-Newton products: H_L for convex losses, else as the loss documents."""
+        return self.hessian(outputs, targets)
+
+    def fisher(self, outputs: PyTree, targets: PyTree = None) -> OutputMatrix:
+        """F_R, the Fisher matrix of the predictive distribution in the outputs (Martens 2016, eq. 5.4).
+
+        It does not depend on the targets; a loss ``from_function`` needs some to evaluate its function with.
+
+        Raises:
+            ValueError: It has no closed form.
+        """
+        raise ValueError(
+            f"{self} has no Fisher matrix in closed form; pass key= and num_samples= for the Monte-Carlo one, or make"
+            " the loss with natural=True if its outputs are natural parameters"
+        )
+
+    def sample(self, key: jax.Array, output: PyTree) -> PyTree:
+        """A target drawn from the predictive distribution of ONE example (no batch axis).
+
+        Raises:
+            ValueError: The loss has no predictive distribution that it could draw from.
+        """
+        raise ValueError(f"{self} cannot be sampled; make it with sample=(key, output) -> target")
+
+    def negative_log_density(self, outputs: PyTree, targets: PyTree) -> jax.Array:
+        """-log r(y | z) of the predictive distribution, normalised, shaped like ``value``.
+
+        Raises:
+            ValueError: The loss is not known to have a normalised density.
+        """
+        raise ValueError(f"{self} has no normalised density")
+
+    def squared_newton_decrement(self, outputs: PyTree, targets: PyTree) -> jax.Array:
+        """g^T C^+ g with g the gradient and C the ``curvature``; twice the most the quadratic model can fall by.
+
+        Shaped like ``value`` where the matrix is separable, else one number for each example. Infinite where the model
+        is certain and wrong, and wherever else the quadratic model falls without end: along a slope without curvature,
+        or where C is indefinite.
+        """
+        return self.curvature(outputs, targets).pinv_quadratic(self.gradient(outputs, targets))
+
+    def check(self, outputs: PyTree, targets: PyTree) -> None:
+        """Raises a ValueError or TypeError, at trace time, if the targets do not fit the outputs."""
+        self.check_outputs(outputs)
+
+    def check_outputs(self, outputs: PyTree) -> None:
+        """Raises a ValueError or TypeError, at trace time, if the loss does not take such outputs."""
+        trees.check_floating(outputs, "outputs")
+
+
+@dataclasses.dataclass(frozen=True)
+class _OneExample:
+    """The loss of one example, a function that equals those of equal losses, so that jit does not trace it anew."""
+
+    loss: OutputLoss
+
+    def __call__(self, output, target):
+        return jnp.sum(self.loss.value(*jax.tree.map(lambda x: x[None], (output, target))))
+
+
+def check_array(loss, outputs):
+    """Raises a TypeError unless the outputs are one array."""
+    if not hasattr(outputs, "shape"):
+        raise TypeError(f"{loss}: the model must return one array, got {described(outputs)}")
+
+
+def check_targets(loss, targets, shape, what="targets", floating=False):
+    """Raises a TypeError or ValueError unless the targets are one array of that shape."""
+    if not hasattr(targets, "shape"):
+        raise TypeError(f"{loss}: {what} must be one array of shape {shape}, got {described(targets)}")
+    if targets.shape != shape:
+        raise ValueError(f"{loss}: {what} must have shape {shape}, to match the outputs, got {targets.shape}")
+    if floating and not jnp.issubdtype(targets.dtype, jnp.floating):
+        raise TypeError(f"{loss}: {what} must be floating-point, got {targets.dtype}; cast them")
+
+
+def described(tree):
+    """The tree with each leaf replaced by its dtype and shape as text."""
+    return jax.tree.map(lambda x: f"{jnp.result_type(x)}{jnp.shape(x)}", tree)

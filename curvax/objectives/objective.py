@@ -1,0 +1,258 @@
+"""The objective: what is minimised, as a sum of terms, each a model function, a loss and a part of the batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvax import trees
+from curvax.objectives.loss import OutputLoss
+from curvax.objectives.point import CurvaturePoint
+from curvax.objectives.term import Term, evaluate, weighted_sum
+
+PyTree = Any
+Scalar = Any
+
+
+@jax.tree_util.register_pytree_node_class
+class Objective:
+    r"""The function that is minimised, h(theta) = mean_i L(y_i, f(theta, x_i)) + (l2 / 2) ||theta||^2.
+
+    An objective brings together a model function and a loss on its outputs; nothing of the model is registered or
+    renamed. It is a pytree: ``l2`` and the weights of its terms may be traced numbers, so a schedule on them compiles
+    once. Several terms, such as the interior and the boundary of a physics-informed network, are summed by
+    ``Objective.from_terms``.
+
+    The objective is the mean over examples, which stand on axis 0 of the outputs; the loss of a sequence is the sum
+    over its steps. Weights and masks change that as ``curvax.Term`` says.
+
+    Example:
+        >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
+        >>> w, batch = jnp.zeros((2, 1)), (jnp.eye(2), jnp.ones((2, 1)))
+        >>> objective(w, batch)
+        Array(0.5, dtype=float...)
+        >>> loss, grads, at = objective.value_and_grad(w, batch)
+        >>> grads
+        Array([[-0.5],
+               [-0.5]], dtype=float...)
+        >>> curvax.ggn(objective, at=at)(jnp.ones((2, 1)))
+        Array([[0.5],
+               [0.5]], dtype=float...)
+    """
+
+    terms: tuple[Term, ...]
+    l2: Scalar | None
+    l2_mask: Callable[[PyTree], PyTree] | None
+
+    def __init__(
+        self,
+        model_fn: Callable[[PyTree, PyTree], PyTree],
+        loss: OutputLoss,
+        *,
+        l2: Scalar | None = None,
+        l2_mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+        select: Callable[[PyTree], tuple[PyTree, PyTree]] | None = None,
+        example_weights: Callable[[PyTree], jax.Array] | None = None,
+        mask: Callable[[PyTree], jax.Array] | None = None,
+        example_axes: Any = 0,
+        has_aux: bool = False,
+    ):
+        """An objective of one term.
+
+        Args:
+            model_fn: (params, inputs) -> outputs z, before the output non-linearity (that belongs to the loss); with
+                ``has_aux`` -> (outputs, aux). Random keys and batch statistics travel in the inputs.
+            loss: The loss on the outputs, from ``curvax.losses``.
+            l2: The strength eta of the penalty eta/2 ||theta||^2 (Martens 2016, section 6.8), part of value, gradient
+                and every curvature matrix; None for none. May be traced.
+            l2_mask: Which leaves are penalised: a pytree of bools shaped like the parameters, or a function from the
+                parameters to one, as in ``optax.add_decayed_weights``; None for all.
+            select: batch -> (inputs, targets); the batch itself if None.
+            example_weights: batch -> weights; see ``curvax.Term``.
+            mask: batch -> mask; see ``curvax.Term``.
+            example_axes: Where the examples are in (inputs, targets): a pytree prefix of ints and None as in
+                ``jax.vmap``'s ``in_axes``; None marks what all examples share, such as a key.
+            has_aux: Whether the model returns auxiliary outputs, such as new batch statistics.
+        """
+        term = Term(
+            model_fn,
+            loss,
+            select=select,
+            example_weights=example_weights,
+            mask=mask,
+            example_axes=example_axes,
+            has_aux=has_aux,
+        )
+        self._set((term,), l2, l2_mask)
+
+    @classmethod
+    def from_terms(
+        cls, *terms: Term, l2: Scalar | None = None, l2_mask: PyTree | Callable[[PyTree], PyTree] | None = None
+    ) -> Objective:
+        """The sum of several terms, h = sum_t weight_t mean_i L_t + l2/2 ||theta||^2.
+
+        Args:
+            *terms: The terms; each selects its own part of the batch and takes the mean over its own examples.
+            l2: As in the constructor.
+            l2_mask: As in the constructor.
+
+        Returns:
+            The objective.
+
+        Example:
+            >>> def network(w, x):
+            ...     return jnp.tanh(x @ w)
+            >>> loss = curvax.losses.squared_error()
+            >>> interior = curvax.Term(network, loss, select=lambda batch: batch["interior"])
+            >>> boundary = curvax.Term(network, loss, select=lambda batch: batch["boundary"], weight=10.0)
+            >>> objective = curvax.Objective.from_terms(interior, boundary)
+            >>> part = (jnp.ones((3, 2)), jnp.ones((3, 1)))
+            >>> objective(jnp.zeros((2, 1)), {"interior": part, "boundary": part})
+            Array(5.5, dtype=float...)
+        """
+        if not terms or not all(isinstance(term, Term) for term in terms):
+            raise TypeError("Objective.from_terms takes one or more curvax.Term")
+        return cls.__new__(cls)._set(tuple(terms), l2, l2_mask)
+
+    def __call__(self, params: PyTree, batch: PyTree) -> jax.Array:
+        """The scalar loss h(theta) on a batch; ``jax.value_and_grad(objective)`` works.
+
+        Args:
+            params: theta, a pytree of floating-point arrays.
+            batch: (inputs, targets), or what ``select`` makes them from.
+
+        Returns:
+            h, a scalar of dtype float32 or wider.
+
+        Raises:
+            TypeError: A leaf of the parameters is not floating-point, or targets have the wrong dtype.
+            ValueError: The batch is empty, or shapes do not fit.
+        """
+        trees.check_floating(params, "params")
+        total = self.penalty(params)
+        for term in self.terms:
+            outputs, targets, scale, _, _ = evaluate(term, params, batch)
+            total = trees.add(weighted_sum(scale, term.loss.value(outputs, targets)), total)
+        return total
+
+    def value_and_grad(
+        self, params: PyTree, batch: PyTree, *, has_aux: bool = False, chunk_size: int | None = None
+    ) -> tuple[Any, PyTree, CurvaturePoint]:
+        """Loss, gradient, and the curvature point they came from, by one linearisation.
+
+        Args:
+            params: theta.
+            batch: The batch.
+            has_aux: Return ``(loss, aux)`` in place of the loss; aux is a tuple over terms if there are several.
+            chunk_size: How many examples to take through the model at a time; None for all at once.
+
+        Returns:
+            ``(loss, gradient, at)``; ``at`` is a pytree to give to transformations (``tx.update(..., at=at)``) and to
+            ``curvax.ggn(objective, at=at)`` and its siblings.
+        """
+        at = self.linearize(params, batch, chunk_size=chunk_size)
+        loss, gradient = at.value_and_gradient()
+        if not has_aux:
+            return loss, gradient, at
+        if chunk_size is not None:
+            raise ValueError("auxiliary outputs of chunks cannot be put together: leave out chunk_size or has_aux")
+        if not any(term.has_aux for term in self.terms):
+            raise ValueError("has_aux=True, but no term's model returns aux: make the objective with has_aux=True")
+        return (loss, at.aux), gradient, at
+
+    def linearize(self, params: PyTree, batch: PyTree, *, chunk_size: int | None = None) -> CurvaturePoint:
+        """The curvature point at (params, batch): outputs and the linear maps J and J^T of every term.
+
+        Args:
+            params: theta, a pytree of floating-point arrays.
+            batch: The batch.
+            chunk_size: None stores the linearisation of the whole batch. A number of examples makes every later
+                product go through the batch in chunks of that size, each linearised anew, so that memory is bounded;
+                results do not depend on it.
+
+        Returns:
+            The ``CurvaturePoint``.
+
+        Raises:
+            TypeError: A leaf of the parameters is not floating-point, or targets have the wrong dtype.
+            ValueError: The batch is empty, or shapes do not fit.
+        """
+        trees.check_floating(params, "params")
+        return CurvaturePoint.at(self, params, batch, chunk_size)
+
+    def replace(self, **changes: Any) -> Objective:
+        """A copy with ``l2``, ``l2_mask`` or ``terms`` replaced, for instance by a traced number.
+
+        Example:
+            >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error(), l2=0.1)
+            >>> w, batch = jnp.ones((1, 1)), (jnp.ones((1, 1)), jnp.ones((1, 1)))
+            >>> jax.jit(lambda l2: objective.replace(l2=l2)(w, batch))(2.0)
+            Array(1., dtype=float...)
+        """
+        unknown = set(changes) - {"l2", "l2_mask", "terms"}
+        if unknown:
+            raise TypeError(f"Objective.replace takes l2, l2_mask and terms, not {', '.join(sorted(unknown))}")
+        fields = {"terms": self.terms, "l2": self.l2, "l2_mask": self.l2_mask} | changes
+        return Objective.__new__(Objective)._set(**fields)
+
+    def penalty(self, params: PyTree) -> jax.Array:
+        """The l2 penalty eta/2 ||theta||^2 over the leaves it applies to."""
+        if self.l2 is None:
+            return jnp.zeros((), trees.wide_dtype(*jax.tree.leaves(params)))
+        return trees.vdot(params, trees.multiply(params, self.penalty_curvature(params))) / 2
+
+    def penalty_curvature(self, params: PyTree) -> PyTree:
+        """The Hessian of the penalty: one scalar for each leaf, eta or 0."""
+        mask = jax.tree.map(lambda _: True, params) if self.l2_mask is None else self.l2_mask(params)
+        trees.check_same_leaves(mask, params, "l2_mask")
+        l2 = 0.0 if self.l2 is None else self.l2
+        return jax.tree.map(
+            lambda on, leaf: jnp.asarray(l2).astype(leaf.dtype) * jnp.asarray(on, leaf.dtype), mask, params
+        )
+
+    def _set(self, terms, l2, l2_mask):
+        if l2_mask is not None and not callable(l2_mask):
+            l2_mask = _Constant(l2_mask)
+        self.terms, self.l2, self.l2_mask = terms, l2, l2_mask
+        return self
+
+    def tree_flatten(self):
+        return (self.terms, self.l2), self.l2_mask
+
+    @classmethod
+    def tree_unflatten(cls, l2_mask, children):
+        terms, l2 = children
+        return cls.__new__(cls)._set(terms, l2, l2_mask)
+
+    def __repr__(self):
+        terms = ", ".join(f"{getattr(t.model_fn, '__name__', t.model_fn)} -> {t.loss}" for t in self.terms)
+        return f"Objective({terms}, l2={self.l2})"
+
+
+def point_at(
+    objective: Objective, params: PyTree, batch: PyTree, at: CurvaturePoint | None, chunk_size: int | None = None
+) -> CurvaturePoint:
+    """The point that was given, or the one at (params, batch)."""
+    if at is not None:
+        if params is not None or batch is not None or chunk_size is not None:
+            raise ValueError("pass either at= or params, batch and chunk_size: the point has them already")
+        if not isinstance(at, CurvaturePoint):
+            raise TypeError(f"at= takes the curvature point of objective.value_and_grad, got {type(at).__name__}")
+        return at
+    if params is None or batch is None:
+        raise ValueError("pass params and batch, or at= (the third result of objective.value_and_grad)")
+    return objective.linearize(params, batch, chunk_size=chunk_size)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Constant:
+    """A function that returns the same pytree whatever it is given."""
+
+    value: Any
+
+    def __call__(self, *_):
+        return self.value

@@ -1,0 +1,309 @@
+"""The losses that ``curvax.losses`` makes, each with its curvature in closed form where it has one."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvax.objectives.loss import OutputLoss, check_array, check_targets, described
+from curvax.objectives.output_matrix import AutodiffOutputs, DiagonalOutputs, SoftmaxOutputs
+
+PyTree = Any
+
+
+class Elementwise(OutputLoss):
+    """A loss on each entry of one array, with targets of that shape that its Hessian does not depend on."""
+
+    natural = True
+    floating_targets: bool = False
+
+    def hessian(self, outputs, targets):
+        return self.fisher(outputs)
+
+    def check(self, outputs, targets):
+        self.check_outputs(outputs)
+        check_targets(self, targets, outputs.shape, floating=self.floating_targets)
+
+    def check_outputs(self, outputs):
+        check_array(self, outputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class SquaredError(Elementwise):
+    """See ``squared_error``."""
+
+    floating_targets = True
+
+    def value(self, outputs, targets):
+        return (outputs - targets.astype(outputs.dtype)) ** 2 / 2
+
+    def fisher(self, outputs, targets=None):
+        return DiagonalOutputs(jnp.ones_like(outputs))
+
+    def sample(self, key, output):
+        return output + jax.random.normal(key, output.shape, output.dtype)
+
+    def negative_log_density(self, outputs, targets):
+        return self.value(outputs, targets) + math.log(2 * math.pi) / 2
+
+    def squared_newton_decrement(self, outputs, targets):
+        return 2 * self.value(outputs, targets)
+
+
+@dataclasses.dataclass(frozen=True)
+class SigmoidBinaryCrossEntropy(Elementwise):
+    """See ``sigmoid_binary_cross_entropy``."""
+
+    def value(self, outputs, targets):
+        # Not softplus(z) - y z, in which a small loss cancels away.
+        y = targets.astype(outputs.dtype)
+        return y * jax.nn.softplus(-outputs) + (1 - y) * jax.nn.softplus(outputs)
+
+    def fisher(self, outputs, targets=None):
+        return DiagonalOutputs(jax.nn.sigmoid(outputs) * jax.nn.sigmoid(-outputs))
+
+    def sample(self, key, output):
+        return jax.random.bernoulli(key, jax.nn.sigmoid(output)).astype(output.dtype)
+
+    def negative_log_density(self, outputs, targets):
+        return self.value(outputs, targets)
+
+    def squared_newton_decrement(self, outputs, targets):
+        # (p - y)^2 / (p (1 - p)) with the odds exp(z) of p, so that a saturated unit does not divide zero by zero.
+        y = targets.astype(outputs.dtype)
+        return (_times_exp(1 - y, outputs / 2) - _times_exp(y, -outputs / 2)) ** 2
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftmaxCrossEntropy(OutputLoss):
+    """See ``softmax_cross_entropy``."""
+
+    natural = True
+
+    def value(self, outputs, targets):
+        y, log_p = self._distribution(outputs, targets), _log_softmax(outputs)
+        excluded = (y == 0) & jnp.isneginf(log_p)
+        return -jnp.sum(y * jnp.where(excluded, 0, log_p), axis=-1)
+
+    def hessian(self, outputs, targets):
+        if targets is None:
+            return self.fisher(outputs)
+        return SoftmaxOutputs(_log_softmax(outputs), jnp.sum(self._distribution(outputs, targets), axis=-1))
+
+    def fisher(self, outputs, targets=None):
+        return SoftmaxOutputs(_log_softmax(outputs), jnp.ones_like(outputs[..., 0]))
+
+    def sample(self, key, output):
+        return jax.random.categorical(key, output)
+
+    def negative_log_density(self, outputs, targets):
+        return self.value(outputs, targets)
+
+    def squared_newton_decrement(self, outputs, targets):
+        # sum_i (a p_i - y_i)^2 / (a p_i) with a the mass, in a form that neither cancels nor divides zero by zero.
+        y, log_p = self._distribution(outputs, targets), _log_softmax(outputs)
+        mass = jnp.sum(y, axis=-1)
+        differences = mass[..., None] * jnp.exp(log_p / 2) - _times_exp(y, -log_p / 2)
+        return jnp.sum(differences**2, axis=-1) / jnp.where(mass > 0, mass, 1)
+
+    def check(self, outputs, targets):
+        self.check_outputs(outputs)
+        if hasattr(targets, "dtype") and jnp.issubdtype(targets.dtype, jnp.integer):
+            if targets.shape == outputs.shape:
+                raise TypeError(
+                    f"{self}: integer targets of the outputs' shape {outputs.shape} look one-hot; cast them to"
+                    " floating point to use them as probabilities"
+                )
+            check_targets(self, targets, outputs.shape[:-1], "integer targets")
+        else:
+            what = f"targets (integers of shape {outputs.shape[:-1]}, or else probabilities)"
+            check_targets(self, targets, outputs.shape, what, floating=True)
+
+    def check_outputs(self, outputs):
+        check_array(self, outputs)
+        if outputs.ndim < 2:
+            raise ValueError(f"{self}: outputs need a last axis of classes, got shape {outputs.shape}")
+
+    def _distribution(self, outputs, targets):
+        if not jnp.issubdtype(targets.dtype, jnp.integer):
+            return targets.astype(outputs.dtype)
+        # A comparison rather than a gather: it shards like the outputs do. Small integers may not count all classes.
+        labels = jnp.asarray(targets if targets.dtype.itemsize >= 4 else targets.astype(jnp.int32))
+        return (labels[..., None] == jnp.arange(outputs.shape[-1], dtype=labels.dtype)).astype(outputs.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Poisson(Elementwise):
+    """See ``poisson``."""
+
+    def value(self, outputs, targets):
+        return jnp.exp(outputs) - targets.astype(outputs.dtype) * outputs
+
+    def fisher(self, outputs, targets=None):
+        return DiagonalOutputs(jnp.exp(outputs))
+
+    def sample(self, key, output):
+        return jax.random.poisson(key, jnp.exp(output)).astype(output.dtype)
+
+    def negative_log_density(self, outputs, targets):
+        return self.value(outputs, targets) + jax.scipy.special.gammaln(targets.astype(outputs.dtype) + 1)
+
+    def squared_newton_decrement(self, outputs, targets):
+        # (exp(z) - y)^2 / exp(z)
+        y = targets.astype(outputs.dtype)
+        return (jnp.exp(outputs / 2) - _times_exp(y, -outputs / 2)) ** 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaussian(OutputLoss):
+    """See ``gaussian``."""
+
+    exact: bool = False
+    convex = False
+
+    def value(self, outputs, targets):
+        mean, log_variance = outputs
+        return (((targets.astype(mean.dtype) - mean) * jnp.exp(-log_variance / 2)) ** 2 + log_variance) / 2
+
+    def hessian(self, outputs, targets):
+        if targets is None:
+            raise ValueError(f"{self}: the exact Hessian depends on the targets, and they are None")
+        return super().hessian(outputs, targets)
+
+    def curvature(self, outputs, targets):
+        return self.hessian(outputs, targets) if self.exact else self.fisher(outputs)
+
+    def fisher(self, outputs, targets=None):
+        mean, log_variance = outputs
+        entries = jnp.exp(-log_variance), jnp.full_like(mean, 0.5)
+        return DiagonalOutputs(jax.tree.structure(outputs).unflatten(entries))
+
+    def sample(self, key, output):
+        mean, log_variance = output
+        return mean + jnp.exp(log_variance / 2) * jax.random.normal(key, mean.shape, mean.dtype)
+
+    def negative_log_density(self, outputs, targets):
+        return self.value(outputs, targets) + math.log(2 * math.pi) / 2
+
+    def squared_newton_decrement(self, outputs, targets):
+        mean, log_variance = outputs
+        if self.exact:  # indefinite for r != 0; for r = 0 a slope along s without curvature
+            return jnp.full_like(mean, jnp.inf)
+        squares = _times_exp(targets.astype(mean.dtype) - mean, -log_variance / 2) ** 2
+        return squares + (1 - squares) ** 2 / 2
+
+    def check(self, outputs, targets):
+        self.check_outputs(outputs)
+        check_targets(self, targets, outputs[0].shape, floating=True)
+
+    def check_outputs(self, outputs):
+        pair = isinstance(outputs, (tuple, list)) and len(outputs) == 2
+        if not (pair and all(hasattr(z, "shape") for z in outputs)):
+            raise TypeError(f"{self}: the model must return the pair (mean, log variance), got {described(outputs)}")
+        if outputs[0].shape != outputs[1].shape:
+            raise ValueError(f"{self}: mean {outputs[0].shape} and log variance {outputs[1].shape} differ in shape")
+
+
+@dataclasses.dataclass(frozen=True)
+class FunctionLoss(OutputLoss):
+    """See ``from_function``."""
+
+    function: Callable[[PyTree, PyTree], jax.Array]
+    convex: bool
+    treatment: str = "exact"
+    natural: bool = False
+    sampler: Callable[[jax.Array, PyTree], PyTree] | None = None
+
+    def value(self, outputs, targets):
+        return jax.vmap(self.function)(outputs, targets)
+
+    def hessian(self, outputs, targets):
+        return AutodiffOutputs(self.function, outputs, targets, convex=self.convex)
+
+    def curvature(self, outputs, targets):
+        treatment = "exact" if self.convex else self.treatment
+        return dataclasses.replace(self.hessian(outputs, targets), treatment=treatment)
+
+    def fisher(self, outputs, targets=None):
+        return self.hessian(outputs, targets) if self.natural else super().fisher(outputs)
+
+    def sample(self, key, output):
+        return super().sample(key, output) if self.sampler is None else self.sampler(key, output)
+
+    def check(self, outputs, targets):
+        example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (outputs, targets))
+        loss = jax.eval_shape(self.function, *example)
+        if not isinstance(loss, jax.ShapeDtypeStruct) or loss.shape:
+            raise ValueError(
+                f"{self}: function(output, target) must return one scalar for one example, got {described(loss)}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class CurvatureOnly(OutputLoss):
+    """See ``curvature_only``."""
+
+    loss: OutputLoss
+    has_value = False
+
+    @property
+    def convex(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.loss.convex
+
+    @property
+    def natural(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.loss.natural
+
+    def value(self, outputs, targets):
+        raise ValueError(
+            "this objective has curvature but no loss value (curvax.losses.curvature_only): take its gradient elsewhere"
+            " and use objective.linearize(params, batch) as at="
+        )
+
+    squared_newton_decrement = value
+
+    def hessian(self, outputs, targets):
+        return self.loss.hessian(outputs, targets)
+
+    def curvature(self, outputs, targets):
+        return self.loss.curvature(outputs, targets)
+
+    def fisher(self, outputs, targets=None):
+        return self.loss.fisher(outputs, targets)
+
+    def sample(self, key, output):
+        return self.loss.sample(key, output)
+
+    def gradient(self, outputs, targets):
+        # Monte-Carlo Fisher vectors are gradients at sampled targets, not of the missing value.
+        return self.loss.gradient(outputs, targets)
+
+    def check(self, outputs, targets):
+        if targets is None:
+            self.loss.check_outputs(outputs)
+        else:
+            self.loss.check(outputs, targets)
+
+
+def _log_softmax(logits):
+    """The logarithm of softmax over the last axis.
+
+    It and its derivatives have small relative errors even where a probability is close to 1, because the largest logit
+    stays out of the sum.
+    """
+    index = jnp.argmax(logits, axis=-1, keepdims=True)
+    is_largest = index == jnp.arange(logits.shape[-1], dtype=index.dtype)
+    largest = jnp.sum(jnp.where(is_largest, logits, 0), axis=-1, keepdims=True)
+    shifted = jnp.where(is_largest, 0, logits - largest)
+    others = jnp.sum(jnp.where(is_largest, 0, jnp.exp(shifted)), axis=-1, keepdims=True)
+    return shifted - jnp.log1p(others)
+
+
+def _times_exp(factor, exponent):
+    """factor * exp(exponent), zero where the factor is zero even if the exponential overflows."""
+    return factor * jnp.exp(jnp.where(factor == 0, 0, exponent))

@@ -1,0 +1,297 @@
+"""The objective: terms, weights, masks, penalty, aux, what has no value, and what is refused."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import curvax
+from curvax import trees
+from tests import oracles
+
+
+def linear(params, x):
+    return x @ params["w"]
+
+
+def squares(**options):
+    return curvax.Objective(linear, curvax.losses.squared_error(), **options)
+
+
+PARAMS = {"w": jnp.arange(6.0).reshape(3, 2) / 6}
+BATCH = (jax.random.normal(jax.random.key(0), (5, 3)), jax.random.normal(jax.random.key(1), (5, 2)))
+ERRORS = 0.5 * np.sum((np.asarray(BATCH[0]) @ np.asarray(PARAMS["w"]) - np.asarray(BATCH[1])) ** 2, axis=1)
+
+
+def close(actual, expected, rtol=1e-12):
+    np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), rtol=rtol, atol=1e-14)
+
+
+def test_it_is_the_mean_over_examples_of_the_sum_over_outputs():
+    close(squares()(PARAMS, BATCH), ERRORS.mean())
+
+
+def test_weights_multiply_and_masks_choose_and_count():
+    weights, mask = jnp.array([1.0, 0.0, 2.0, 0.5, 3.0]), jnp.array([True, False, True, True, False])
+    batch = {"pair": BATCH, "weights": weights, "mask": mask}
+    options = {"select": lambda b: b["pair"]}
+    close(squares(example_weights=lambda b: b["weights"], **options)(PARAMS, batch), np.sum(weights * ERRORS) / 5)
+    masked = squares(mask=lambda b: b["mask"], **options)
+    close(masked(PARAMS, batch), ERRORS[np.asarray(mask)].mean())
+    both = squares(mask=lambda b: b["mask"], example_weights=lambda b: b["weights"], **options)
+    close(both(PARAMS, batch), np.sum(np.asarray(weights) * np.asarray(mask) * ERRORS) / 3)
+    kept = jax.tree.map(lambda leaf: leaf[np.asarray(mask)], BATCH)
+    close(curvax.ggn(masked, PARAMS, batch).to_dense(), curvax.ggn(squares(), PARAMS, kept).to_dense())
+
+
+def test_a_mask_over_steps_makes_the_mean_over_steps():
+    outputs = jnp.arange(24.0).reshape(2, 3, 4)
+    mask = jnp.array([[True, True, False], [True, False, False]])
+    objective = curvax.Objective(
+        lambda p, x: p * x, curvax.losses.squared_error(), select=lambda b: (b[0], b[1]), mask=lambda b: b[2]
+    )
+    batch = (outputs, jnp.zeros_like(outputs), mask)
+    close(objective(jnp.array(1.0), batch), 0.5 * np.sum(np.asarray(outputs)[np.asarray(mask)] ** 2) / 3)
+
+
+def test_nothing_left_by_the_mask_is_zero_loss_and_zero_curvature():
+    objective = squares(select=lambda b: b[0], mask=lambda b: b[1])
+    loss, gradient, at = objective.value_and_grad(PARAMS, (BATCH, jnp.zeros(5, bool)))
+    close(loss, 0)
+    close(gradient["w"], np.zeros((3, 2)))
+    close(curvax.ggn(objective, at=at)(PARAMS)["w"], np.zeros((3, 2)))
+
+
+def test_a_case_that_the_mask_leaves_out_may_have_an_infinite_loss():
+    objective = curvax.Objective(
+        lambda w, x: x * w, curvax.losses.poisson(), select=lambda b: b[0], mask=lambda b: b[1]
+    )
+    batch = ((jnp.array([[1.0], [2000.0]]), jnp.ones((2, 1))), jnp.array([True, False]))
+    loss, gradient, at = objective.value_and_grad(jnp.ones(1), batch)
+    close(loss, np.e - 1)
+    close(gradient, [np.e - 1])
+    close(curvax.ggn(objective, at=at).to_dense(), [[np.e]])
+    for chunk_size in (None, 1):
+        hessian = curvax.hessian(objective, jnp.ones(1), batch, chunk_size=chunk_size)
+        close(hessian.to_dense(), [[np.e]])
+        close(hessian.quadratic(jnp.ones(1)), np.e)
+
+
+def test_padding_an_example_and_masking_it_changes_nothing():
+    padded = jax.tree.map(lambda leaf: jnp.concatenate([leaf, jnp.full_like(leaf[:2], 7.0)]), BATCH)
+    objective = squares(select=lambda b: b[0], mask=lambda b: b[1])
+    actual = objective.value_and_grad(PARAMS, (padded, jnp.arange(7) < 5))
+    expected = squares().value_and_grad(PARAMS, BATCH)
+    close(actual[0], expected[0])
+    close(actual[1]["w"], expected[1]["w"])
+
+
+@pytest.mark.parametrize("mask", [None, lambda p: {"w": True, "b": False}, {"w": True, "b": False}])
+def test_penalty_of_the_leaves_the_user_chooses(mask):
+    params = {**PARAMS, "b": jnp.array([2.0, 3.0])}
+    objective = curvax.Objective(lambda p, x: x @ p["w"] + p["b"], curvax.losses.squared_error(), l2=0.4, l2_mask=mask)
+    plain = objective.replace(l2=None)
+    norm = np.sum(np.asarray(params["w"]) ** 2) + (13.0 if mask is None else 0.0)
+    close(objective(params, BATCH) - plain(params, BATCH), 0.2 * norm, 1e-10)
+    extra = curvax.ggn(objective, params, BATCH).to_dense() - curvax.ggn(plain, params, BATCH).to_dense()
+    close(extra, 0.4 * np.diag([float(mask is None)] * 2 + [1.0] * 6))
+
+
+def test_strength_of_penalty_and_weight_of_a_term_are_traced_and_compile_once():
+    traces = []
+    term = curvax.Term(linear, curvax.losses.squared_error())
+
+    @jax.jit
+    def loss(objective):
+        traces.append(1)
+        return objective(PARAMS, BATCH)
+
+    for l2, weight in ((0.0, 1.0), (0.5, 1.0), (0.5, 3.0)):
+        weighted = dataclasses.replace(term, weight=jnp.array(weight))
+        objective = curvax.Objective.from_terms(weighted, l2=jnp.array(l2))
+        norm = np.sum(np.asarray(PARAMS["w"]) ** 2)
+        close(loss(objective), weight * ERRORS.mean() + l2 / 2 * norm)
+    assert len(traces) == 1
+
+
+def test_aux_comes_out_of_the_same_pass():
+    calls = []
+
+    def model(params, x):
+        calls.append(1)
+        outputs = linear(params, x)
+        return outputs, {"mean": jnp.mean(outputs)}
+
+    objective = curvax.Objective(model, curvax.losses.squared_error(), has_aux=True)
+    (loss, aux), gradient, _ = objective.value_and_grad(PARAMS, BATCH, has_aux=True)
+    assert len(calls) == 1
+    close(loss, ERRORS.mean())
+    close(aux["mean"], np.mean(np.asarray(BATCH[0]) @ np.asarray(PARAMS["w"])))
+    close(gradient["w"], jax.grad(squares())(PARAMS, BATCH)["w"])
+    close(objective(PARAMS, BATCH), ERRORS.mean())
+    with pytest.raises(ValueError, match="chunk"):
+        objective.value_and_grad(PARAMS, BATCH, has_aux=True, chunk_size=2)
+    with pytest.raises(ValueError, match="has_aux=True"):
+        squares().value_and_grad(PARAMS, BATCH, has_aux=True)
+
+
+def test_random_keys_and_statistics_travel_in_the_inputs_and_are_not_cut_up():
+    def model(params, inputs):
+        x, key, statistics = inputs
+        noise = jax.random.normal(key, params["w"].shape)
+        return (x - statistics["mean"]) @ (params["w"] + 0.1 * noise)
+
+    inputs = (BATCH[0], jax.random.key(3), {"mean": jnp.ones(3)})
+    objective = curvax.Objective(model, curvax.losses.squared_error(), example_axes=((0, None, None), 0))
+    whole = objective.value_and_grad(PARAMS, (inputs, BATCH[1]))
+    chunked = objective.value_and_grad(PARAMS, (inputs, BATCH[1]), chunk_size=2)
+    close(chunked[0], whole[0])
+    close(chunked[1]["w"], whole[1]["w"], 1e-10)
+    one_axis = curvax.Objective(model, curvax.losses.squared_error())
+    with pytest.raises(ValueError, match="example_axes"):
+        one_axis.value_and_grad(PARAMS, (inputs, BATCH[1]), chunk_size=2)
+
+
+def test_examples_on_another_axis_of_the_inputs():
+    objective = curvax.Objective(lambda p, x: x.T @ p["w"], curvax.losses.squared_error(), example_axes=(1, 0))
+    batch = (BATCH[0].T, BATCH[1])
+    loss, gradient, _ = objective.value_and_grad(PARAMS, batch, chunk_size=2)
+    close(loss, ERRORS.mean())
+    close(gradient["w"], jax.grad(squares())(PARAMS, BATCH)["w"], 1e-10)
+
+
+def test_batch_normalisation_couples_examples_and_is_differentiated_through():
+    def model(params, x):
+        x = x @ params["w"]
+        return (x - x.mean(0)) / jnp.sqrt(x.var(0) + 1e-3)
+
+    objective = curvax.Objective(model, curvax.losses.squared_error())
+    close(curvax.ggn(objective, PARAMS, BATCH).to_dense(), oracles.dense_ggn(objective, PARAMS, BATCH), 1e-9)
+
+
+def test_curvature_without_a_loss_value():
+    objective = curvax.Objective(linear, curvax.losses.curvature_only(curvax.losses.softmax_cross_entropy()))
+    full = curvax.Objective(linear, curvax.losses.softmax_cross_entropy())
+    labels = jnp.array([0, 1, 0, 1, 1])
+    at = objective.linearize(PARAMS, (BATCH[0], None))
+    expected = curvax.fisher(full, PARAMS, (BATCH[0], labels)).to_dense()
+    close(curvax.ggn(objective, at=at).to_dense(), expected)
+    close(curvax.fisher(objective, at=at).to_dense(), expected)
+    tx = curvax.scale_by_dense_curvature(objective, damping=0.1)
+    updates, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS, at=at)
+    shifted = expected + 0.1 * np.eye(6)
+    close(trees.ravel(updates), np.linalg.solve(shifted, np.asarray(trees.ravel(PARAMS))), 1e-9)
+    for call in (
+        lambda: objective(PARAMS, (BATCH[0], labels)),
+        lambda: objective.value_and_grad(PARAMS, (BATCH[0], labels)),
+    ):
+        with pytest.raises(ValueError, match="curvature but no loss value"):
+            call()
+    with pytest.raises(ValueError, match="curvature only"):
+        curvax.hessian(objective, at=at)
+
+
+def test_it_is_a_pytree_that_survives_a_round_trip():
+    objective = squares(l2=0.1)
+    leaves, treedef = jax.tree.flatten(objective)
+    assert leaves == [1.0, 0.1]
+    close(treedef.unflatten(leaves)(PARAMS, BATCH), objective(PARAMS, BATCH))
+    assert "linear" in repr(objective)
+
+
+BAD = {
+    "integer parameters": (
+        TypeError,
+        r"params\['w'\] has dtype int32",
+        lambda: squares()({"w": jnp.ones((3, 2), jnp.int32)}, BATCH),
+    ),
+    "complex parameters": (
+        TypeError,
+        "real and an imaginary leaf",
+        lambda: squares().linearize({"w": jnp.ones((3, 2), jnp.complex64)}, BATCH),
+    ),
+    "an empty batch": (ValueError, "empty", lambda: squares()(PARAMS, (BATCH[0][:0], BATCH[1][:0]))),
+    "a batch that is no pair": (TypeError, "pass select=", lambda: squares()(PARAMS, {"x": BATCH[0]})),
+    "targets of another shape": (
+        ValueError,
+        r"must have shape \(5, 2\).*got \(5, 1\)",
+        lambda: squares()(PARAMS, (BATCH[0], BATCH[1][:, :1])),
+    ),
+    "targets of another dtype": (
+        TypeError,
+        "floating-point, got int32",
+        lambda: squares()(PARAMS, (BATCH[0], jnp.ones((5, 2), jnp.int32))),
+    ),
+    "too few targets": (ValueError, "5 examples", lambda: squares()(PARAMS, (BATCH[0], BATCH[1][:3]))),
+    "a scalar output": (
+        ValueError,
+        "examples on axis 0",
+        lambda: curvax.Objective(lambda p, x: jnp.sum(p["w"]), curvax.losses.squared_error())(PARAMS, BATCH),
+    ),
+    "weights of another shape": (
+        ValueError,
+        r"example_weights of shape \(4,\)",
+        lambda: squares(example_weights=lambda b: jnp.ones(4))(PARAMS, BATCH),
+    ),
+    "a mask of numbers": (
+        TypeError,
+        "mask must be boolean",
+        lambda: squares(mask=lambda b: jnp.ones(5))(PARAMS, BATCH),
+    ),
+    "a penalty mask of another structure": (
+        ValueError,
+        "l2_mask .*missing 'w'",
+        lambda: squares(l2=1.0, l2_mask={"v": True})(PARAMS, BATCH),
+    ),
+    "a vector of another structure": (
+        ValueError,
+        "vector .*missing 'w'; surplus 'v'",
+        lambda: curvax.ggn(squares(), PARAMS, BATCH)({"v": PARAMS["w"]}),
+    ),
+    "a vector of another shape": (
+        ValueError,
+        r"vector\['w'\] has shape \(2, 3\)",
+        lambda: curvax.hessian(squares(), PARAMS, BATCH)({"w": PARAMS["w"].T}),
+    ),
+    "a key without a number of samples": (
+        ValueError,
+        "both key= and num_samples=",
+        lambda: curvax.fisher(squares(), PARAMS, BATCH, key=jax.random.key(0)),
+    ),
+    "at and params": (
+        ValueError,
+        "either at= or",
+        lambda: curvax.ggn(squares(), PARAMS, at=squares().linearize(PARAMS, BATCH)),
+    ),
+    "neither": (ValueError, "pass params and batch, or at=", lambda: curvax.ggn(squares())),
+    "no terms": (TypeError, "one or more curvax.Term", lambda: curvax.Objective.from_terms()),
+    "a chunk of nothing": (ValueError, "must be positive", lambda: squares().linearize(PARAMS, BATCH, chunk_size=0)),
+    "a misspelt replacement": (TypeError, "takes l2", lambda: squares().replace(l1=0.1)),
+    "outputs of the whole batch from chunks": (
+        ValueError,
+        "without chunk_size",
+        lambda: squares().linearize(PARAMS, BATCH, chunk_size=2).outputs,
+    ),
+    "a dense matrix of too many parameters": (
+        ValueError,
+        "limit 20,000",
+        lambda: curvax.from_matvec(lambda v: v, jnp.zeros(20_001)).to_dense(),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_an_error_that_names_the_culprit(case):
+    error, message, call = BAD[case]
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_a_nan_in_the_batch_gives_nan_not_an_error():
+    batch = (BATCH[0].at[0, 0].set(jnp.nan), BATCH[1])
+    loss, gradient, at = squares().value_and_grad(PARAMS, batch)
+    assert np.isnan(loss)
+    assert np.isnan(gradient["w"]).any()
+    assert np.isnan(curvax.ggn(squares(), at=at).quadratic(PARAMS))
