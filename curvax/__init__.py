@@ -18,6 +18,11 @@ from curvax.layers.hessian import layer_hessian as layer_hessian
 from curvax.layers.sample_space import gram as gram
 from curvax.matrices.compact import CompactMap as CompactMap
 from curvax.matrices.compact import compact_map as compact_map
+from curvax.matrices.curvature import Curvature as Curvature
+from curvax.matrices.curvature import EmpiricalFisher as EmpiricalFisher
+from curvax.matrices.curvature import Fisher as Fisher
+from curvax.matrices.curvature import GaussNewton as GaussNewton
+from curvax.matrices.curvature import Hessian as Hessian
 from curvax.matrices.curvature import empirical_fisher as empirical_fisher
 from curvax.matrices.curvature import fisher as fisher
 from curvax.matrices.curvature import ggn as ggn

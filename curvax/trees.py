@@ -143,6 +143,11 @@ def wide_dtype(*leaves: Any) -> Any:
     return functools.reduce(wider, [leaf.dtype for leaf in leaves], jnp.dtype(jnp.float32))
 
 
+def wide_zero(tree: PyTree) -> jax.Array:
+    """A scalar zero in the dtype in which scalars about the leaves are accumulated."""
+    return jnp.zeros((), wide_dtype(*jax.tree.leaves(tree)))
+
+
 def wider(left: Any, right: Any) -> Any:
     """The floating dtype that holds both, also under strict promotion, where jax declines to choose.
 

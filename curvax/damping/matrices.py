@@ -12,13 +12,12 @@ import jax.numpy as jnp
 
 from curvax import trees
 from curvax.estimators.chapelle_erhan import chapelle_erhan_diagonal
-from curvax.matrices.curvature import LeafScalars
-from curvax.matrices.linear_map import Diagonal, LinearMap, Sum
+from curvax.matrices.curvature import Curvature
+from curvax.matrices.linear_map import DenseMap, Diagonal, LeafScalars, LinearMap, Sum
 from curvax.objectives.point import CurvaturePoint
 
 PyTree = Any
 Scalar = Any
-Curvature = Callable[..., LinearMap]
 DiagonalEstimate = Callable[[LinearMap, jax.Array], PyTree]
 
 
@@ -29,12 +28,12 @@ def tikhonov() -> Damping:
     of the curvature, so it depends on how parameters and objective are scaled.
 
     Returns:
-        The damping, for ``curvax.hessian_free(objective, damping=...)`` or to be called by itself.
+        The damping, for ``curvax.hessian_free(damping_matrix=...)`` or to be used by itself.
 
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
         >>> at = objective.linearize(jnp.zeros((2, 1)), (jnp.eye(2), jnp.ones((2, 1))))
-        >>> curvax.damping.tikhonov()(at, curvax.ggn, 2.0, jax.random.key(0)).to_dense()
+        >>> curvax.damping.tikhonov().matrix(at, curvax.GaussNewton(), 2.0, jax.random.key(0)).to_dense()
         Array([[2.5, 0. ],
                [0. , 2.5]], dtype=float...)
     """
@@ -55,7 +54,7 @@ def scale_sensitive(
         offset: kappa, not negative.
         diagonal: d as a fixed pytree shaped like the parameters, such as squared scales known in advance (D = C^T C),
             or a function (B, key) -> d; by default one unbiased estimate a step (``chapelle_erhan_diagonal``), which
-            needs a B with ``sample``: Gauss-Newton or Fisher.
+            needs a B with ``sample``: Gauss-Newton or Fisher. A dense B has its own diagonal.
 
     Returns:
         The damping.
@@ -67,24 +66,23 @@ def scale_sensitive(
         >>> objective = curvax.Objective(lambda w, x: x * w, curvax.losses.squared_error())
         >>> at = objective.linearize(jnp.zeros(2), (jnp.array([[1.0, 3.0]]), jnp.zeros((1, 2))))
         >>> damping = curvax.damping.scale_sensitive(diagonal=lambda B, key: B.diagonal())
-        >>> damping(at, curvax.ggn, 0.5, jax.random.key(0)).diagonal()
+        >>> damping.matrix(at, curvax.GaussNewton(), 0.5, jax.random.key(0)).diagonal()
         Array([ 1.5, 13.5], dtype=float...)
     """
     if not (0 <= exponent <= 1 and offset >= 0):
         raise ValueError(f"scale_sensitive needs 0 <= exponent <= 1 and offset >= 0, got {exponent} and {offset}")
-    return ScaleSensitive(exponent, offset, chapelle_erhan_diagonal if diagonal is None else diagonal)
+    return ScaleSensitive(exponent, offset, _own_or_estimated if diagonal is None else diagonal)
 
 
 class Damping(abc.ABC):
-    """What is added to a curvature matrix: a function of the point, of what makes the matrix, and of the strength."""
+    """What is added to a curvature matrix: lambda D."""
 
-    @abc.abstractmethod
-    def __call__(self, at: CurvaturePoint, curvature: Curvature, strength: Scalar, key: jax.Array) -> LinearMap:
+    def matrix(self, at: CurvaturePoint, curvature: Curvature, strength: Scalar, key: jax.Array) -> LinearMap:
         """The damped matrix B + lambda D.
 
         Args:
             at: The curvature point.
-            curvature: What makes B from (objective, at=...): ``curvax.ggn``, ``curvax.fisher`` or ``curvax.hessian``.
+            curvature: B, such as ``curvax.GaussNewton()``; what it draws, it draws by ``key`` itself.
             strength: lambda, a scalar that may be traced.
             key: A PRNG key, for estimates.
 
@@ -92,17 +90,23 @@ class Damping(abc.ABC):
             The map on whole parameter pytrees. Its diagonal can be estimated by ``chapelle_erhan_diagonal`` where B's
             can, which is what preconditioners do.
         """
+        matrix = curvature.at(at, key)
+        return Sum((matrix, self.added(matrix, strength, jax.random.fold_in(key, 1))))
+
+    @abc.abstractmethod
+    def added(self, matrix: LinearMap, strength: Scalar, key: jax.Array) -> LinearMap:
+        """lambda D for the matrix B."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tikhonov(Damping):
     """See ``tikhonov``."""
 
-    def __call__(self, at: CurvaturePoint, curvature: Curvature, strength: Scalar, key: jax.Array) -> LinearMap:
+    def added(self, matrix: LinearMap, strength: Scalar, key: jax.Array) -> LinearMap:
         del key
         strength = jnp.asarray(strength)
-        scalars = jax.tree.map(lambda leaf: strength.astype(trees.wide_dtype(leaf)), at.params)
-        return Sum((curvature(at.objective, at=at), LeafScalars(scalars, at.params)))
+        scalars = jax.tree.map(lambda leaf: strength.astype(trees.wide_dtype(leaf)), matrix.structure)
+        return LeafScalars.of(scalars, matrix.structure)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -113,13 +117,16 @@ class ScaleSensitive(Damping):
     offset: float
     diagonal: PyTree | DiagonalEstimate
 
-    def __call__(self, at: CurvaturePoint, curvature: Curvature, strength: Scalar, key: jax.Array) -> LinearMap:
-        matrix = curvature(at.objective, at=at)
+    def added(self, matrix: LinearMap, strength: Scalar, key: jax.Array) -> LinearMap:
         diagonal = self.diagonal(matrix, key) if callable(self.diagonal) else self.diagonal
-        trees.check_like(diagonal, at.params, "diagonal")
+        trees.check_like(diagonal, matrix.structure, "diagonal")
 
         def entries(leaf):
             leaf = jnp.asarray(leaf).astype(trees.wide_dtype(leaf))
             return jnp.asarray(strength).astype(leaf.dtype) * (leaf + self.offset) ** self.exponent
 
-        return Sum((matrix, Diagonal(jax.tree.map(entries, diagonal))))
+        return Diagonal(jax.tree.map(entries, diagonal))
+
+
+def _own_or_estimated(matrix, key):
+    return matrix.diagonal() if isinstance(matrix, DenseMap) else chapelle_erhan_diagonal(matrix, key)

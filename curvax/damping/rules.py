@@ -41,7 +41,7 @@ class DampingRule:
 
     Example:
         >>> rule = curvax.damping.DampingRule()
-        >>> print(f"{rule(jnp.array(1.0), jnp.array(0.9), jnp.array(1)):.4f}")
+        >>> print(f"{rule.adapt(jnp.array(1.0), jnp.array(0.9), count=1):.4f}")
         0.6667
     """
 
@@ -57,7 +57,7 @@ class DampingRule:
         if not (0 < self.decrease <= 1 <= self.increase and self.bad_ratio <= self.good_ratio and self.period >= 1):
             raise ValueError(f"a damping rule needs 0 < decrease <= 1 <= increase and bad <= good ratio, got {self}")
 
-    def __call__(self, damping: jax.Array, step_ratio: jax.Array, count: jax.Array) -> jax.Array:
+    def adapt(self, damping: jax.Array, step_ratio: jax.Array, *, count: jax.Array) -> jax.Array:
         """The damping of the next step.
 
         Args:
@@ -86,7 +86,7 @@ def kfac_rule(period: int = 5, base: float = 19 / 20) -> DampingRule:
 
     Example:
         >>> rule = curvax.damping.kfac_rule()
-        >>> print(f"{rule(jnp.array(150.0), jnp.array(0.9), jnp.array(5)):.2f}")
+        >>> print(f"{rule.adapt(jnp.array(150.0), jnp.array(0.9), count=5):.2f}")
         116.07
 
     Source: Martens 2016, section 6.6.5.
@@ -105,7 +105,7 @@ def curveball_rule(period: int = 5, factor: float = 0.999) -> DampingRule:
         The rule.
 
     Example:
-        >>> curvax.damping.curveball_rule()(jnp.array(1.0), jnp.array(2.0), jnp.array(5)).item()
+        >>> curvax.damping.curveball_rule().adapt(jnp.array(1.0), jnp.array(2.0), count=5).item()
         0.999
 
     Source: Henriques et al. 2018, section 3.
@@ -124,7 +124,7 @@ def cubic_rule(decrease: float = 0.5, increase: float = 2.0) -> DampingRule:
         The rule.
 
     Example:
-        >>> curvax.damping.cubic_rule()(jnp.array(100.0), jnp.array(0.95), jnp.array(1)).item()
+        >>> curvax.damping.cubic_rule().adapt(jnp.array(100.0), jnp.array(0.95), count=1).item()
         50.0
 
     Source: Cartis, Gould and Toint 2011, algorithm 2.1.
@@ -149,8 +149,8 @@ class RadiusRule:
 
     Example:
         >>> rule = curvax.damping.RadiusRule()
-        >>> rule(jnp.array(1.0), jnp.array(0.9), jnp.array(1.0)).item(), rule(jnp.array(1.0), -1.0, 1.0).item()
-        (2.0, 0.5)
+        >>> [rule.adapt(jnp.array(1.0), ratio, step_norm=1.0).item() for ratio in (0.9, 0.5, -1.0)]
+        [2.0, 1.0, 0.5]
 
     Source: Nocedal and Wright 2006, algorithm 6.2, which Ramamurthy and Duffy 2017 use for L-SR1.
     """
@@ -167,7 +167,7 @@ class RadiusRule:
         if not (0 < self.shrink < 1 <= self.grow and self.bad_ratio <= self.good_ratio and self.long_step >= 0):
             raise ValueError(f"a radius rule needs 0 < shrink < 1 <= grow and bad <= good ratio, got {self}")
 
-    def __call__(self, radius: jax.Array, step_ratio: jax.Array, step_norm: jax.Array) -> jax.Array:
+    def adapt(self, radius: jax.Array, step_ratio: jax.Array, *, step_norm: jax.Array) -> jax.Array:
         """The radius of the next step.
 
         Args:

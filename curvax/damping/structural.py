@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
 from curvax import trees
-from curvax.damping.matrices import Curvature, Damping, Tikhonov
+from curvax.damping.matrices import Damping, Tikhonov
 from curvax.layers.taps import LayerOutputs
-from curvax.matrices.curvature import hessian
+from curvax.matrices.curvature import Curvature, Fisher, GaussNewton
 from curvax.matrices.linear_map import LinearMap
 from curvax.objectives.loss import OutputLoss
 from curvax.objectives.output_matrix import OutputMatrix
-from curvax.objectives.point import CurvaturePoint, linearize_term
+from curvax.objectives.point import CurvaturePoint, Packed, linearize_term
 from curvax.objectives.standard_losses import SquaredError
 
 PyTree = Any
@@ -68,7 +68,7 @@ def structural(
         >>> objective = curvax.Objective(model, curvax.losses.squared_error(), has_aux=True)
         >>> at = objective.linearize(jnp.array([1.0, 2.0]), (jnp.ones((1, 1)), jnp.zeros((1, 1))))
         >>> damping = curvax.damping.structural(lambda hidden: hidden, strength=3.0, relative=False)
-        >>> damping(at, curvax.ggn, 0.5, jax.random.key(0)).to_dense()     # [2, 1]^T [2, 1] + diag(3, 0) + 0.5 I
+        >>> damping.matrix(at, curvax.GaussNewton(), 0.5, jax.random.key(0)).to_dense()     # [2, 1]^T [2, 1] + diag(3, 0) + 0.5 I
         Array([[7.5, 2. ],
                [2. , 1.5]], dtype=float...)
 
@@ -88,17 +88,20 @@ class Structural(Damping):
     loss: OutputLoss
     base: Damping
 
-    def __call__(self, at: CurvaturePoint, curvature: Curvature, strength: Scalar, key: jax.Array) -> LinearMap:
-        if curvature is hessian:
-            raise ValueError("structural damping extends a Gauss-Newton or Fisher matrix; pass curvature=curvax.ggn")
+    def matrix(self, at: CurvaturePoint, curvature: Curvature, strength: Scalar, key: jax.Array) -> LinearMap:
+        if not isinstance(curvature, (GaussNewton, Fisher)):
+            raise ValueError("structural damping extends curvax.GaussNewton() or curvax.Fisher()")
         weight = jnp.asarray(self.strength)
         if self.relative:
             weight = weight.astype(jnp.result_type(strength)) * strength
-        return self.base(self._extended(at, weight), curvature, strength, key)
+        return self.base.matrix(self._extended(at, weight), curvature, strength, key)
+
+    def added(self, matrix: LinearMap, strength: Scalar, key: jax.Array) -> LinearMap:
+        raise ValueError("structural damping extends the model, not a matrix that is there; use curvax.hessian_free")
 
     def _extended(self, at: CurvaturePoint, weight: jax.Array) -> CurvaturePoint:
         """The point of the model with outputs (z, c); mu travels with the targets, where it may be traced."""
-        models = [_extended_model(self.intermediates, index, term) for index, term in enumerate(at.objective.terms)]
+        models = [_extended_model(self.intermediates, index, term) for index, term in enumerate(at.terms)]
         if all(model is None for model in models):
             raise ValueError(
                 "structural damping reads the intermediate quantities off the model's auxiliary outputs: let the model"
@@ -106,7 +109,7 @@ class Structural(Damping):
                 " curvax.layers.LayerOutputs"
             )
         terms, all_cases, linearizations = [], [], []
-        for index, (term, cases) in enumerate(zip(at.objective.terms, at.cases, strict=True)):
+        for index, (term, cases) in enumerate(zip(at.terms, at.cases, strict=True)):
             if models[index] is not None:
                 inputs_axes, targets_axes = _pair(term.example_axes)
                 count = at.num_examples(index)
@@ -117,19 +120,20 @@ class Structural(Damping):
                     example_axes=(inputs_axes, (targets_axes, 0)),
                     has_aux=False,
                 )
-                cases = cases._replace(targets=(cases.targets, jnp.full((count,), weight)))
+                targets = cases.targets, jnp.full((count,), weight)
+                cases = dataclasses.replace(cases, packed=Packed.of((cases.inputs, targets)))
                 _, chosen = jax.eval_shape(lambda p, x, term=term: term.apply(p, x)[0], at.params, cases.inputs)
                 _check_cases(chosen, cases.scale.shape or (count,))
             if at.chunk_size is None:
-                linearizations.append(linearize_term(term, at.params, cases.inputs)[0])
+                linearizations.append(linearize_term(term, at.packed_params, cases.inputs)[0])
             terms.append(term)
             all_cases.append(cases)
         return dataclasses.replace(
             at,
-            objective=at.objective.replace(terms=tuple(terms)),
+            terms=tuple(terms),
             cases=tuple(all_cases),
             linearizations=tuple(linearizations) if at.chunk_size is None else None,
-            aux=None,
+            packed_aux=(),
         )
 
 

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from curvax import trees
 from curvax.layers.diagonals import unit_vector, with_penalty
-from curvax.objectives.objective import Objective, point_at
 from curvax.objectives.output_matrix import OutputMatrix
 from curvax.objectives.point import CurvaturePoint
 from curvax.objectives.term import scale_cases
@@ -19,14 +18,7 @@ PyTree = Any
 Array = jax.Array
 
 
-def becker_lecun_diagonal(
-    objective: Objective,
-    params: PyTree = None,
-    batch: PyTree = None,
-    *,
-    at: CurvaturePoint | None = None,
-    hessian: bool = False,
-) -> PyTree:
+def becker_lecun_diagonal(at: CurvaturePoint, *, hessian: bool = False) -> PyTree:
     r"""The diagonal of the Gauss-Newton matrix or the Hessian as Becker and LeCun approximate it.
 
     From the diagonal of the loss's Hessian at the outputs, second derivatives go backwards through every operation by
@@ -38,10 +30,7 @@ def becker_lecun_diagonal(
     unbiased, by one and by three sweeps.
 
     Args:
-        objective: The objective; any model made of products, sums, elementwise functions and moves.
-        params: theta.
-        batch: The batch.
-        at: A curvature point in place of params and batch.
+        at: The curvature point; of any model made of products, sums, elementwise functions and moves.
         hessian: The Hessian's diagonal (Becker and LeCun 1989) in place of the Gauss-Newton matrix's (LeCun 1998).
 
     Returns:
@@ -52,17 +41,16 @@ def becker_lecun_diagonal(
 
     Example:
         >>> objective = curvax.Objective(lambda w, x: jnp.tanh(x * w), curvax.losses.squared_error())
-        >>> w, batch = jnp.ones(2), (jnp.array([[1.0, 2.0]]), jnp.zeros((1, 2)))
-        >>> estimate = curvax.estimators.becker_lecun_diagonal(objective, w, batch, hessian=True)
-        >>> bool(jnp.allclose(estimate, curvax.hessian(objective, w, batch).diagonal()))   # nothing is mixed here
+        >>> at = objective.linearize(jnp.ones(2), (jnp.array([[1.0, 2.0]]), jnp.zeros((1, 2))))
+        >>> estimate = curvax.estimators.becker_lecun_diagonal(at, hessian=True)
+        >>> bool(jnp.allclose(estimate, curvax.hessian(at).diagonal()))                  # nothing is mixed here
         True
 
     Source: Becker and LeCun 1989; LeCun, Bottou, Orr and Mueller 1998, section 7; Martens 2016, section 4.9.2.
     """
-    point = point_at(objective, params, batch, at, None)
-    total = trees.zeros_like(point.params)
-    for term, cases, piece in zip(point.objective.terms, point.cases, point.pieces(), strict=True):
-        recorded = record_term(term, point.params, cases.inputs)
+    total = trees.zeros_like(at.params)
+    for term, cases, piece in zip(at.terms, at.cases, at.pieces(), strict=True):
+        recorded = record_term(term, at.params, cases.inputs)
         cotangents: dict[int, Array] = {}
         if hessian:
             gradient = scale_cases(cases.scale, piece.loss.gradient(piece.outputs, piece.targets))
@@ -75,7 +63,7 @@ def becker_lecun_diagonal(
 
         arrived = recorded.program.sweep(recorded.at_outputs(diagonal), rule)
         total = trees.add(total, recorded.to_params(arrived, total))
-    return with_penalty(point, total)
+    return with_penalty(at, total)
 
 
 def _squares_backwards(step: Step, at_results: list[Array], cotangents: dict[int, Array]) -> list[Array]:

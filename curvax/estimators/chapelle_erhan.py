@@ -9,9 +9,9 @@ import jax
 from curvax import trees
 from curvax.layers.diagonals import sampled_squares
 from curvax.layers.find import Layers
-from curvax.layers.taps import tap_at
-from curvax.matrices.curvature import LeafScalars, Pullback
-from curvax.matrices.linear_map import Diagonal, LinearMap, Noise, Sum
+from curvax.layers.taps import tap
+from curvax.matrices.curvature import Pullback
+from curvax.matrices.linear_map import Diagonal, LeafScalars, LinearMap, Noise, Sum
 
 PyTree = Any
 
@@ -45,7 +45,7 @@ def chapelle_erhan_diagonal(
 
     Example:
         >>> objective = curvax.Objective(lambda w, x: x * w, curvax.losses.squared_error())
-        >>> G = curvax.ggn(objective, jnp.zeros(2), (jnp.array([[1.0, 3.0]]), jnp.zeros((1, 2))))
+        >>> G = curvax.ggn(objective.linearize(jnp.zeros(2), (jnp.array([[1.0, 3.0]]), jnp.zeros((1, 2)))))
         >>> curvax.estimators.chapelle_erhan_diagonal(G, jax.random.key(0))
         Array([1., 9.], dtype=float...)
     """
@@ -72,7 +72,7 @@ def chapelle_erhan_diagonal(
 
 
 def _by_examples(linear_map, layers, key, num_samples, distribution):
-    tapped = tap_at(layers, linear_map.point)
+    tapped = tap(layers, linear_map.point)
     matrices = [linear_map.output_matrix(i) for i in range(len(tapped.taps))]
     estimate = sampled_squares(tapped, matrices, key, num_samples, distribution)
     if not layers.unstructured:

@@ -21,7 +21,7 @@ from curvax import trees
 from curvax.layers.diagonals import products, with_penalty
 from curvax.layers.per_example import check_whole_examples
 from curvax.layers.taps import TappedPoint
-from curvax.objectives.objective import Objective, point_at
+from curvax.objectives.penalty import Penalty
 from curvax.objectives.point import CurvaturePoint
 from curvax.objectives.term import scale_cases
 from curvax.programs.record import Step, found, pull_back, record_term
@@ -30,14 +30,7 @@ PyTree = Any
 Array = jax.Array
 
 
-def propagate_curvature(
-    objective: Objective,
-    params: PyTree = None,
-    batch: PyTree = None,
-    *,
-    key: Array,
-    at: CurvaturePoint | None = None,
-) -> tuple[PyTree, PyTree]:
+def propagate_curvature(at: CurvaturePoint, key: Array) -> tuple[PyTree, PyTree]:
     r"""Two random vectors s, t with E[s t^T] = H, the Hessian of the objective, penalty included.
 
     Noise is of signs, and independent at every operation and every example, so one draw is unbiased for the whole
@@ -46,11 +39,8 @@ def propagate_curvature(
     that serves as both. A ``scan`` is unrolled while tracing.
 
     Args:
-        objective: The objective.
-        params: theta.
-        batch: The batch.
+        at: The curvature point.
         key: A PRNG key.
-        at: A curvature point in place of params and batch.
 
     Returns:
         ``(s, t)``, two pytrees like the parameters.
@@ -58,30 +48,29 @@ def propagate_curvature(
     Example:
         >>> objective = curvax.Objective(lambda w, x: w**3 * x, curvax.losses.squared_error())
         >>> batch = (jnp.array([[1.0, 3.0]]), jnp.ones((1, 2)))
-        >>> w = jnp.ones(2)                                          # H = diag(9 x^2 + 6 x (x - 1))
+        >>> at = objective.linearize(jnp.ones(2), batch)             # H = diag(9 x^2 + 6 x (x - 1))
         >>> keys = jax.random.split(jax.random.key(0), 1000)
-        >>> s, t = jax.vmap(lambda k: curvax.estimators.propagate_curvature(objective, w, batch, key=k))(keys)
+        >>> s, t = jax.vmap(lambda k: curvax.estimators.propagate_curvature(at, k))(keys)
         >>> bool(jnp.allclose(jnp.mean(s * t, axis=0), jnp.array([9.0, 117.0]), rtol=0.1))
         True
 
     Source: Martens, Sutskever and Swersky 2012; Martens 2016, sections 3.4.4 and 4.9.4.
     """
-    point = point_at(objective, params, batch, at, None)
-    _check_losses(point)
-    keys = jax.random.split(key, len(point.objective.terms) + 1)
-    left = right = trees.zeros_like(point.params)
-    terms = zip(point.objective.terms, point.cases, point.pieces(), keys[:-1], strict=True)
+    _check_losses(at)
+    keys = jax.random.split(key, len(at.terms) + 1)
+    left = right = trees.zeros_like(at.params)
+    terms = zip(at.terms, at.cases, at.pieces(), keys[:-1], strict=True)
     for term, cases, piece, term_key in terms:
-        recorded = record_term(term, point.params, cases.inputs)
+        recorded = record_term(term, at.params, cases.inputs)
         scaled = scale_cases(cases.scale, piece.loss.gradient(piece.outputs, piece.targets))
         sides = _propagate(recorded, piece, scaled, cases.scale, term_key)
         left, right = (
             trees.add(total, recorded.to_params(arrived, total))
             for total, arrived in zip((left, right), sides, strict=True)
         )
-    if point.objective.l2 is not None:
-        weights = point.objective.penalty_curvature(point.params)
-        noise = trees.multiply(trees.random_rademacher(keys[-1], point.params), _root(weights))
+    if at.penalty:
+        weights = at.penalty.curvature(at.params)
+        noise = trees.multiply(trees.random_rademacher(keys[-1], at.params), _root(weights))
         left = trees.add(left, noise)
         right = trees.add(right, trees.multiply(noise, jax.tree.map(jnp.sign, weights)))
     return left, right
@@ -109,9 +98,9 @@ def sampled_hessian_diagonal(tapped: TappedPoint, key: Array, *, num_samples: in
     Example:
         >>> objective = curvax.Objective(lambda w, x: jnp.tanh(x @ w), curvax.losses.squared_error())
         >>> w, batch = jnp.full((2, 1), 0.5), (jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.ones((2, 1)))
-        >>> tapped = curvax.tap(objective, curvax.find_layers(objective, w, batch), w, batch)
+        >>> tapped = curvax.tap(curvax.find_layers(objective, w, batch), objective.linearize(w, batch))
         >>> estimate = curvax.estimators.sampled_hessian_diagonal(tapped, jax.random.key(0), num_samples=300)
-        >>> exact = curvax.hessian(objective, w, batch).diagonal()
+        >>> exact = curvax.hessian(tapped.point).diagonal()
         >>> bool(jnp.allclose(estimate, exact, rtol=0.2))
         True
 
@@ -136,7 +125,7 @@ def sampled_hessian_diagonal(tapped: TappedPoint, key: Array, *, num_samples: in
 def _layer_products(tapped, scales, key):
     """One draw of sum_i scale_i s_i * t_i, without the penalty."""
     point = tapped.point
-    whole_key, *keys = jax.random.split(key, len(point.objective.terms) + 1)
+    whole_key, *keys = jax.random.split(key, len(point.terms) + 1)
     single = {
         (member.term, member.use)
         for layer in tapped.layers
@@ -144,7 +133,7 @@ def _layer_products(tapped, scales, key):
         if len(layer.members) == 1 and _is_used_once(tapped, layer, member)
     }
     raw = ([], [])
-    for index, (term, cases, piece) in enumerate(zip(point.objective.terms, point.cases, point.pieces(), strict=True)):
+    for index, (term, cases, piece) in enumerate(zip(point.terms, point.cases, point.pieces(), strict=True)):
         uses = [geometry.use for geometry in tapped.taps[index].uses]
         roots = [use.address for i, use in enumerate(uses) if (index, i) in single]
         recorded = record_term(term, point.params, cases.inputs, roots)
@@ -172,13 +161,12 @@ def _layer_products(tapped, scales, key):
     others = [i for i in range(len(tapped.layers.paths)) if i not in done]
     if not others:
         return estimate
-    bare = point.objective.replace(l2=None)
-    s, t = propagate_curvature(bare, key=whole_key, at=dataclasses.replace(point, objective=bare))
+    s, t = propagate_curvature(dataclasses.replace(point, penalty=Penalty()), whole_key)
     return trees.replace_leaves(estimate, others, trees.multiply(s, t))
 
 
 def _check_losses(point):
-    if not all(term.loss.has_value for term in point.objective.terms):
+    if not all(term.loss.has_value for term in point.terms):
         raise ValueError("the Hessian needs the loss, and this objective has curvature only; see curvax.ggn")
 
 

@@ -6,7 +6,6 @@ from curvax.layers.diagonals import sampled_ggn_diagonal as sampled_ggn_diagonal
 from curvax.layers.find import Layer as Layer
 from curvax.layers.find import Layers as Layers
 from curvax.layers.find import find_layers as find_layers
-from curvax.layers.find import find_layers_at as find_layers_at
 from curvax.layers.hessian import layer_hessian as layer_hessian
 from curvax.layers.per_example import gradient_inner_products as gradient_inner_products
 from curvax.layers.per_example import gradient_norms as gradient_norms
@@ -16,4 +15,3 @@ from curvax.layers.taps import Captured as Captured
 from curvax.layers.taps import LayerOutputs as LayerOutputs
 from curvax.layers.taps import TappedPoint as TappedPoint
 from curvax.layers.taps import tap as tap
-from curvax.layers.taps import tap_at as tap_at

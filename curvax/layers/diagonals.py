@@ -38,7 +38,7 @@ def empirical_fisher_diagonal(tapped: TappedPoint) -> PyTree:
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
         >>> w, batch = jnp.zeros((2, 1)), (jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.ones((2, 1)))
-        >>> tapped = curvax.tap(objective, curvax.find_layers(objective, w, batch), w, batch)
+        >>> tapped = curvax.tap(curvax.find_layers(objective, w, batch), objective.linearize(w, batch))
         >>> curvax.layers.empirical_fisher_diagonal(tapped)
         Array([[ 5.],
                [10.]], dtype=float...)
@@ -70,7 +70,7 @@ def sampled_ggn_diagonal(tapped: TappedPoint, key: Array, *, num_samples: int = 
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
         >>> w, batch = jnp.zeros((2, 1)), (jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.ones((2, 1)))
-        >>> tapped = curvax.tap(objective, curvax.find_layers(objective, w, batch), w, batch)
+        >>> tapped = curvax.tap(curvax.find_layers(objective, w, batch), objective.linearize(w, batch))
         >>> curvax.layers.sampled_ggn_diagonal(tapped, jax.random.key(0))   # exact, as there is one output
         Array([[ 5.],
                [10.]], dtype=float...)
@@ -116,7 +116,7 @@ def exact_ggn_diagonal(tapped: TappedPoint) -> PyTree:
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.softmax_cross_entropy())
         >>> w, batch = jnp.zeros((1, 2)), (jnp.array([[2.0]]), jnp.array([0]))
-        >>> tapped = curvax.tap(objective, curvax.find_layers(objective, w, batch), w, batch)
+        >>> tapped = curvax.tap(curvax.find_layers(objective, w, batch), objective.linearize(w, batch))
         >>> print(curvax.layers.exact_ggn_diagonal(tapped).round(3))
         [[1. 1.]]
     """
@@ -189,7 +189,6 @@ def _weighted_products(weights, left, right):
 
 def with_penalty(point: CurvaturePoint, diagonal: PyTree) -> PyTree:
     """The diagonal and that of the penalty's Hessian."""
-    objective, params = point.objective, point.params
-    if objective.l2 is None:
+    if not point.penalty:
         return diagonal
-    return jax.tree.map(lambda leaf, eta: leaf + eta, diagonal, objective.penalty_curvature(params))
+    return jax.tree.map(lambda leaf, eta: leaf + eta, diagonal, point.penalty.curvature(point.params))

@@ -75,7 +75,7 @@ def find_layers(
 def find_layers_at(at: CurvaturePoint, *, fallback: Fallback = "error", through_custom_rules: bool = False) -> Layers:
     """``find_layers`` for the model, the parameters and the batch of a curvature point, which may be traced."""
     inputs = [jax.eval_shape(lambda tree: tree, cases.inputs) for cases in at.cases]
-    return _find(at.objective, at.params, inputs, fallback, through_custom_rules)
+    return _find(at, at.params, inputs, fallback, through_custom_rules)
 
 
 def _find(objective, params, inputs, fallback, through_custom_rules):

@@ -59,9 +59,9 @@ def layer_hessian(tapped: TappedPoint) -> LinearMap:
         >>> objective = curvax.Objective(lambda p, x: jax.nn.relu(x @ p["w"]) @ p["u"], curvax.losses.squared_error())
         >>> params = {"w": jnp.array([[1.0, -1.0], [2.0, 1.0]]), "u": jnp.array([[1.0], [3.0]])}
         >>> batch = (jnp.array([[1.0, 2.0], [0.5, -1.0]]), jnp.ones((2, 1)))
-        >>> tapped = curvax.tap(objective, curvax.find_layers(objective, params, batch), params, batch)
+        >>> tapped = curvax.tap(curvax.find_layers(objective, params, batch), objective.linearize(params, batch))
         >>> H = curvax.layer_hessian(tapped)
-        >>> bool(jnp.allclose(H.to_dense(), curvax.hessian(objective, params, batch).to_dense(), atol=1e-5))
+        >>> bool(jnp.allclose(H.to_dense(), curvax.hessian(tapped.point).to_dense(), atol=1e-5))
         True
         >>> H.stored                                                          # numbers for an example, and dense
         (28, 21)
@@ -77,7 +77,7 @@ def layer_hessian(tapped: TappedPoint) -> LinearMap:
     if layers.couples_examples or any(tap.given for tap in tapped.taps):
         raise ValueError("layer_hessian: the model couples examples, or computes from all of them what each meets")
     terms = []
-    for index, (term, cases) in enumerate(zip(point.objective.terms, point.cases, strict=True)):
+    for index, (term, cases) in enumerate(zip(point.terms, point.cases, strict=True)):
         if term.example_axes != 0:
             raise ValueError("layer_hessian: the examples must be on axis 0 of everything in inputs and targets")
         alone = jax.tree.map(lambda leaf: leaf[:1], cases.inputs)

@@ -30,7 +30,7 @@ def per_example_gradients(tapped: TappedPoint) -> PyTree:
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
         >>> w, batch = jnp.zeros((2, 1)), (jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.ones((2, 1)))
-        >>> tapped = curvax.tap(objective, curvax.find_layers(objective, w, batch), w, batch)
+        >>> tapped = curvax.tap(curvax.find_layers(objective, w, batch), objective.linearize(w, batch))
         >>> curvax.layers.per_example_gradients(tapped)[:, :, 0]
         Array([[-1., -2.],
                [-3., -4.]], dtype=float...)
@@ -54,7 +54,7 @@ def gradient_norms(tapped: TappedPoint) -> Array:
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
         >>> w, batch = jnp.zeros((2, 1)), (jnp.array([[3.0, 4.0], [0.0, 1.0]]), jnp.ones((2, 1)))
-        >>> tapped = curvax.tap(objective, curvax.find_layers(objective, w, batch), w, batch)
+        >>> tapped = curvax.tap(curvax.find_layers(objective, w, batch), objective.linearize(w, batch))
         >>> curvax.layers.gradient_norms(tapped)
         Array([5., 1.], dtype=float...)
     """
@@ -87,7 +87,7 @@ def gradient_inner_products(tapped: TappedPoint) -> Array:
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
         >>> w, batch = jnp.zeros((2, 1)), (jnp.array([[3.0, 4.0], [0.0, 1.0]]), jnp.ones((2, 1)))
-        >>> tapped = curvax.tap(objective, curvax.find_layers(objective, w, batch), w, batch)
+        >>> tapped = curvax.tap(curvax.find_layers(objective, w, batch), objective.linearize(w, batch))
         >>> curvax.layers.gradient_inner_products(tapped)
         Array([[25.,  4.],
                [ 4.,  1.]], dtype=float...)

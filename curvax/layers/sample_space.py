@@ -18,14 +18,13 @@ from curvax import solvers, trees
 from curvax.layers.diagonals import num_columns, unit_vector
 from curvax.layers.per_example import check_whole_examples, inner_products, replicated, split_uses
 from curvax.layers.taps import TappedPoint
-from curvax.objectives.output_matrix import OutputMatrix, RankOneOutputs
+from curvax.matrices.curvature import GaussNewton, OutputCurvature, check_curvature
 
 PyTree = Any
 Array = jax.Array
-Curvature = Literal["ggn", "fisher", "empirical_fisher"]
 
 
-def gram(tapped: TappedPoint, *, curvature: Curvature = "ggn") -> Array:
+def gram(tapped: TappedPoint, *, curvature: OutputCurvature | None = None, key: Array | None = None) -> Array:
     r"""The matrix K = R R^T with G = R^T R, in the space of the samples, by layers.
 
     The row of R for column c of example i is sqrt(1/N) times the gradient of (S z_i)_c, where S^T S is the loss's
@@ -34,7 +33,9 @@ def gram(tapped: TappedPoint, *, curvature: Curvature = "ggn") -> Array:
 
     Args:
         tapped: From ``curvax.tap``.
-        curvature: "ggn", "fisher", or "empirical_fisher", whose K is N x N.
+        curvature: ``curvax.GaussNewton()`` if None, ``curvax.Fisher()``, or ``curvax.EmpiricalFisher()``, whose K is
+            N x N.
+        key: A PRNG key, for a curvature that draws targets.
 
     Returns:
         K, of shape (rows, rows), the columns of an example next to one another.
@@ -45,12 +46,12 @@ def gram(tapped: TappedPoint, *, curvature: Curvature = "ggn") -> Array:
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
         >>> w, batch = jnp.zeros((2, 1)), (jnp.array([[3.0, 4.0], [0.0, 2.0]]), jnp.ones((2, 1)))
-        >>> tapped = curvax.tap(objective, curvax.find_layers(objective, w, batch), w, batch)
+        >>> tapped = curvax.tap(curvax.find_layers(objective, w, batch), objective.linearize(w, batch))
         >>> curvax.gram(tapped)
         Array([[12.5,  4. ],
                [ 4. ,  2. ]], dtype=float...)
     """
-    return SampleSpace(tapped, curvature).gram()
+    return SampleSpace(tapped, GaussNewton() if curvature is None else curvature, key=key).gram()
 
 
 class SampleSpace:
@@ -60,16 +61,23 @@ class SampleSpace:
         tapped: From ``curvax.tap``.
         curvature: See ``gram``.
         leaves: The places of the parameters to take into account; None for all.
+        key: For what the curvature draws.
     """
 
-    def __init__(self, tapped: TappedPoint, curvature: Curvature, leaves: Collection[int] | None = None):
-        if curvature not in ("ggn", "fisher", "empirical_fisher"):
-            raise ValueError(f"curvature must be 'ggn', 'fisher' or 'empirical_fisher', got {curvature!r}")
+    def __init__(
+        self,
+        tapped: TappedPoint,
+        curvature: OutputCurvature,
+        leaves: Collection[int] | None = None,
+        key: Array | None = None,
+    ):
+        check_curvature("sample space", curvature, OutputCurvature)
         if tapped.layers.couples_examples:
             raise ValueError("sample space: the model couples examples, as batch statistics do; fix the statistics")
         self.tapped = tapped
         self.roots = [jnp.sqrt(scale) for scale in check_whole_examples(tapped, "sample space")]
-        self.matrices = [_output_matrix(piece, curvature) for piece in tapped.point.pieces()]
+        self.pieces = tapped.point.pieces(curvature.keys(tapped.point, key))
+        self.matrices = [curvature.output_matrix(piece) for piece in self.pieces]
         self.columns = [num_columns(matrix) for matrix in self.matrices]
         every = range(len(tapped.layers.paths))
         self.without = set(tapped.layers.unstructured) | (set() if leaves is None else set(every) - set(leaves))
@@ -83,8 +91,8 @@ class SampleSpace:
         """R v, by one push forward."""
         vector = self._structured(vector)
         parts = []
-        for matrix, root, linear in zip(self.matrices, self.roots, self._linearizations(), strict=True):
-            leaves = jax.tree.leaves(matrix.sqrt_product(linear.jvp(vector)))
+        for matrix, root, piece in zip(self.matrices, self.roots, self.pieces, strict=True):
+            leaves = jax.tree.leaves(matrix.sqrt_product(piece.jvp(vector)))
             rows = jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], axis=1)
             parts.append(replicated(rows * root[:, None].astype(rows.dtype)).reshape(-1))
         return jnp.concatenate(parts)
@@ -92,9 +100,7 @@ class SampleSpace:
     def lift(self, rows: Array) -> PyTree:
         """R^T y, by one pull back."""
         total, start = trees.zeros_like(self.tapped.point.params), 0
-        for matrix, root, columns, linear in zip(
-            self.matrices, self.roots, self.columns, self._linearizations(), strict=True
-        ):
+        for matrix, root, columns, piece in zip(self.matrices, self.roots, self.columns, self.pieces, strict=True):
             size = root.shape[0] * columns
             part = rows[start : start + size].reshape(root.shape[0], columns) * root[:, None].astype(rows.dtype)
             start += size
@@ -105,7 +111,7 @@ class SampleSpace:
                 filled.append(part[:, at : at + width].reshape(leaf.shape).astype(leaf.dtype))
                 at += width
             seeds = matrix.sqrt_transpose_product(treedef.unflatten(filled))
-            total = trees.add(total, linear.transpose(seeds)[0])
+            total = trees.add(total, piece.transpose(seeds))
         return self._structured(total)
 
     def gram(self) -> Array:
@@ -202,11 +208,6 @@ class SampleSpace:
             return tree
         return trees.replace_leaves(tree, self.without, trees.zeros_like(tree))
 
-    def _linearizations(self):
-        linearizations = self.tapped.point.linearizations
-        assert linearizations is not None
-        return linearizations
-
     def _pull_back_rows(self):
         """The rows of R, as captured uses with the columns of each example on the first axis."""
 
@@ -220,12 +221,3 @@ class SampleSpace:
         terms = zip(self.matrices, self.roots, self.columns, strict=True)
         captured = self.tapped.pull_back_columns(tuple(seeds(*term) for term in terms))
         return [use for use in captured if not self.without & set(use.layer.leaves)]
-
-
-def _output_matrix(piece, curvature) -> OutputMatrix:
-    if curvature == "ggn":
-        return piece.loss.curvature(piece.outputs, piece.targets)
-    if curvature == "fisher":
-        return piece.loss.fisher(piece.outputs, piece.targets)
-    gradient = piece.loss.gradient(piece.outputs, piece.targets)
-    return RankOneOutputs(jax.tree.map(lambda g: jnp.expand_dims(g, 1), gradient), 1)

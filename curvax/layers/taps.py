@@ -14,9 +14,9 @@ from jax.tree_util import Partial, register_dataclass
 from curvax import trees
 from curvax.layers.find import Layer, Layers, trace_term
 from curvax.layers.geometry import Geometry, geometry_of
-from curvax.objectives.objective import Objective
-from curvax.objectives.point import Cases, CurvaturePoint, Linearization
-from curvax.objectives.term import Term, scale_cases, weighted_sum, weighting
+from curvax.objectives.objective import compiled_if_eager
+from curvax.objectives.point import CurvaturePoint, Linearization
+from curvax.objectives.term import Term, scale_cases, weighted_sum
 from curvax.programs.instrument import evaluate, evaluate_outputs
 from curvax.programs.views import places_given
 
@@ -24,67 +24,50 @@ PyTree = Any
 Array = jax.Array
 
 
-def tap(objective: Objective, layers: Layers, params: PyTree, batch: PyTree) -> TappedPoint:
-    r"""The objective linearised at (params, batch) with every layer tapped.
+def tap(layers: Layers, at: CurvaturePoint) -> TappedPoint:
+    r"""A curvature point with every layer tapped.
 
     One forward pass gives the outputs, the inputs a of all layers and the linear maps; each pull back of a cotangent u
     of the outputs then gives the cotangents ds of all layers' outputs, and the gradient with respect to the parameters
-    of any example is sum_r a_r ds_r^T.
+    of any example is sum_r a_r ds_r^T. The forward pass takes the place of the point's own; what is read of both is
+    merged by XLA inside one ``jit``.
 
     Args:
-        objective: The objective.
         layers: From ``curvax.find_layers``.
-        params: theta.
-        batch: The batch; it may have another number of examples than the one ``find_layers`` saw.
+        at: The curvature point; its batch may have another number of examples than the one ``find_layers`` saw.
 
     Returns:
-        The ``TappedPoint``. Its ``point`` is the curvature point of ``objective.linearize``.
+        The ``TappedPoint``. Its ``point`` is the curvature point, linearised through the taps.
 
     Raises:
-        ValueError: The model is not the one that ``find_layers`` saw.
+        ValueError: The model is not the one that ``find_layers`` saw, or the point works in chunks.
 
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
         >>> w, batch = jnp.zeros((2, 1)), (jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.ones((2, 1)))
         >>> layers = curvax.find_layers(objective, w, batch)
-        >>> tapped = curvax.tap(objective, layers, w, batch)
+        >>> tapped = curvax.tap(layers, objective.linearize(w, batch))
         >>> (layer,) = tapped.pull_back(tapped.loss_cotangents())
         >>> layer.inputs[0, :, 0], layer.cotangents[0, :, 0]
         (Array([[1., 2.],
                [3., 4.]], dtype=float...), Array([[-1.],
                [-1.]], dtype=float...))
     """
-    trees.check_floating(params, "params")
-    _check_leaves(params, layers)
-    cases, taps, linearizations, aux = [], [], [], []
-    for index, term in enumerate(objective.terms):
-        inputs, targets = term.split(batch)
-        tapped, term_aux = _tap_term(layers, index, term, params, inputs)
-        scale, count = weighting(term, batch, tapped.outputs, targets)
-        cases.append(Cases(inputs, targets, scale, count))
+    if at.chunk_size is not None:
+        raise ValueError("taps need the whole batch in memory: linearize without chunk_size")
+    _check_leaves(at.params, layers)
+    return compiled_if_eager(_tap, at, layers=layers)
+
+
+def _tap(at, *, layers):
+    taps, linearizations = [], []
+    for index, (term, cases) in enumerate(zip(at.terms, at.cases, strict=True)):
+        tapped = _tap_term(layers, index, term, at.params, cases.inputs)
         taps.append(tapped)
         zeros = [jnp.zeros(g.use.output_shape, g.use.variable.aval.dtype) for g in tapped.uses]
         along, back = Partial(_along_params, tapped.jvp, zeros), Partial(_to_params, tapped.transpose)
         linearizations.append(Linearization(tapped.outputs, along, back))
-        aux.append(term_aux)
-    only = aux[0] if len(aux) == 1 else tuple(aux)
-    point = CurvaturePoint(objective, params, tuple(cases), tuple(linearizations), only, None)
-    return TappedPoint(point, tuple(taps), layers)
-
-
-def tap_at(layers: Layers, at: CurvaturePoint) -> TappedPoint:
-    """The same at a curvature point: its parameters and its batch, with every layer tapped.
-
-    The forward pass is one that XLA merges with the point's own inside one ``jit``.
-    """
-    if at.chunk_size is not None:
-        raise ValueError("taps need the whole batch in memory: linearize without chunk_size")
-    _check_leaves(at.params, layers)
-    taps = []
-    for index, (term, cases) in enumerate(zip(at.objective.terms, at.cases, strict=True)):
-        tapped, _ = _tap_term(layers, index, term, at.params, cases.inputs)
-        taps.append(tapped)
-    return TappedPoint(at, tuple(taps), layers)
+    return TappedPoint(dataclasses.replace(at, linearizations=tuple(linearizations)), tuple(taps), layers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +191,7 @@ class TermTap(NamedTuple):
         outputs: z.
         inputs: The inputs of all uses as the model has them.
         given: What else parameters are combined with, see ``views.Given``.
-        jvp: (tangent of the parameters, perturbations) -> tangent of the outputs.
+        jvp: (tangents of the leaves of the parameters, perturbations) -> tangent of the outputs.
         transpose: Its transpose.
         uses: The geometries of the uses.
     """
@@ -216,8 +199,8 @@ class TermTap(NamedTuple):
     outputs: PyTree
     inputs: list[Array | None]
     given: dict[tuple[int, ...], Array]
-    jvp: Callable[[PyTree, list[Array]], PyTree]
-    transpose: Callable[[PyTree], tuple[PyTree, list[Array]]]
+    jvp: Callable[[tuple[Array, ...], list[Array]], PyTree]
+    transpose: Callable[[PyTree], tuple[tuple[Array, ...], list[Array]]]
     uses: Geometries
 
 
@@ -298,10 +281,9 @@ class TappedPoint:
         point = self.point
         parts = [weighted_sum(piece.scale, piece.loss.value(piece.outputs, piece.targets)) for piece in point.pieces()]
         loss = functools.reduce(trees.add, parts)
-        if point.objective.l2 is not None:
-            loss = trees.add(loss, point.objective.penalty(point.params))
-            penalty = point.objective.penalty_curvature(point.params)
-            gradient = trees.add(gradient, trees.multiply(point.params, penalty))
+        if point.penalty:
+            loss = trees.add(loss, point.penalty.value(point.params))
+            gradient = trees.add(gradient, point.penalty.gradient(point.params))
         return loss, gradient, [self.capture(raw) for raw in raws[1:]]
 
     def to_params(self, matrices: Sequence[tuple[Captured, Array]]) -> PyTree:
@@ -371,16 +353,16 @@ def _tap_term(layers, index, term, params, inputs):
 
     places = sorted({n.place for geometry in geometries for n in places_given(geometry.base)})
 
-    def model(params, perturbations):
-        flat = [*jax.tree.leaves(params), *jax.tree.leaves(inputs)]
+    def model(leaves, perturbations):
+        flat = [*leaves, *jax.tree.leaves(inputs)]
         results, captured, given = evaluate(program, flat, uses, perturbations, layers.through_custom_rules, places)
-        outputs, aux = jax.tree.unflatten(out_tree, results)
-        return outputs, (captured, given, aux)
+        return jax.tree.unflatten(out_tree, results)[0], (captured, given)
 
     zeros = [jnp.zeros(use.output_shape, use.variable.aval.dtype) for use in uses]
-    outputs, jvp, (captured, given, aux) = jax.linearize(model, params, zeros, has_aux=True)
-    transpose = jax.linear_transpose(jvp, params, zeros)
-    return TermTap(outputs, captured, given, jvp, transpose, geometries), aux
+    leaves = tuple(leaves)
+    outputs, jvp, (captured, given) = jax.linearize(model, leaves, zeros, has_aux=True)
+    transpose = jax.linear_transpose(jvp, leaves, zeros)
+    return TermTap(outputs, captured, given, jvp, transpose, geometries)
 
 
 def _along_params(jvp, zeros, tangent):

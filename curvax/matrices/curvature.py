@@ -3,10 +3,14 @@ r"""The curvature matrices of an objective as linear maps: Hessian, generalised 
 All are means over the cases of the batch plus the Hessian of the l2 penalty. A product with the Gauss-Newton or a
 Fisher matrix is one push forward (J v) and one pull back (J^T u) through a linearisation made once; quadratic and
 bilinear forms need only the push forward.
+
+``ggn(at)`` and its siblings make the map at a point. Where a method has a choice of matrix it takes the same as a value
+that knows what it is: ``GaussNewton()``, ``Fisher(num_samples=1)``, ``EmpiricalFisher()`` or ``Hessian()``.
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
@@ -17,8 +21,8 @@ import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
 from curvax import trees
-from curvax.matrices.linear_map import LinearMap, Noise, Sum
-from curvax.objectives.objective import Objective, point_at
+from curvax.matrices.linear_map import LeafScalars, LinearMap, Noise, Sum
+from curvax.objectives.objective import Objective, compiled_if_eager
 from curvax.objectives.output_matrix import OutputMatrix, RankOneOutputs
 from curvax.objectives.point import CurvaturePoint, Piece
 from curvax.objectives.term import scale_cases
@@ -26,90 +30,53 @@ from curvax.objectives.term import scale_cases
 PyTree = Any
 
 
-def hessian(
-    objective: Objective,
-    params: PyTree = None,
-    batch: PyTree = None,
-    *,
-    at: CurvaturePoint | None = None,
-    chunk_size: int | None = None,
-) -> LinearMap:
+def hessian(at: CurvaturePoint) -> LinearMap:
     r"""The Hessian H of the objective; H v is the derivative of the gradient along v.
 
     The gradient is linearised once, so repeated products share its forward and backward pass (Martens 2016, section
     4.3). ``quadratic`` and ``bilinear`` differentiate the loss twice forwards, without a backward pass.
 
     Args:
-        objective: The objective.
-        params: theta.
-        batch: The batch.
-        at: A curvature point in place of params and batch.
-        chunk_size: Examples to take through the model at a time; None for all.
+        at: The curvature point, the third result of ``objective.value_and_grad``.
 
     Returns:
         The map; indefinite in general.
 
+    Raises:
+        ValueError: The objective has curvature only.
+
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
         >>> batch = (jnp.array([[1.0, 0.0], [0.0, 2.0]]), jnp.zeros((2, 1)))
-        >>> curvax.hessian(objective, jnp.zeros((2, 1)), batch).to_dense()
+        >>> curvax.hessian(objective.linearize(jnp.zeros((2, 1)), batch)).to_dense()
         Array([[0.5, 0. ],
                [0. , 2. ]], dtype=float...)
     """
-    point = point_at(objective, params, batch, at, chunk_size)
-    if not all(term.loss.has_value for term in point.objective.terms):
-        raise ValueError(
-            "the Hessian needs the loss, and this objective has curvature only; use curvax.ggn or curvax.fisher"
-        )
-    matrix = Hessian(point, None)
-    if point.chunk_size is None:
-        matrix = Hessian(point, jax.linearize(matrix.data_gradient, point.params)[1])
-    return with_penalty(matrix, point)
+    return Hessian().at(at)
 
 
-def ggn(
-    objective: Objective,
-    params: PyTree = None,
-    batch: PyTree = None,
-    *,
-    at: CurvaturePoint | None = None,
-    chunk_size: int | None = None,
-) -> LinearMap:
+def ggn(at: CurvaturePoint) -> LinearMap:
     r"""The generalised Gauss-Newton matrix G = (1/N) sum_i J_i^T C_i J_i, with C the loss's matrix on the outputs.
 
     C is the Hessian H_L of the loss in the outputs for convex losses, else what the loss documents as its
     ``curvature``; G is positive semi-definite whenever C is. Schraudolph 2002; Martens 2016, eq. 3.3.
 
     Args:
-        objective: The objective.
-        params: theta.
-        batch: The batch.
-        at: A curvature point in place of params and batch: no pass through the model is repeated.
-        chunk_size: Examples to take through the model at a time; None for all.
+        at: The curvature point: no pass through the model is repeated.
 
     Returns:
         The map. ``sample`` draws from N(0, G) by one pull back, unbiased squares of which estimate the diagonal.
 
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.sigmoid_binary_cross_entropy())
-        >>> G = curvax.ggn(objective, jnp.zeros((2, 1)), (jnp.eye(2), jnp.ones((2, 1))))
-        >>> G.to_dense()
+        >>> curvax.ggn(objective.linearize(jnp.zeros((2, 1)), (jnp.eye(2), jnp.ones((2, 1))))).to_dense()
         Array([[0.125, 0.   ],
                [0.   , 0.125]], dtype=float...)
     """
-    return _pullback(point_at(objective, params, batch, at, chunk_size), _ggn_matrix)
+    return GaussNewton().at(at)
 
 
-def fisher(
-    objective: Objective,
-    params: PyTree = None,
-    batch: PyTree = None,
-    *,
-    at: CurvaturePoint | None = None,
-    key: jax.Array | None = None,
-    num_samples: int | None = None,
-    chunk_size: int | None = None,
-) -> LinearMap:
+def fisher(at: CurvaturePoint, *, key: jax.Array | None = None, num_samples: int | None = None) -> LinearMap:
     r"""The Fisher matrix F = (1/N) sum_i J_i^T F_R J_i of the predictive distribution; it ignores the targets.
 
     With ``key`` and ``num_samples`` it is the Monte-Carlo estimate (1/(N S)) sum_is g_is g_is^T with gradients g at
@@ -117,53 +84,36 @@ def fisher(
     the chunk size. Martens 2016, eq. 5.4.
 
     Args:
-        objective: The objective.
-        params: theta.
-        batch: The batch; its targets are not read by the exact matrix.
-        at: A curvature point in place of params and batch.
+        at: The curvature point; its targets are not read by the exact matrix.
         key: A PRNG key, for the Monte-Carlo matrix.
         num_samples: S, targets drawn for each example.
-        chunk_size: Examples to take through the model at a time; None for all.
 
     Returns:
         The map; equal to ``ggn`` for losses with ``natural`` set.
 
+    Raises:
+        ValueError: Only one of ``key`` and ``num_samples`` is given, or the loss has no exact Fisher matrix.
+
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
-        >>> params, batch = jnp.zeros((2, 1)), (jnp.eye(2), jnp.ones((2, 1)))
-        >>> F = curvax.fisher(objective, params, batch, key=jax.random.key(0), num_samples=1000)
-        >>> bool(abs(F.trace() - curvax.fisher(objective, params, batch).trace()) < 0.1)
+        >>> at = objective.linearize(jnp.zeros((2, 1)), (jnp.eye(2), jnp.ones((2, 1))))
+        >>> F = curvax.fisher(at, key=jax.random.key(0), num_samples=1000)
+        >>> bool(abs(F.trace() - curvax.fisher(at).trace()) < 0.1)
         True
     """
-    point = point_at(objective, params, batch, at, chunk_size)
     if (key is None) != (num_samples is None):
         raise ValueError("the Monte-Carlo Fisher matrix takes both key= and num_samples=, the exact one neither")
-    if key is None or num_samples is None:
-        return _pullback(point, _fisher_matrix)
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be positive, got {num_samples}")
-    return _pullback(point, _MonteCarloFisher(num_samples), _example_keys(point, key))
+    return Fisher(num_samples).at(at, key)
 
 
-def empirical_fisher(
-    objective: Objective,
-    params: PyTree = None,
-    batch: PyTree = None,
-    *,
-    at: CurvaturePoint | None = None,
-    chunk_size: int | None = None,
-) -> LinearMap:
+def empirical_fisher(at: CurvaturePoint) -> LinearMap:
     r"""The empirical Fisher matrix (1/N) sum_i g_i g_i^T, with g_i the gradient of case i at its training target.
 
     Products come from J and J^T without a gradient for each example. It is not the Fisher matrix: it vanishes where the
     fit is perfect and has another scale elsewhere (Martens 2016, section 5.6.1). A weighted case counts w_i g_i g_i^T.
 
     Args:
-        objective: The objective.
-        params: theta.
-        batch: The batch.
-        at: A curvature point in place of params and batch.
-        chunk_size: Examples to take through the model at a time; None for all.
+        at: The curvature point.
 
     Returns:
         The map, of rank N at most.
@@ -171,18 +121,15 @@ def empirical_fisher(
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
         >>> batch = (jnp.eye(2), jnp.array([[1.0], [2.0]]))
-        >>> curvax.empirical_fisher(objective, jnp.zeros((2, 1)), batch).diagonal()
+        >>> curvax.empirical_fisher(objective.linearize(jnp.zeros((2, 1)), batch)).diagonal()
         Array([[0.5],
                [2. ]], dtype=float...)
     """
-    return _pullback(point_at(objective, params, batch, at, chunk_size), _empirical_matrix)
+    return EmpiricalFisher().at(at)
 
 
 def over_batches(
-    make: Callable[[Objective, PyTree, PyTree], LinearMap],
-    objective: Objective,
-    params: PyTree,
-    batches: Iterable[PyTree],
+    make: Callable[[CurvaturePoint], LinearMap], objective: Objective, params: PyTree, batches: Iterable[PyTree]
 ) -> LinearMap:
     r"""A curvature matrix over a data loader: the matrix of all batches taken together, accumulated one at a time.
 
@@ -190,7 +137,7 @@ def over_batches(
     batches anew; the work on one batch is compiled once for each batch shape.
 
     Args:
-        make: (objective, params, batch) -> map, such as ``curvax.ggn`` or ``curvax.hessian``.
+        make: (at) -> map, such as ``curvax.ggn`` or ``curvax.hessian``.
         objective: The objective.
         params: theta.
         batches: Batches that can be iterated over again and again: a list or a loader, not a generator.
@@ -207,6 +154,119 @@ def over_batches(
     return OverBatches(make, objective, params, batches)
 
 
+class Curvature(abc.ABC):
+    """Which curvature matrix a method uses: a value, so that it can be compared, printed and passed on.
+
+    Attributes:
+        definite: Whether the matrix is positive semi-definite whatever the point.
+    """
+
+    definite: bool = True
+
+    @abc.abstractmethod
+    def at(self, point: CurvaturePoint, key: jax.Array | None = None) -> LinearMap:
+        """The matrix at a point; ``key`` is for those that draw targets."""
+
+
+class OutputCurvature(Curvature):
+    """A matrix (1/N) sum_i J_i^T C_i J_i that comes from a matrix C on the outputs."""
+
+    @abc.abstractmethod
+    def output_matrix(self, piece: Piece) -> OutputMatrix:
+        """C on the outputs of a piece of the batch; ``piece.extra`` holds a key for each example if targets are drawn.
+
+        It is without the weights of the cases.
+        """
+
+    def at(self, point: CurvaturePoint, key: jax.Array | None = None) -> LinearMap:
+        keys = self.keys(point, key)
+        if point.chunk_size is not None:
+            extras = keys
+        else:
+            extras = tuple(self.output_matrix(piece) for piece in point.pieces(keys))
+        return with_penalty(Pullback(point, extras, self), point)
+
+    def keys(self, point: CurvaturePoint, key: jax.Array | None) -> tuple[Any, ...] | None:
+        """For each term what ``piece.extra`` is to hold: a key for each example, or nothing."""
+        del point, key
+
+
+@dataclasses.dataclass(frozen=True)
+class GaussNewton(OutputCurvature):
+    """The generalised Gauss-Newton matrix, see ``ggn``."""
+
+    def output_matrix(self, piece: Piece) -> OutputMatrix:
+        return piece.loss.curvature(piece.outputs, piece.targets)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fisher(OutputCurvature):
+    """The Fisher matrix, see ``fisher``; with ``num_samples`` from targets drawn anew at every step.
+
+    Attributes:
+        num_samples: S, or None for the exact matrix.
+    """
+
+    num_samples: int | None = None
+
+    def __post_init__(self):
+        if self.num_samples is not None and self.num_samples < 1:
+            raise ValueError(f"num_samples must be positive, got {self.num_samples}")
+
+    def output_matrix(self, piece: Piece) -> OutputMatrix:
+        if self.num_samples is None:
+            return piece.loss.fisher(piece.outputs, piece.targets)
+
+        def one_sample(index):
+            keys = jax.vmap(lambda key: jax.random.fold_in(key, index))(piece.extra)
+            return piece.loss.gradient(piece.outputs, jax.vmap(piece.loss.sample)(keys, piece.outputs))
+
+        axes = _case_axes(piece)
+        return RankOneOutputs(jax.vmap(one_sample, out_axes=axes)(jnp.arange(self.num_samples)), axes)
+
+    def keys(self, point: CurvaturePoint, key: jax.Array | None) -> tuple[Any, ...] | None:
+        if self.num_samples is None:
+            return None
+        if key is None:
+            raise ValueError("the Monte-Carlo Fisher matrix takes both key= and num_samples=, the exact one neither")
+        return example_keys(point, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class EmpiricalFisher(OutputCurvature):
+    """The empirical Fisher matrix, see ``empirical_fisher``."""
+
+    def output_matrix(self, piece: Piece) -> OutputMatrix:
+        axes = _case_axes(piece)
+        gradient = piece.loss.gradient(piece.outputs, piece.targets)
+        return RankOneOutputs(jax.tree.map(lambda g: jnp.expand_dims(g, axes), gradient), axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hessian(Curvature):
+    """The Hessian, see ``hessian``."""
+
+    definite = False
+
+    def at(self, point: CurvaturePoint, key: jax.Array | None = None) -> LinearMap:
+        del key
+        if not all(term.loss.has_value for term in point.terms):
+            raise ValueError(
+                "the Hessian needs the loss, and this objective has curvature only; use curvax.ggn or curvax.fisher"
+            )
+        linear = None if point.chunk_size is not None else compiled_if_eager(_linear_gradient, point)
+        return with_penalty(HessianMap(point, linear), point)
+
+
+def check_curvature(name: str, curvature: Any, kind: type = Curvature) -> None:
+    """Raises a TypeError unless the argument is a ``Curvature``, which its usual mistake is not: a function."""
+    if not isinstance(curvature, kind):
+        raise TypeError(
+            f"{name}: curvature= takes a value such as curvax.GaussNewton(), curvax.Fisher() or curvax.Hessian(), got"
+            f" {getattr(curvature, '__name__', repr(curvature))}"
+        )
+
+
 @register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pullback(LinearMap):
@@ -215,12 +275,12 @@ class Pullback(LinearMap):
     Attributes:
         point: The linearisation.
         extras: For each term C itself, or in chunks what C is made from.
-        make: (piece) -> C.
+        curvature: What makes C.
     """
 
     point: CurvaturePoint
     extras: tuple[Any, ...] | None
-    make: Callable[[Piece], OutputMatrix] = dataclasses.field(metadata={"static": True})
+    curvature: OutputCurvature = dataclasses.field(metadata={"static": True})
 
     @property
     def structure(self) -> PyTree:
@@ -259,7 +319,7 @@ class Pullback(LinearMap):
 
         Every example has a key of its own, so the draw does not depend on the chunk size.
         """
-        keys = _example_keys(self.point, key)
+        keys = example_keys(self.point, key)
         extras = keys if self.extras is None else tuple(zip(keys, self.extras, strict=True))
 
         def one(piece):
@@ -276,12 +336,12 @@ class Pullback(LinearMap):
         return self._matrix(self.point.pieces(self.extras)[index])
 
     def _matrix(self, piece):
-        return piece.extra if isinstance(piece.extra, OutputMatrix) else self.make(piece)
+        return piece.extra if isinstance(piece.extra, OutputMatrix) else self.curvature.output_matrix(piece)
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Hessian(LinearMap):
+class HessianMap(LinearMap):
     """The Hessian of the objective without its penalty."""
 
     point: CurvaturePoint
@@ -311,10 +371,6 @@ class Hessian(LinearMap):
 
         return self.point.accumulate(one)
 
-    def data_gradient(self, params: PyTree) -> PyTree:
-        """The gradient of the objective without its penalty."""
-        return self.point.accumulate(lambda piece: piece.gradient_at(params))
-
 
 class OverBatches(LinearMap):
     """The map of ``over_batches``."""
@@ -328,9 +384,9 @@ class OverBatches(LinearMap):
         if not self._counts:
             raise ValueError("over_batches got no batches")
         self._totals = [sum(term) for term in zip(*self._counts, strict=True)]
-        self._product = jax.jit(lambda objective, params, batch, v: make(objective, params, batch)(v))
-        self._bilinear = jax.jit(lambda objective, params, batch, u, v: make(objective, params, batch).bilinear(u, v))
-        self._quadratic = jax.jit(lambda objective, params, batch, v: make(objective, params, batch).quadratic(v))
+        self._product = jax.jit(lambda objective, params, batch, v: make(objective.linearize(params, batch))(v))
+        self._bilinear = jax.jit(lambda o, params, batch, u, v: make(o.linearize(params, batch)).bilinear(u, v))
+        self._quadratic = jax.jit(lambda o, params, batch, v: make(o.linearize(params, batch)).quadratic(v))
 
     @property
     def structure(self) -> PyTree:
@@ -356,81 +412,31 @@ class OverBatches(LinearMap):
             dataclasses.replace(term, weight=term.weight * (count / jnp.maximum(total, 1)))
             for term, count, total in zip(self._objective.terms, counts, self._totals, strict=True)
         )
-        l2 = self._objective.l2
+        l2 = self._objective.penalty.l2
         return self._objective.replace(terms=terms, l2=None if l2 is None else l2 / len(self._counts))
 
 
-@register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class LeafScalars(LinearMap):
-    """The diagonal matrix that is constant on each leaf: the Hessian of the penalty."""
-
-    scalars: PyTree
-    like: PyTree
-
-    @property
-    def structure(self) -> PyTree:
-        return trees.structure_of(self.like)
-
-    def __call__(self, vector: PyTree) -> PyTree:
-        trees.check_like(vector, self.like, "vector")
-        return trees.multiply(vector, self.scalars)
-
-    def trace(self) -> jax.Array:
-        return trees.vdot(self.scalars, jax.tree.map(lambda x: jnp.asarray(x.size, x.dtype), self.like))
-
-    def diagonal(self) -> PyTree:
-        return jax.tree.map(jnp.full_like, self.like, self.scalars)
-
-    def sample(self, key: jax.Array, distribution: Noise = trees.random_normal) -> PyTree:
-        return trees.multiply(distribution(key, self.like), jax.tree.map(jnp.sqrt, self.scalars))
+def with_penalty(matrix: LinearMap, point: CurvaturePoint) -> LinearMap:
+    """A matrix of the data, and the Hessian of the point's penalty."""
+    if not point.penalty:
+        return matrix
+    return Sum((matrix, LeafScalars.of(point.penalty.curvature(point.params), point.params)))
 
 
-@dataclasses.dataclass(frozen=True)
-class _MonteCarloFisher:
-    """Makes the Monte-Carlo Fisher matrix on the outputs from one key for each example."""
-
-    num_samples: int
-
-    def __call__(self, piece: Piece) -> OutputMatrix:
-        def one_sample(index):
-            keys = jax.vmap(lambda key: jax.random.fold_in(key, index))(piece.extra)
-            return piece.loss.gradient(piece.outputs, jax.vmap(piece.loss.sample)(keys, piece.outputs))
-
-        axes = _case_axes(piece)
-        return RankOneOutputs(jax.vmap(one_sample, out_axes=axes)(jnp.arange(self.num_samples)), axes)
-
-
-def _ggn_matrix(piece: Piece) -> OutputMatrix:
-    return piece.loss.curvature(piece.outputs, piece.targets)
-
-
-def _fisher_matrix(piece: Piece) -> OutputMatrix:
-    return piece.loss.fisher(piece.outputs, piece.targets)
-
-
-def _empirical_matrix(piece: Piece) -> OutputMatrix:
-    axes = _case_axes(piece)
-    gradient = piece.loss.gradient(piece.outputs, piece.targets)
-    return RankOneOutputs(jax.tree.map(lambda g: jnp.expand_dims(g, axes), gradient), axes)
+def example_keys(point: CurvaturePoint, key: jax.Array) -> tuple[jax.Array, ...]:
+    """For each term a key for each of its examples."""
+    terms = range(len(point.terms))
+    return tuple(jax.random.split(jax.random.fold_in(key, i), point.num_examples(i)) for i in terms)
 
 
 def _case_axes(piece):
     return max(piece.scale.ndim, 1)
 
 
-def _example_keys(point: CurvaturePoint, key: jax.Array) -> tuple[jax.Array, ...]:
-    terms = range(len(point.objective.terms))
-    return tuple(jax.random.split(jax.random.fold_in(key, i), point.num_examples(i)) for i in terms)
+def _linear_gradient(point):
+    """v -> H v without the penalty, as a pytree of residuals."""
 
+    def data_gradient(params):
+        return point.accumulate(lambda piece: piece.gradient_at(params))
 
-def _pullback(point, make, keys=None):
-    extras = keys if point.chunk_size is not None else tuple(make(piece) for piece in point.pieces(keys))
-    return with_penalty(Pullback(point, extras, make), point)
-
-
-def with_penalty(matrix: LinearMap, point: CurvaturePoint) -> LinearMap:
-    """A matrix of the data, and the Hessian of the point's penalty."""
-    if point.objective.l2 is None:
-        return matrix
-    return Sum((matrix, LeafScalars(point.objective.penalty_curvature(point.params), point.params)))
+    return jax.linearize(data_gradient, point.params)[1]

@@ -264,6 +264,64 @@ class Diagonal(LinearMap):
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
+class LeafScalars(LinearMap):
+    """The diagonal matrix that is constant on each leaf: a penalty's Hessian, or lambda I."""
+
+    scalars: PyTree
+    like: _Static = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, scalars: PyTree, like: PyTree) -> LeafScalars:
+        """The map on vectors like ``like``, with a scalar for each leaf."""
+        return cls(scalars, _Static(trees.structure_of(like)))
+
+    @property
+    def structure(self) -> PyTree:
+        return self.like.tree
+
+    def __call__(self, vector: PyTree) -> PyTree:
+        trees.check_like(vector, self.structure, "vector")
+        return trees.multiply(vector, self.scalars)
+
+    def trace(self) -> jax.Array:
+        return trees.vdot(self.scalars, jax.tree.map(lambda x: jnp.asarray(x.size, x.dtype), self.structure))
+
+    def diagonal(self) -> PyTree:
+        return jax.tree.map(lambda x, s: jnp.full(x.shape, s, x.dtype), self.structure, self.scalars)
+
+    def sample(self, key: jax.Array, distribution: Noise = trees.random_normal) -> PyTree:
+        return trees.multiply(distribution(key, self.structure), jax.tree.map(jnp.sqrt, self.scalars))
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class DenseMap(LinearMap):
+    """A matrix that has been formed, in leaf order with every leaf row-major."""
+
+    matrix: jax.Array
+    like: _Static = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, matrix: jax.Array, like: PyTree) -> DenseMap:
+        """The map on vectors like ``like``."""
+        return cls(matrix, _Static(trees.structure_of(like)))
+
+    @property
+    def structure(self) -> PyTree:
+        return self.like.tree
+
+    def __call__(self, vector: PyTree) -> PyTree:
+        return trees.unravel(self.matrix @ trees.ravel(vector).astype(self.matrix.dtype), vector)
+
+    def diagonal(self) -> PyTree:
+        return trees.unravel(jnp.diag(self.matrix), self.structure)
+
+    def to_dense(self) -> jax.Array:
+        return self.matrix
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
 class Sum(LinearMap):
     """The sum of maps of one structure."""
 

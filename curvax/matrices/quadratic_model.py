@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,9 +10,8 @@ import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
 from curvax import trees
-from curvax.matrices.curvature import ggn
+from curvax.matrices.curvature import Curvature, GaussNewton
 from curvax.matrices.linear_map import LinearMap
-from curvax.objectives.objective import Objective, point_at
 from curvax.objectives.point import CurvaturePoint
 from curvax.objectives.term import weighted_sum
 
@@ -21,23 +19,12 @@ PyTree = Any
 Scalar = Any
 
 
-def quadratic_model(
-    objective: Objective,
-    params: PyTree = None,
-    batch: PyTree = None,
-    *,
-    at: CurvaturePoint | None = None,
-    curvature: Callable[..., LinearMap] = ggn,
-    damping: Scalar = 0.0,
-) -> QuadraticModel:
+def quadratic_model(at: CurvaturePoint, *, curvature: Curvature | None = None, damping: Scalar = 0.0) -> QuadraticModel:
     r"""The model M(delta) = h(theta) + g^T delta + 1/2 delta^T (B + damping I) delta of an objective at theta.
 
     Args:
-        objective: The objective h.
-        params: theta.
-        batch: The batch, for gradient and curvature alike.
-        at: A curvature point in place of params and batch.
-        curvature: What makes B from (objective, at=...): ``curvax.ggn``, ``curvax.hessian`` or ``curvax.fisher``.
+        at: The curvature point, for gradient and curvature alike.
+        curvature: B, ``curvax.GaussNewton()`` if None.
         damping: lambda, Tikhonov damping (Martens 2016, section 4.6.1).
 
     Returns:
@@ -46,13 +33,12 @@ def quadratic_model(
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
         >>> batch = (jnp.eye(2), jnp.ones((2, 1)))
-        >>> M = curvax.quadratic_model(objective, jnp.zeros((2, 1)), batch)
+        >>> M = curvax.quadratic_model(objective.linearize(jnp.zeros((2, 1)), batch))
         >>> M(jnp.ones((2, 1))).item(), objective(jnp.ones((2, 1)), batch).item()
         (0.0, 0.0)
     """
-    point = point_at(objective, params, batch, at)
-    loss, gradient = point.value_and_gradient()
-    return QuadraticModel(loss, gradient, curvature(point.objective, at=point), damping)
+    loss, gradient = at.value_and_gradient()
+    return QuadraticModel(loss, gradient, (GaussNewton() if curvature is None else curvature).at(at), damping)
 
 
 @register_dataclass
@@ -105,18 +91,18 @@ def reduction_ratio(loss: Scalar, new_loss: Scalar, predicted_change: Scalar) ->
         >>> curvax.reduction_ratio(jnp.array(2.0), jnp.array(jnp.nan), jnp.array(-2.0)).item()
         -inf
     """
-    loss, new_loss, predicted = jnp.asarray(loss), jnp.asarray(new_loss), jnp.asarray(predicted_change)
+    loss = jnp.asarray(loss)
+    change, predicted = (jnp.asarray(x).astype(loss.dtype) for x in (jnp.asarray(new_loss) - loss, predicted_change))
     rounding = 10 * jnp.finfo(loss.dtype).eps * jnp.abs(loss)
-    denominator = predicted.astype(loss.dtype) - rounding
-    numerator = new_loss.astype(loss.dtype) - loss - rounding
-    valid = (denominator < 0) & jnp.isfinite(numerator) & jnp.isfinite(denominator)
-    ratio = jnp.where(valid, numerator / jnp.where(valid, denominator, -1), -jnp.inf)
-    return jnp.where((numerator == 0) & (denominator == 0), jnp.ones_like(ratio), ratio)
+    # Not the shifted prediction: one of zero, or of a slight rise, would become a slight decrease, and any real
+    # decrease of the loss a huge ratio.
+    decreases = (predicted < 0) & jnp.isfinite(change) & jnp.isfinite(predicted)
+    ratio = (change - rounding) / jnp.where(decreases, predicted - rounding, -1)
+    nothing = (jnp.abs(change) <= rounding) & (jnp.abs(predicted) <= rounding)
+    return jnp.where(decreases, ratio, jnp.where(nothing, 1.0, -jnp.inf).astype(loss.dtype))
 
 
-def model_lower_bound(
-    objective: Objective, params: PyTree = None, batch: PyTree = None, *, at: CurvaturePoint | None = None
-) -> jax.Array:
+def model_lower_bound(at: CurvaturePoint) -> jax.Array:
     r"""A lower bound on M(delta) - M(0) over all delta, for the Gauss-Newton model with gradient from the same batch.
 
     It is -1/2 mean_i g_i^T C_i^+ g_i - l2/2 ||theta||^2, with g_i the gradient and C_i the curvature of the loss in the
@@ -124,23 +110,19 @@ def model_lower_bound(
     different data. The bound is -inf where the loss has slope but no curvature.
 
     Args:
-        objective: The objective.
-        params: theta.
-        batch: The batch.
-        at: A curvature point in place of params and batch.
+        at: The curvature point.
 
     Returns:
         The bound, a scalar, not positive.
 
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
-        >>> curvax.model_lower_bound(objective, jnp.zeros((2, 1)), (jnp.eye(2), jnp.ones((2, 1))))
+        >>> curvax.model_lower_bound(objective.linearize(jnp.zeros((2, 1)), (jnp.eye(2), jnp.ones((2, 1)))))
         Array(-0.5, dtype=float...)
     """
-    point = point_at(objective, params, batch, at)
 
     def one(piece):
         return weighted_sum(piece.scale, piece.loss.squared_newton_decrement(piece.outputs, piece.targets))
 
-    data = point.accumulate(one)
-    return -(data / 2 + point.objective.penalty(point.params).astype(data.dtype))
+    data = at.accumulate(one)
+    return -(data / 2 + at.penalty.value(at.params).astype(data.dtype))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from curvax import trees
 from curvax.objectives.loss import OutputLoss
-from curvax.objectives.point import CurvaturePoint
-from curvax.objectives.term import Term, evaluate, weighted_sum
+from curvax.objectives.penalty import Penalty
+from curvax.objectives.point import CurvaturePoint, curvature_point
+from curvax.objectives.term import Term, weighted_sum, weighting
 
 PyTree = Any
 Scalar = Any
@@ -39,14 +41,13 @@ class Objective:
         >>> grads
         Array([[-0.5],
                [-0.5]], dtype=float...)
-        >>> curvax.ggn(objective, at=at)(jnp.ones((2, 1)))
+        >>> curvax.ggn(at)(jnp.ones((2, 1)))
         Array([[0.5],
                [0.5]], dtype=float...)
     """
 
     terms: tuple[Term, ...]
-    l2: Scalar | None
-    l2_mask: Callable[[PyTree], PyTree] | None
+    penalty: Penalty
 
     def __init__(
         self,
@@ -87,7 +88,7 @@ class Objective:
             example_axes=example_axes,
             has_aux=has_aux,
         )
-        self._set((term,), l2, l2_mask)
+        self.terms, self.penalty = (term,), Penalty.of(l2, l2_mask)
 
     @classmethod
     def from_terms(
@@ -116,7 +117,7 @@ class Objective:
         """
         if not terms or not all(isinstance(term, Term) for term in terms):
             raise TypeError("Objective.from_terms takes one or more curvax.Term")
-        return cls.__new__(cls)._set(tuple(terms), l2, l2_mask)
+        return cls.tree_unflatten(None, (tuple(terms), Penalty.of(l2, l2_mask)))
 
     def __call__(self, params: PyTree, batch: PyTree) -> jax.Array:
         """The scalar loss h(theta) on a batch; ``jax.value_and_grad(objective)`` works.
@@ -133,9 +134,11 @@ class Objective:
             ValueError: The batch is empty, or shapes do not fit.
         """
         trees.check_floating(params, "params")
-        total = self.penalty(params)
+        total = self.penalty.value(params)
         for term in self.terms:
-            outputs, targets, scale, _, _ = evaluate(term, params, batch)
+            inputs, targets = term.split(batch)
+            outputs, _ = term.apply(params, inputs)
+            scale, _ = weighting(term, batch, outputs, targets)
             total = trees.add(weighted_sum(scale, term.loss.value(outputs, targets)), total)
         return total
 
@@ -151,18 +154,15 @@ class Objective:
             chunk_size: How many examples to take through the model at a time; None for all at once.
 
         Returns:
-            ``(loss, gradient, at)``; ``at`` is a pytree to give to transformations (``tx.update(..., at=at)``) and to
-            ``curvax.ggn(objective, at=at)`` and its siblings.
+            ``(loss, gradient, at)``; ``at`` is a pytree to give to transformations (``tx.update(..., at=at)``), to
+            ``curvax.ggn(at)`` and its siblings, and to ``curvax.tap(layers, at)``.
         """
-        at = self.linearize(params, batch, chunk_size=chunk_size)
-        loss, gradient = at.value_and_gradient()
-        if not has_aux:
-            return loss, gradient, at
-        if chunk_size is not None:
+        if has_aux and chunk_size is not None:
             raise ValueError("auxiliary outputs of chunks cannot be put together: leave out chunk_size or has_aux")
-        if not any(term.has_aux for term in self.terms):
+        if has_aux and not any(term.has_aux for term in self.terms):
             raise ValueError("has_aux=True, but no term's model returns aux: make the objective with has_aux=True")
-        return (loss, at.aux), gradient, at
+        loss, gradient, at = compiled_if_eager(_value_and_grad, self, params, batch, chunk_size=chunk_size)
+        return ((loss, at.aux) if has_aux else loss), gradient, at
 
     def linearize(self, params: PyTree, batch: PyTree, *, chunk_size: int | None = None) -> CurvaturePoint:
         """The curvature point at (params, batch): outputs and the linear maps J and J^T of every term.
@@ -181,8 +181,7 @@ class Objective:
             TypeError: A leaf of the parameters is not floating-point, or targets have the wrong dtype.
             ValueError: The batch is empty, or shapes do not fit.
         """
-        trees.check_floating(params, "params")
-        return CurvaturePoint.at(self, params, batch, chunk_size)
+        return compiled_if_eager(_linearize, self, params, batch, chunk_size=chunk_size)
 
     def replace(self, **changes: Any) -> Objective:
         """A copy with ``l2``, ``l2_mask`` or ``terms`` replaced, for instance by a traced number.
@@ -196,63 +195,56 @@ class Objective:
         unknown = set(changes) - {"l2", "l2_mask", "terms"}
         if unknown:
             raise TypeError(f"Objective.replace takes l2, l2_mask and terms, not {', '.join(sorted(unknown))}")
-        fields = {"terms": self.terms, "l2": self.l2, "l2_mask": self.l2_mask} | changes
-        return Objective.__new__(Objective)._set(**fields)
-
-    def penalty(self, params: PyTree) -> jax.Array:
-        """The l2 penalty eta/2 ||theta||^2 over the leaves it applies to."""
-        if self.l2 is None:
-            return jnp.zeros((), trees.wide_dtype(*jax.tree.leaves(params)))
-        return trees.vdot(params, trees.multiply(params, self.penalty_curvature(params))) / 2
-
-    def penalty_curvature(self, params: PyTree) -> PyTree:
-        """The Hessian of the penalty: one scalar for each leaf, eta or 0."""
-        mask = jax.tree.map(lambda _: True, params) if self.l2_mask is None else self.l2_mask(params)
-        trees.check_same_leaves(mask, params, "l2_mask")
-        l2 = 0.0 if self.l2 is None else self.l2
-        return jax.tree.map(
-            lambda on, leaf: jnp.asarray(l2).astype(leaf.dtype) * jnp.asarray(on, leaf.dtype), mask, params
-        )
-
-    def _set(self, terms, l2, l2_mask):
-        if l2_mask is not None and not callable(l2_mask):
-            l2_mask = _Constant(l2_mask)
-        self.terms, self.l2, self.l2_mask = terms, l2, l2_mask
-        return self
+        fields = {"terms": self.terms, "l2": self.penalty.l2, "l2_mask": self.penalty.mask} | changes
+        return Objective.from_terms(*fields["terms"], l2=fields["l2"], l2_mask=fields["l2_mask"])
 
     def tree_flatten(self):
-        return (self.terms, self.l2), self.l2_mask
+        return (self.terms, self.penalty), None
 
     @classmethod
-    def tree_unflatten(cls, l2_mask, children):
-        terms, l2 = children
-        return cls.__new__(cls)._set(terms, l2, l2_mask)
+    def tree_unflatten(cls, _, children):
+        objective = cls.__new__(cls)
+        objective.terms, objective.penalty = children
+        return objective
 
     def __repr__(self):
         terms = ", ".join(f"{getattr(t.model_fn, '__name__', t.model_fn)} -> {t.loss}" for t in self.terms)
-        return f"Objective({terms}, l2={self.l2})"
+        return f"Objective({terms}, l2={self.penalty.l2})"
 
 
-def point_at(
-    objective: Objective, params: PyTree, batch: PyTree, at: CurvaturePoint | None, chunk_size: int | None = None
-) -> CurvaturePoint:
-    """The point that was given, or the one at (params, batch)."""
-    if at is not None:
-        if params is not None or batch is not None or chunk_size is not None:
-            raise ValueError("pass either at= or params, batch and chunk_size: the point has them already")
-        if not isinstance(at, CurvaturePoint):
-            raise TypeError(f"at= takes the curvature point of objective.value_and_grad, got {type(at).__name__}")
-        return at
-    if params is None or batch is None:
-        raise ValueError("pass params and batch, or at= (the third result of objective.value_and_grad)")
-    return objective.linearize(params, batch, chunk_size=chunk_size)
+def compiled_if_eager(function: Callable[..., Any], first: PyTree, *others: PyTree, **static: Any) -> Any:
+    """``function(first, *others, **static)``, through ``jit`` where nothing is being traced.
+
+    ``first`` may hold numbers, such as the strength of a penalty; the others arrays alone, as a number or a flag among
+    the inputs of a model is for Python to read.
+
+    What ``jax.linearize`` returns holds a program that is new at every call, so that whatever is compiled for one
+    result is compiled anew for the next. ``jit`` traces once for each function and shapes, and what it returns is the
+    same program again.
+    """
+    leaves, structure = jax.tree.flatten((first, others))
+    arrays = all(isinstance(leaf, (jax.Array, np.ndarray, np.generic)) for leaf in jax.tree.leaves(others))
+    if not arrays or any(isinstance(leaf, Tracer) for leaf in leaves):
+        return function(first, *others, **static)
+    try:
+        hash(structure)
+    except TypeError:  # a model function that cannot be hashed, such as a module with arrays in it
+        return function(first, *others, **static)
+    return _compiled(function, tuple(static))(first, *others, **static)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Constant:
-    """A function that returns the same pytree whatever it is given."""
+@functools.cache
+def _compiled(function, static_names):
+    return jax.jit(function, static_argnames=static_names)
 
-    value: Any
 
-    def __call__(self, *_):
-        return self.value
+def _linearize(objective, params, batch, *, chunk_size):
+    trees.check_floating(params, "params")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be positive, got {chunk_size}")
+    return curvature_point(objective.terms, objective.penalty, params, batch, chunk_size)
+
+
+def _value_and_grad(objective, params, batch, *, chunk_size):
+    at = _linearize(objective, params, batch, chunk_size=chunk_size)
+    return *at.value_and_gradient(), at

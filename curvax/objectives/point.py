@@ -5,37 +5,239 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import register_dataclass
+from jax.tree_util import register_dataclass, register_pytree_node_class
 
 from curvax import trees
 from curvax.objectives.loss import OutputLoss
-from curvax.objectives.term import Term, scale_cases, weighted_sum, weighting
-
-if TYPE_CHECKING:
-    from curvax.objectives.objective import Objective
+from curvax.objectives.penalty import Penalty
+from curvax.objectives.term import Term, located_examples, scale_cases, weighted_sum, weighting
 
 PyTree = Any
 
 
-class Linearization(NamedTuple):
-    """A term's outputs and the maps J and J^T at one point, as pytrees of their residuals."""
+@register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class CurvaturePoint:
+    """An objective linearised at (params, batch); made by ``Objective.linearize`` and ``Objective.value_and_grad``.
 
-    outputs: PyTree
-    jvp: Callable[[PyTree], PyTree]
-    transpose: Callable[[PyTree], tuple[PyTree]]
+    It carries model and data, so it is all that curvature matrices, taps and transformations take. A pytree: it passes
+    through ``jit``, ``cond`` and optax's extra arguments, also inside wrappers that hide leaves of the parameters or
+    take the containers of pytrees apart. Crossing a ``jit`` boundary again and again does not retrace.
+
+    Attributes:
+        terms: The terms of the objective, with their weights as they were.
+        penalty: Its l2 penalty.
+        packed_params: theta; see ``params``.
+        cases: For each term its inputs, targets and weighting.
+        linearizations: For each term its outputs, J and J^T; None where the point works in chunks.
+        packed_aux: The model's auxiliary outputs for each term; see ``aux``.
+        chunk_size: Examples in a chunk, or None.
+    """
+
+    terms: tuple[Term, ...]
+    penalty: Penalty
+    packed_params: Packed
+    cases: tuple[Cases, ...]
+    linearizations: tuple[Linearization, ...] | None
+    packed_aux: tuple[Packed, ...]
+    chunk_size: int | None = dataclasses.field(metadata={"static": True})
+
+    @property
+    def params(self) -> PyTree:
+        """theta."""
+        return self.packed_params.tree
+
+    @property
+    def aux(self) -> PyTree:
+        """The model's auxiliary outputs, a tuple over terms if there are several; None for a point in chunks."""
+        return _only([packed.tree for packed in self.packed_aux]) if self.packed_aux else None
+
+    @property
+    def outputs(self) -> PyTree:
+        """The model's outputs z, a tuple over terms if there are several."""
+        return _only([linearization.outputs for linearization in self.stored("outputs")])
+
+    @property
+    def loss(self) -> jax.Array:
+        """The scalar loss h(theta)."""
+        data = self.accumulate(lambda p: weighted_sum(p.scale, p.loss.value(p.outputs, p.targets)))
+        return trees.add(data, self.penalty.value(self.params))
+
+    def loss_at(self, params: PyTree) -> jax.Array:
+        """The loss at other parameters on the same batch, by one forward pass."""
+        return trees.add(self.accumulate(lambda piece: piece.value_at(params)), self.penalty.value(params))
+
+    def loss_along(self, step: PyTree) -> jax.Array:
+        """h(theta + delta) for a delta that has all or some of the leaves of the parameters."""
+        return self.loss_at(trees.add(self.params, trees.embed(step, self.params)))
+
+    def value_and_gradient(self) -> tuple[jax.Array, PyTree]:
+        """The loss and its gradient, from the linearisation that is there."""
+
+        def one(piece):
+            value = weighted_sum(piece.scale, piece.loss.value(piece.outputs, piece.targets))
+            cotangent = scale_cases(piece.scale, piece.loss.gradient(piece.outputs, piece.targets))
+            return value, piece.transpose(cotangent)
+
+        value, gradient = self.accumulate(one)
+        if self.penalty:
+            value = trees.add(value, self.penalty.value(self.params))
+            gradient = trees.add(gradient, self.penalty.gradient(self.params))
+        return value, gradient
+
+    def jacobian_product(self, vector: PyTree) -> PyTree:
+        """J v: the change of the outputs along v, a pytree like ``params``. A tuple over terms if there are several."""
+        trees.check_like(vector, self.params, "vector")
+        leaves = tuple(jax.tree.leaves(vector))
+        return _only([linearization.jvp(leaves) for linearization in self.stored("jacobian_product")])
+
+    def jacobian_transpose_product(self, vector: PyTree) -> PyTree:
+        """J^T u, summed over the examples; u is shaped like ``outputs``."""
+        stored = self.stored("jacobian_transpose_product")
+        parts = (vector,) if len(stored) == 1 else vector
+        results = [linearization.transpose(part)[0] for linearization, part in zip(stored, parts, strict=True)]
+        return self.packed_params.unpack(functools.reduce(trees.add, results))
+
+    def accumulate(self, function: Callable[[Piece], PyTree], extras: tuple[PyTree, ...] | None = None) -> PyTree:
+        """The sum of ``function(piece)`` over all terms and, where the point works in chunks, over their chunks.
+
+        Everything additive over examples goes through here, and is therefore independent of the chunk size.
+
+        Args:
+            function: From a ``Piece`` to a pytree of arrays.
+            extras: For each term a pytree whose leaves have the examples on axis 0, handed on as ``piece.extra``.
+        """
+        if self.chunk_size is None:
+            parts = [function(piece) for piece in self.pieces(extras)]
+        else:
+            given = (None,) * len(self.terms) if extras is None else extras
+            parts = [self._chunked(index, function, extra) for index, extra in enumerate(given)]
+        return functools.reduce(trees.add, parts)
+
+    def pieces(self, extras: tuple[PyTree, ...] | None = None) -> list[Piece]:
+        """One piece for each term; for points that hold the whole batch."""
+        stored = self.stored("pieces")
+        given = (None,) * len(self.terms) if extras is None else extras
+        return [
+            _piece(term, self.packed_params, cases.inputs, cases.targets, cases.scale, linearization, extra)
+            for term, cases, linearization, extra in zip(self.terms, self.cases, stored, given, strict=True)
+        ]
+
+    def num_examples(self, index: int) -> int:
+        """How many examples the term of that index has."""
+        if self.linearizations is not None:
+            return jax.tree.leaves(self.linearizations[index].outputs)[0].shape[0]
+        located = located_examples(self.terms[index], (self.cases[index].inputs, self.cases[index].targets))
+        shapes = [(leaf.shape, axis) for leaf, axis in jax.tree.leaves(located) if axis is not None]
+        lengths = {shape[axis] if axis < len(shape) else -1 for shape, axis in shapes}
+        if len(lengths) != 1 or -1 in lengths:
+            raise ValueError(
+                "cannot cut the batch into chunks: its leaves and their example axes are"
+                f" {', '.join(f'{shape} axis {axis}' for shape, axis in shapes)}, which do not agree on a number of"
+                " examples; say in example_axes where the examples are (None for what they share)"
+            )
+        return int(lengths.pop())
+
+    def stored(self, what: str) -> tuple[Linearization, ...]:
+        """The linearisations, for ``what`` cannot do without."""
+        if self.linearizations is None:
+            raise ValueError(f"{what} needs the whole batch in memory: linearize without chunk_size")
+        return self.linearizations
+
+    def _chunked(self, index, function, extra):
+        term, cases, size = self.terms[index], self.cases[index], self.chunk_size
+        assert size is not None
+        count = self.num_examples(index)
+        located = located_examples(term, (cases.inputs, cases.targets))
+
+        def chunk(start, length):
+            def cut(leaf, axis):
+                return leaf if axis is None else jax.lax.dynamic_slice_in_dim(leaf, start, length, axis)
+
+            inputs, targets = jax.tree.map(lambda pair: cut(*pair), located)
+            scale = cut(cases.scale, 0 if cases.scale.ndim else None)
+            linearization, _ = linearize_term(term, self.packed_params, inputs)
+            extra_cut = jax.tree.map(lambda leaf: cut(leaf, 0), extra)
+            return function(_piece(term, self.packed_params, inputs, targets, scale, linearization, extra_cut))
+
+        whole, rest = divmod(count, size)
+        parts = []
+        if whole:
+            zeros = trees.zeros_like(jax.eval_shape(lambda: chunk(0, size)))
+            starts = jnp.arange(whole) * size
+            parts.append(jax.lax.scan(lambda total, s: (trees.add(total, chunk(s, size)), None), zeros, starts)[0])
+        if rest:
+            parts.append(chunk(whole * size, rest))
+        return parts[0] if len(parts) == 1 else trees.add(*parts)
 
 
-class Cases(NamedTuple):
-    """A term's part of the batch: targets, the factor of each case's loss, how many cases, and the inputs."""
+@register_pytree_node_class
+class Packed:
+    """A pytree as the flat tuple of its leaves, its containers hidden in the structure.
 
-    inputs: PyTree
-    targets: PyTree
+    Some frameworks take containers of the pytrees handed to them apart: ``nnx.Optimizer.update`` takes flax's
+    ``Param`` off every leaf. Packed, there is nothing for them to find.
+    """
+
+    def __init__(self, leaves: tuple[Any, ...], treedef: Any):
+        self.leaves, self.treedef = leaves, treedef
+
+    @classmethod
+    def of(cls, tree: PyTree) -> Packed:
+        """The tree, packed."""
+        leaves, treedef = jax.tree.flatten(tree)
+        return cls(tuple(leaves), treedef)
+
+    @property
+    def tree(self) -> PyTree:
+        """The tree."""
+        return self.treedef.unflatten(self.leaves)
+
+    def unpack(self, leaves: Any) -> PyTree:
+        """Other leaves in the containers of this tree."""
+        return self.treedef.unflatten(leaves)
+
+    def tree_flatten(self):
+        return self.leaves, self.treedef
+
+    @classmethod
+    def tree_unflatten(cls, treedef, leaves):
+        return cls(tuple(leaves), treedef)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cases:
+    """A term's part of the batch: inputs and targets, the factor of each case's loss, and how many cases."""
+
+    packed: Packed
     scale: jax.Array
     num_cases: jax.Array
+
+    @property
+    def inputs(self) -> PyTree:
+        """What the model is given."""
+        return self.packed.tree[0]
+
+    @property
+    def targets(self) -> PyTree:
+        """What the loss is given."""
+        return self.packed.tree[1]
+
+
+class Linearization(NamedTuple):
+    """A term's outputs and the maps J and J^T at one point, as pytrees of their residuals.
+
+    They act on the tuple of the leaves of the parameters, so that no container is part of them.
+    """
+
+    outputs: PyTree
+    jvp: Callable[[tuple[jax.Array, ...]], PyTree]
+    transpose: Callable[[PyTree], tuple[tuple[jax.Array, ...]]]
 
 
 class Piece(NamedTuple):
@@ -52,198 +254,38 @@ class Piece(NamedTuple):
     extra: PyTree
 
 
-@register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class CurvaturePoint:
-    """An objective linearised at (params, batch); made by ``Objective.linearize`` and ``Objective.value_and_grad``.
-
-    A pytree: it passes through ``jit``, ``cond`` and optax's extra arguments, also inside wrappers that hide leaves of
-    the parameters.
-
-    Attributes:
-        objective: The objective, with its ``l2`` and weights as they were.
-        params: theta.
-        cases: For each term its inputs, targets and weighting.
-        linearizations: For each term its outputs, J and J^T; None where the point works in chunks.
-        aux: The model's auxiliary outputs, a tuple over terms if there are several.
-        chunk_size: Examples in a chunk, or None.
-    """
-
-    objective: Objective
-    params: PyTree
-    cases: tuple[Cases, ...]
-    linearizations: tuple[Linearization, ...] | None
-    aux: PyTree
-    chunk_size: int | None = dataclasses.field(metadata={"static": True})
-
-    @classmethod
-    def at(cls, objective: Objective, params: PyTree, batch: PyTree, chunk_size: int | None) -> CurvaturePoint:
-        """The point at (params, batch)."""
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size must be positive, got {chunk_size}")
-        cases, linearizations, aux = [], [], []
-        for term in objective.terms:
-            inputs, targets = term.split(batch)
-            if chunk_size is None:
-                linearization, term_aux = linearize_term(term, params, inputs)
-                outputs = linearization.outputs
-                linearizations.append(linearization)
-                aux.append(term_aux)
-            else:
-                outputs = jax.eval_shape(lambda p, x, term=term: term.apply(p, x)[0], params, inputs)
-            scale, count = weighting(term, batch, outputs, targets)
-            cases.append(Cases(inputs, targets, scale, count))
-        return cls(
-            objective,
-            params,
-            tuple(cases),
-            tuple(linearizations) if chunk_size is None else None,
-            (aux[0] if len(aux) == 1 else tuple(aux)) if aux else None,
-            chunk_size,
-        )
-
-    @property
-    def loss(self) -> jax.Array:
-        """The scalar loss h(theta)."""
-        data = self.accumulate(lambda p: weighted_sum(p.scale, p.loss.value(p.outputs, p.targets)))
-        return trees.add(data, self.objective.penalty(self.params))
-
-    @property
-    def outputs(self) -> PyTree:
-        """The model's outputs z, a tuple over terms if there are several."""
-        return _only([linearization.outputs for linearization in self._stored("outputs")])
-
-    def loss_at(self, params: PyTree) -> jax.Array:
-        """The loss at other parameters on the same batch, by one forward pass."""
-        data = self.accumulate(lambda piece: piece.value_at(params))
-        return trees.add(data, self.objective.penalty(params))
-
-    def value_and_gradient(self) -> tuple[jax.Array, PyTree]:
-        """The loss and its gradient, from the linearisation that is there."""
-
-        def one(piece):
-            value = weighted_sum(piece.scale, piece.loss.value(piece.outputs, piece.targets))
-            cotangent = scale_cases(piece.scale, piece.loss.gradient(piece.outputs, piece.targets))
-            return value, piece.transpose(cotangent)
-
-        value, gradient = self.accumulate(one)
-        if self.objective.l2 is not None:
-            value = trees.add(value, self.objective.penalty(self.params))
-            gradient = trees.add(gradient, trees.multiply(self.params, self.objective.penalty_curvature(self.params)))
-        return value, gradient
-
-    def jacobian_product(self, vector: PyTree) -> PyTree:
-        """J v: the change of the outputs along v, a pytree like ``params``. A tuple over terms if there are several."""
-        trees.check_like(vector, self.params, "vector")
-        return _only([linearization.jvp(vector) for linearization in self._stored("jacobian_product")])
-
-    def jacobian_transpose_product(self, vector: PyTree) -> PyTree:
-        """J^T u, summed over the examples; u is shaped like ``outputs``."""
-        stored = self._stored("jacobian_transpose_product")
-        parts = (vector,) if len(stored) == 1 else vector
-        results = [lin.transpose(part)[0] for lin, part in zip(stored, parts, strict=True)]
-        return functools.reduce(trees.add, results)
-
-    def accumulate(self, function: Callable[[Piece], PyTree], extras: tuple[PyTree, ...] | None = None) -> PyTree:
-        """The sum of ``function(piece)`` over all terms and, where the point works in chunks, over their chunks.
-
-        Everything additive over examples goes through here, and is therefore independent of the chunk size.
-
-        Args:
-            function: From a ``Piece`` to a pytree of arrays.
-            extras: For each term a pytree whose leaves have the examples on axis 0, handed on as ``piece.extra``.
-        """
-        if self.chunk_size is None:
-            parts = [function(piece) for piece in self.pieces(extras)]
+def curvature_point(
+    terms: tuple[Term, ...], penalty: Penalty, params: PyTree, batch: PyTree, chunk_size: int | None
+) -> CurvaturePoint:
+    """The point at (params, batch); see ``Objective.linearize``."""
+    packed = Packed.of(params)
+    cases, linearizations, aux = [], [], []
+    for term in terms:
+        inputs, targets = term.split(batch)
+        if chunk_size is None:
+            linearization, term_aux = linearize_term(term, packed, inputs)
+            outputs = linearization.outputs
+            linearizations.append(linearization)
+            aux.append(Packed.of(term_aux))
         else:
-            parts = [self._chunked(index, function, extra) for index, extra in enumerate(self._extras(extras))]
-        return functools.reduce(trees.add, parts)
-
-    def pieces(self, extras: tuple[PyTree, ...] | None = None) -> list[Piece]:
-        """One piece for each term; for points that hold the whole batch."""
-        data = zip(self.objective.terms, self.cases, self._stored("pieces"), self._extras(extras), strict=True)
-        return [
-            _piece(term, cases.inputs, cases.targets, cases.scale, stored, extra) for term, cases, stored, extra in data
-        ]
-
-    def num_examples(self, index: int) -> int:
-        """How many examples the term of that index has."""
-        if self.linearizations is not None:
-            return jax.tree.leaves(self.linearizations[index].outputs)[0].shape[0]
-        located = jax.tree.leaves(self._axes(index, (self.cases[index].inputs, self.cases[index].targets)))
-        shapes = [(leaf.shape, axis) for leaf, axis in located if axis is not None]
-        lengths = {shape[axis] if axis < len(shape) else -1 for shape, axis in shapes}
-        if len(lengths) != 1 or -1 in lengths:
-            raise ValueError(
-                "cannot cut the batch into chunks: its leaves and their example axes are"
-                f" {', '.join(f'{shape} axis {axis}' for shape, axis in shapes)}, which do not agree on a number of"
-                " examples; say in example_axes where the examples are (None for what they share)"
-            )
-        return int(lengths.pop())
-
-    def _chunked(self, index, function, extra):
-        term, cases, size = self.objective.terms[index], self.cases[index], self.chunk_size
-        assert size is not None
-        count = self.num_examples(index)
-
-        def chunk(start, length):
-            def cut(leaf, axis):
-                return leaf if axis is None else jax.lax.dynamic_slice_in_dim(leaf, start, length, axis)
-
-            located = self._axes(index, (cases.inputs, cases.targets))
-            inputs, targets = jax.tree.map(lambda pair: cut(*pair), located, is_leaf=_is_located)
-            scale = cut(cases.scale, 0 if cases.scale.ndim else None)
-            linearization, _ = linearize_term(term, self.params, inputs)
-            extra_cut = jax.tree.map(lambda leaf: cut(leaf, 0), extra)
-            return function(_piece(term, inputs, targets, scale, linearization, extra_cut))
-
-        whole, rest = divmod(count, size)
-        parts = []
-        if whole:
-            zeros = trees.zeros_like(jax.eval_shape(lambda: chunk(0, size)))
-            starts = jnp.arange(whole) * size
-            parts.append(jax.lax.scan(lambda total, s: (trees.add(total, chunk(s, size)), None), zeros, starts)[0])
-        if rest:
-            parts.append(chunk(whole * size, rest))
-        return parts[0] if len(parts) == 1 else trees.add(*parts)
-
-    def _axes(self, index, data):
-        """``data`` with every leaf made a pair (leaf, example axis or None)."""
-        axes = self.objective.terms[index].example_axes
-        try:
-            return jax.tree.map(
-                lambda axis, part: jax.tree.map(lambda leaf: _Located((leaf, axis)), part),
-                axes,
-                data,
-                is_leaf=lambda axis: axis is None,
-            )
-        except ValueError as error:
-            raise ValueError(f"example_axes {axes!r} is not a prefix of (inputs, targets): {error}") from None
-
-    def _extras(self, extras):
-        return (None,) * len(self.objective.terms) if extras is None else extras
-
-    def _stored(self, what):
-        if self.linearizations is None:
-            raise ValueError(f"{what} needs the whole batch in memory: linearize without chunk_size")
-        return self.linearizations
+            outputs = jax.eval_shape(lambda p, x, term=term: term.apply(p, x)[0], params, inputs)
+        scale, count = weighting(term, batch, outputs, targets)
+        cases.append(Cases(Packed.of((inputs, targets)), scale, count))
+    stored = tuple(linearizations) if chunk_size is None else None
+    return CurvaturePoint(terms, penalty, packed, tuple(cases), stored, tuple(aux), chunk_size)
 
 
-class _Located(tuple):
-    """A leaf and its example axis, a leaf of its own to jax because it is no plain tuple."""
-
-
-def _is_located(node):
-    return isinstance(node, _Located)
-
-
-def linearize_term(term: Term, params: PyTree, inputs: PyTree) -> tuple[Linearization, PyTree]:
+def linearize_term(term: Term, params: Packed, inputs: PyTree) -> tuple[Linearization, PyTree]:
     """The linearisation of one term, and the model's auxiliary outputs."""
-    outputs, jvp, aux = jax.linearize(lambda p: term.apply(p, inputs), params, has_aux=True)
-    return Linearization(outputs, jvp, jax.linear_transpose(jvp, params)), aux
+
+    def outputs_of(leaves):
+        return term.apply(params.unpack(leaves), inputs)
+
+    outputs, jvp, aux = jax.linearize(outputs_of, params.leaves, has_aux=True)
+    return Linearization(outputs, jvp, jax.linear_transpose(jvp, params.leaves)), aux
 
 
-def _piece(term, inputs, targets, scale, linearization, extra):
+def _piece(term, packed, inputs, targets, scale, linearization, extra):
     def value_at(params):
         outputs, _ = term.apply(params, inputs)
         return weighted_sum(scale, term.loss.value(outputs, targets))
@@ -253,8 +295,13 @@ def _piece(term, inputs, targets, scale, linearization, extra):
         outputs, transpose = jax.vjp(lambda p: term.apply(p, inputs)[0], params)
         return transpose(scale_cases(scale, term.loss.gradient(outputs, targets)))[0]
 
-    outputs, jvp, transpose = linearization
-    return Piece(term.loss, outputs, targets, scale, jvp, lambda u: transpose(u)[0], value_at, gradient_at, extra)
+    def along(vector):
+        return linearization.jvp(tuple(jax.tree.leaves(vector)))
+
+    def back(cotangent):
+        return packed.unpack(linearization.transpose(cotangent)[0])
+
+    return Piece(term.loss, linearization.outputs, targets, scale, along, back, value_at, gradient_at, extra)
 
 
 def _only(parts):

@@ -79,12 +79,21 @@ class Term:
         return tuple(selected)
 
 
-def evaluate(term: Term, params: PyTree, batch: PyTree):
-    """(outputs, targets, scale, count, aux) of a term: its forward pass, checked, and the weighting of its cases."""
-    inputs, targets = term.split(batch)
-    outputs, aux = term.apply(params, inputs)
-    scale, count = weighting(term, batch, outputs, targets)
-    return outputs, targets, scale, count, aux
+def located_examples(term: Term, data: PyTree) -> PyTree:
+    """(inputs, targets) with every leaf replaced by ``Located((leaf, axis))``, where its examples are or None."""
+    axes = term.example_axes
+
+    def located(axis, part):
+        return jax.tree.map(lambda leaf: Located((leaf, axis)), part)
+
+    try:
+        return jax.tree.map(located, axes, data, is_leaf=lambda axis: axis is None)
+    except ValueError as error:
+        raise ValueError(f"example_axes {axes!r} is not a prefix of (inputs, targets): {error}") from None
+
+
+class Located(tuple):
+    """A leaf and its example axis or None, a leaf of its own to jax because it is no plain tuple."""
 
 
 def weighting(term: Term, batch: PyTree, outputs: PyTree, targets: PyTree) -> tuple[jax.Array, jax.Array]:

@@ -105,7 +105,7 @@ def trust_region_step(
         predicted_change=predicted,
         step_ratio=ratio,
         accepted=ratio > acceptance,
-        strategy=rule(radius, ratio, solution.norm),
+        strategy=rule.adapt(radius, ratio, step_norm=solution.norm),
         memory=updated.memory,
         skipped=updated.skipped,
         dropped=updated.dropped,

@@ -1,40 +1,23 @@
-"""The optimisers, one file for each method, as optax gradient transformations."""
+"""The optimisers, one file for each method, as optax gradient transformations; what they share is in ``_step``."""
 
-from curvax.transforms.cubic_step import CubicStepInfo as CubicStepInfo
-from curvax.transforms.cubic_step import CubicStepState as CubicStepState
+from curvax.transforms._step import StepInfo as StepInfo
+from curvax.transforms._step import StepState as StepState
 from curvax.transforms.cubic_step import cubic_step_of_examples as cubic_step_of_examples
 from curvax.transforms.cubic_step import cubic_step_size as cubic_step_size
 from curvax.transforms.cubic_step import scale_by_cubic_step as scale_by_cubic_step
-from curvax.transforms.curveball import CurveBallInfo as CurveBallInfo
-from curvax.transforms.curveball import CurveBallState as CurveBallState
 from curvax.transforms.curveball import curveball as curveball
 from curvax.transforms.hessian_free import RECIPE_A as RECIPE_A
 from curvax.transforms.hessian_free import RECIPE_B as RECIPE_B
 from curvax.transforms.hessian_free import RECIPE_C as RECIPE_C
-from curvax.transforms.hessian_free import HessianFreeInfo as HessianFreeInfo
-from curvax.transforms.hessian_free import HessianFreeState as HessianFreeState
 from curvax.transforms.hessian_free import hessian_free as hessian_free
-from curvax.transforms.iterate_averaging import IterateAveragingState as IterateAveragingState
 from curvax.transforms.iterate_averaging import average_iterates as average_iterates
 from curvax.transforms.iterate_averaging import averaged_params as averaged_params
-from curvax.transforms.krylov_subspace_descent import KrylovSubspaceDescentInfo as KrylovSubspaceDescentInfo
-from curvax.transforms.krylov_subspace_descent import KrylovSubspaceDescentState as KrylovSubspaceDescentState
 from curvax.transforms.krylov_subspace_descent import krylov_subspace_descent as krylov_subspace_descent
-from curvax.transforms.levenberg_marquardt import LevenbergMarquardtInfo as LevenbergMarquardtInfo
-from curvax.transforms.levenberg_marquardt import LevenbergMarquardtState as LevenbergMarquardtState
 from curvax.transforms.levenberg_marquardt import levenberg_marquardt as levenberg_marquardt
 from curvax.transforms.levenberg_marquardt import scale_by_dense_curvature as scale_by_dense_curvature
-from curvax.transforms.lsr1 import LSR1Info as LSR1Info
-from curvax.transforms.lsr1 import LSR1State as LSR1State
 from curvax.transforms.lsr1 import lsr1 as lsr1
 from curvax.transforms.lsr1 import lsr1_linesearch as lsr1_linesearch
-from curvax.transforms.natural_gradient import NaturalGradientInfo as NaturalGradientInfo
-from curvax.transforms.natural_gradient import NaturalGradientState as NaturalGradientState
 from curvax.transforms.natural_gradient import natural_gradient as natural_gradient
 from curvax.transforms.natural_gradient import scale_by_natural_gradient as scale_by_natural_gradient
-from curvax.transforms.newton_cg import NewtonCGInfo as NewtonCGInfo
-from curvax.transforms.newton_cg import NewtonCGState as NewtonCGState
 from curvax.transforms.newton_cg import newton_cg as newton_cg
-from curvax.transforms.sample_space import SampleSpaceInfo as SampleSpaceInfo
-from curvax.transforms.sample_space import SampleSpaceState as SampleSpaceState
 from curvax.transforms.sample_space import scale_by_sample_space as scale_by_sample_space

@@ -1,53 +1,341 @@
-"""What the transformations' states have in common: an info of scalars, and steps that are skipped and counted."""
+"""The stepper: what all methods share, so that the file of a method holds its mathematics alone.
+
+A method says what it carries from step to step (``start``) and what one step is (``step``, from what is ``Given`` to a
+``Step``). The stepper checks what arrives, keeps the state, fills in the info, takes steps back that are not finite or
+not accepted, and asks a judge about the last step where there is one.
+
+**The contract of all methods.** The incoming updates are read as the gradient of the objective at the point (methods
+``scale_by_...`` take any vector), so whatever stands in front in an ``optax.chain`` has its effect. ``update`` takes
+``at=``, the third result of ``objective.value_and_grad``, and the further points that a method names. Inside
+``optax.masked`` and ``optax.partition`` a method acts on the leaves it is given, by path. Under ``optax.MultiSteps``
+the gradient is the mean over the mini-batches, and curvature and losses are those of the last point. A step in which
+anything is not finite is skipped and counted: updates are zero and the state stays. Numbers may be traced, and where a
+docstring says so a schedule of the step; ``optax.inject_hyperparams`` works on every method as it is. Under ``vmap``
+a ``lax.cond`` becomes a ``select``, so periodic work is then done at every step.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeVar
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from curvax import trees
+from curvax.objectives.point import CurvaturePoint
 
 PyTree = Any
-Info = TypeVar("Info", bound=tuple[Any, ...])
+Scalar = Any
+Array = jax.Array
 
 
-class StateWithInfo(Protocol):
-    """A NamedTuple state whose ``info`` counts ``skipped_steps``."""
+class StepInfo(NamedTuple):
+    """Figures of the last step, all scalars; a figure that a method does not work out is NaN, a count -1.
+
+    Attributes:
+        loss: h(theta) before the step, on the batch that judges it.
+        new_loss: h(theta + delta) there, whether the step was taken or not.
+        predicted_change: M(delta) - M(0) of the model of the method.
+        step_ratio: rho, the actual over the predicted change; -inf where the step failed.
+        damping: lambda that the step was computed with.
+        radius: The radius of the trust region that the step was computed with.
+        step_size: The factor of the step along its direction, from a line search or in closed form.
+        inner_iterations: Iterations of the inner solver.
+        reason: Why they stopped, a ``curvax.solvers.StopReason``.
+        gradient_norm: The norm of the incoming updates.
+        update_norm: The norm of delta.
+        accepted: Whether the step was taken.
+        skipped_steps: How many steps so far were skipped because something was not finite.
+        extra: What the method adds, by name.
+    """
+
+    loss: Array
+    new_loss: Array
+    predicted_change: Array
+    step_ratio: Array
+    damping: Array
+    radius: Array
+    step_size: Array
+    inner_iterations: Array
+    reason: Array
+    gradient_norm: Array
+    update_norm: Array
+    accepted: Array
+    skipped_steps: Array
+    extra: dict[str, Array]
+
+
+class StepState(NamedTuple):
+    """The state of every method.
+
+    Attributes:
+        steps: Steps so far.
+        strength: What adapts: lambda, the radius or sigma for the next step; 0 for methods in which nothing does.
+        key: Raw data of the PRNG key that the key of every step comes from.
+        memory: What the method carries from step to step, such as its last direction.
+        last: The last step, for the judge; () without one.
+        info: Figures of the last step.
+    """
+
+    steps: Array
+    strength: Array
+    key: Array
+    memory: Any
+    last: Any
+    info: StepInfo
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What a step is computed from.
+
+    Attributes:
+        gradient: The incoming updates g.
+        at: The point of the gradient.
+        curvature_at: The point of the curvature, and of the losses that judge the step; ``at`` unless given.
+        held_out_at: A point on data that the step was not computed from; None unless given.
+        strength: lambda, the radius or sigma.
+        memory: What the method carries.
+        steps: Steps before this one.
+        key: The PRNG key of this step.
+        info: Figures of the step before.
+        params: The parameters, where ``update`` got them.
+        extra: Arguments for other transformations.
+    """
+
+    gradient: PyTree
+    at: CurvaturePoint
+    curvature_at: CurvaturePoint
+    held_out_at: CurvaturePoint | None
+    strength: Array
+    memory: Any
+    steps: Array
+    key: Array
+    info: StepInfo
+    params: PyTree
+    extra: Mapping[str, Any]
 
     @property
-    def info(self) -> Any: ...
+    def dtype(self) -> Any:
+        """The dtype of losses, norms and strengths: float32 or wider."""
+        return self.strength.dtype
 
-    def _replace(self, **fields: Any) -> Any: ...
-
-
-def empty_info(kind: type[Info], dtype: Any, **dtypes: Any) -> Info:
-    """An info of zeros of one dtype but for the fields named; a buffer for each, so that states can be donated."""
-    fields: tuple[str, ...] = kind._fields  # pyright: ignore[reportAttributeAccessIssue]
-    return kind(*(jnp.zeros((), dtypes.get(name, dtype)) for name in fields))  # pyright: ignore[reportCallIssue]
+    def number(self, value: Any) -> Array:
+        """A number, or a schedule at this step, in that dtype."""
+        return jnp.asarray(value(self.steps) if callable(value) else value).astype(self.dtype)
 
 
-def finish(finite: jax.Array, updates: PyTree, taken: Any, state: StateWithInfo) -> tuple[PyTree, Any]:
-    """The step if it is finite, else zero updates and the old state with one more skipped step.
+class Step(NamedTuple):
+    """What a step comes to.
+
+    Attributes:
+        update: delta.
+        figures: Fields of ``StepInfo``, and further ones that end in ``extra``.
+        memory: What the method carries to the next step.
+        strength: lambda, the radius or sigma for the next step; None leaves it.
+        accepted: Whether the step is taken; None for always.
+        finite: Whether all is finite, besides updates and incoming updates, which the stepper looks at.
+        reads_updates: Whether the incoming updates are read, so that they have to be finite.
+        guarded: Whether ``memory`` is already the old one where something is not finite: then the stepper does not
+            select, which would read and write all of it once more.
+    """
+
+    update: PyTree
+    figures: Mapping[str, Any]
+    memory: Any = ()
+    strength: Array | None = None
+    accepted: Array | None = None
+    finite: Any = True
+    reads_updates: bool = True
+    guarded: bool = False
+
+
+class LastStep(NamedTuple):
+    """What a judge is told of the step before: its update (zero if it was not taken) and the change it predicted."""
+
+    update: PyTree
+    predicted_change: Array
+
+
+class Verdict(NamedTuple):
+    """What a judge says of the step before: the strength to go on with, and whether it is to be undone."""
+
+    strength: Array
+    undo: Array
+
+
+class Judge(Protocol):
+    """Judges the last step on the data of the present point, which its curvature has not seen."""
+
+    def __call__(self, last: LastStep, given: Given) -> Verdict: ...
+
+
+def nothing(params: PyTree) -> tuple[()]:
+    """What a method without memory carries."""
+    del params
+    return ()
+
+
+def stepper(
+    name: str,
+    step: Callable[[Given], Step],
+    *,
+    start: Callable[[PyTree], Any] = nothing,
+    strength: Scalar = 0.0,
+    seed: Scalar = 0,
+    extra: Mapping[str, Any] | None = None,
+    points: tuple[str, ...] = ("at",),
+    judge: Judge | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """The transformation of a method.
 
     Args:
-        finite: Whether everything that entered the step is finite.
-        updates: The updates of the step.
-        taken: The state after it.
-        state: The state before it.
+        name: The name of the method, for errors.
+        step: What one step is.
+        start: params -> what the method carries; parameters may be ShapeDtypeStructs.
+        strength: lambda_0, the first radius or sigma.
+        seed: Seed of the keys of the steps.
+        extra: The names of the figures that the method adds, with their dtypes (None for that of the losses).
+        points: The points that ``update`` takes.
+        judge: What judges the last step before a new one is computed. One that it undoes is taken back by the
+            update, in place of a new step.
     """
-    skipped_steps = optax.safe_increment(state.info.skipped_steps)
-    skipped = state._replace(info=state.info._replace(skipped_steps=skipped_steps))
-    return trees.where(finite, updates, trees.zeros_like(updates)), trees.where(finite, taken, skipped)
+    added = {} if extra is None else dict(extra)
+
+    def init(params: PyTree) -> StepState:
+        dtype = trees.wide_dtype(*jax.tree.leaves(params))
+        last = () if judge is None else LastStep(trees.zeros_like(params), jnp.zeros((), dtype))
+        info = _empty_info(added, dtype)
+        # Floating point may arrive as a number, an array or a traced value, of any dtype.
+        first = jnp.array(jnp.asarray(strength).astype(dtype))
+        key = jax.random.key_data(jax.random.key(seed))
+        return StepState(jnp.zeros((), jnp.int32), first, key, start(params), last, info)
+
+    def update(updates: PyTree, state: StepState, params: PyTree = None, **arguments: Any) -> tuple[PyTree, StepState]:
+        given = _given(name, points, updates, state, params, arguments)
+        undo = jnp.array(False)
+        if judge is not None:
+            verdict = judge(state.last, given)
+            undo = verdict.undo & (state.steps > 0)
+            given = dataclasses.replace(given, strength=verdict.strength.astype(given.dtype))
+        taken = step(given)
+        accepted = jnp.array(True) if taken.accepted is None else taken.accepted
+        moved = trees.cast_like(taken.update, updates)
+        if taken.accepted is not None:
+            moved = trees.where(accepted, moved, trees.zeros_like(moved))
+        after = StepState(
+            steps=jnp.asarray(optax.safe_increment(state.steps)),
+            strength=given.strength if taken.strength is None else taken.strength.astype(given.dtype),
+            key=state.key,
+            memory=taken.memory,
+            last=() if judge is None else LastStep(moved, jnp.asarray(taken.figures["predicted_change"], given.dtype)),
+            info=_info(taken, accepted, added, given),
+        )
+        finite = trees.all_finite(moved, updates if taken.reads_updates else ()) & taken.finite
+        skipped_steps = jnp.asarray(optax.safe_increment(state.info.skipped_steps))
+        skipped = state._replace(info=state.info._replace(skipped_steps=skipped_steps))
+        if taken.guarded:
+            skipped = skipped._replace(memory=taken.memory)
+        if judge is not None:
+            back = trees.scale(-1.0, state.last.update)
+            reverted = state._replace(
+                strength=given.strength,
+                last=LastStep(trees.zeros_like(back), jnp.zeros((), given.dtype)),
+            )
+            moved, after = trees.where(undo, back, moved), trees.where(undo, reverted, after)
+            finite = finite | undo
+        return trees.where(finite, moved, trees.zeros_like(moved)), trees.where(finite, after, skipped)
+
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
-def next_count(count: jax.Array) -> jax.Array:
-    """count + 1, without overflow."""
-    return jnp.asarray(optax.safe_increment(count))
+_COUNTS = ("inner_iterations", "reason")
 
 
-def step_key(key: jax.Array, count: jax.Array) -> jax.Array:
-    """The PRNG key of a step, from raw key data in the state and the number of the step."""
-    return jax.random.fold_in(jax.random.wrap_key_data(key), count)
+def _empty_info(added, dtype):
+    """An info before the first step; a buffer for each figure, so that states can be donated."""
+    fields = {field: jnp.full((), jnp.nan, dtype) for field in StepInfo._fields}
+    fields |= {field: jnp.full((), -1, jnp.int32) for field in _COUNTS}
+    fields |= {"accepted": jnp.zeros((), jnp.bool_), "skipped_steps": jnp.zeros((), jnp.int32)}
+    fields["extra"] = {name: jnp.zeros((), dtype if kind is None else kind) for name, kind in added.items()}
+    return StepInfo(**fields)
+
+
+def _info(taken, accepted, added, given):
+    figures = dict(taken.figures)
+    for name, tree in (("gradient_norm", given.gradient), ("update_norm", taken.update)):
+        if name not in figures:
+            figures[name] = trees.norm(tree)
+    empty = _empty_info(added, given.dtype)
+    extra = {name: jnp.asarray(figures.pop(name)).astype(empty.extra[name].dtype) for name in added}
+    figures = {name: jnp.asarray(value).astype(getattr(empty, name).dtype) for name, value in figures.items()}
+    fixed = {"accepted": accepted, "skipped_steps": given.info.skipped_steps, "extra": extra}
+    return empty._replace(**figures, **fixed)
+
+
+def _given(name, points, updates, state, params, arguments):
+    if not isinstance(state, StepState):
+        raise TypeError(
+            f"{name}: update takes (grads, state, params, at=at) in this order; the second argument is a"
+            f" {type(state).__name__}, not the state of init"
+        )
+    own = {point: arguments.pop(point, None) for point in points}
+    _check_arguments(name, points, arguments)
+    at = own["at"]
+    if at is None:
+        raise ValueError(
+            f"{name}: update takes at=. Write\n"
+            "    loss, grads, at = objective.value_and_grad(params, batch)\n"
+            "    updates, state = tx.update(grads, state, params, at=at)\n"
+            "or, with gradients of your own, at=objective.linearize(params, batch)"
+        )
+    for point, value in own.items():
+        if value is not None and not isinstance(value, CurvaturePoint):
+            raise TypeError(
+                f"{name}: {point}= takes a curvature point, the third result of objective.value_and_grad or"
+                f" objective.linearize(params, batch), got {type(value).__name__}"
+            )
+    trees.check_floating(updates, "updates")
+    trees.check_like(trees.embed(updates, at.params), at.params, "updates")
+    return Given(
+        gradient=updates,
+        at=at,
+        curvature_at=at if own.get("curvature_at") is None else own["curvature_at"],
+        held_out_at=own.get("held_out_at"),
+        strength=state.strength,
+        memory=state.memory,
+        steps=state.steps,
+        key=jax.random.fold_in(jax.random.wrap_key_data(state.key), state.steps),
+        info=state.info,
+        params=params,
+        extra=arguments,
+    )
+
+
+def _check_arguments(name, points, arguments):
+    """Arguments of other names may be for another transformation of the chain, but not those that look like ours."""
+    for argument, value in arguments.items():
+        near = difflib.get_close_matches(argument, points, n=1, cutoff=0.75)
+        if isinstance(value, CurvaturePoint) or argument == "batch" or near:
+            advice = f"; did you mean {near[0]}=?" if near else ""
+            raise TypeError(
+                f"{name}: update takes {', '.join(f'{point}=' for point in points)} not {argument}={advice}"
+            )
+
+
+def static_count(name: str, argument: str, value: Any, default: int) -> int:
+    """A count that decides shapes: ``default`` if None, else a positive Python integer."""
+    if value is None:
+        return default
+    if isinstance(value, jax.core.Tracer) or callable(value):
+        raise TypeError(
+            f"{name}: {argument} decides shapes and cannot be traced or scheduled; under optax.inject_hyperparams name"
+            f" it in static_args"
+        )
+    if isinstance(value, bool) or int(value) != value or value < 1:
+        raise ValueError(f"{name}: {argument} must be a positive integer, got {value!r}")
+    return int(value)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +10,13 @@ import optax
 
 from curvax import trees
 from curvax.damping.rules import DampingRule
+from curvax.estimators.curvature_propagation import sampled_hessian_diagonal
+from curvax.layers.find import Layers
+from curvax.layers.taps import tap
 from curvax.matrices.curvature import hessian
 from curvax.matrices.quadratic_model import reduction_ratio
 from curvax.objectives.objective import Objective
-from curvax.objectives.point import CurvaturePoint
-from curvax.transforms._point import point_for_update
-from curvax.transforms._step import empty_info, finish, next_count
+from curvax.transforms._step import Given, Step, stepper
 
 PyTree = Any
 Scalar = Any
@@ -64,75 +64,28 @@ def cubic_step_size(slope: Scalar, curvature: Scalar, norm: Scalar, sigma: Scala
     return jnp.where(some, distance / length, 0)
 
 
-class CubicStepInfo(NamedTuple):
-    """Figures of the last step, all scalars.
-
-    Attributes:
-        loss: h(theta) before the step.
-        alpha: The learning rate, ||update|| / ||d||; negative where d pointed upwards and was turned round.
-        slope: d^T grad.
-        curvature: d^T H d, of the Hessian or, by leaves and variables, of its diagonal blocks.
-        sigma: The weight of the cubic term that the step was computed with.
-        step_ratio: The actual change over that of the cubic model; zero where no rule asks for it.
-        update_norm: The norm of the update.
-        accepted: Whether the step was taken.
-        skipped_steps: How many steps so far were skipped because something was not finite.
-    """
-
-    loss: Array
-    alpha: Array
-    slope: Array
-    curvature: Array
-    sigma: Array
-    step_ratio: Array
-    update_norm: Array
-    accepted: Array
-    skipped_steps: Array
-
-
-class CubicStepState(NamedTuple):
-    """State of ``scale_by_cubic_step``.
-
-    Attributes:
-        steps: Steps so far.
-        sigma: The weight of the cubic term for the next step.
-        inner: The state of the inner transformation.
-        info: Figures of the last step.
-    """
-
-    steps: Array
-    sigma: Array
-    inner: Any
-    info: CubicStepInfo
-
-
 def scale_by_cubic_step(
-    objective: Objective,
     inner: optax.GradientTransformation,
     *,
-    sigma: float = 100.0,
+    sigma: optax.ScalarOrSchedule = 100.0,
     scope: Scope = "whole",
     rule: DampingRule | None = None,
-    acceptance: float | None = None,
+    acceptance: optax.ScalarOrSchedule | None = None,
     ascent: Literal["turn", "keep"] = "turn",
-    diagonal: Callable[[CurvaturePoint], PyTree] | None = None,
+    layers: Layers | None = None,
+    seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Goes along the updates d of any optax transformation to the minimum of the cubic model: alpha d.
 
     alpha minimises d^T g alpha + d^T H d alpha^2 / 2 + sigma ||d||^3 alpha^3 / 6 with the exact Hessian, so it is large
     on a plateau, where slope and curvature are small, and falls where the ground curves. d^T H d is two forward passes.
-    alpha d does not depend on the length of d: the inner learning rate is of no account.
-
-    The incoming updates are read as the gradient g of the objective. ``update`` takes ``at=``, the third result of
-    ``objective.value_and_grad``, or ``batch=``, which are handed on to the inner transformation. Inside
-    ``optax.masked`` and ``optax.partition`` (with ``at=``) it acts on the leaves it is given. Under
-    ``optax.MultiSteps`` the gradient is the mean over the mini-batches and the Hessian that of the last one. A step in
-    which anything is not finite is skipped and counted, and leaves the inner state as it was.
+    alpha d does not depend on the length of d: the inner learning rate is of no account. ``update`` takes ``at=``,
+    which is handed on to the inner transformation; a step that is skipped leaves the inner state as it was.
 
     Args:
-        objective: The objective.
         inner: Any transformation: ``optax.sgd(1.0)``, ``optax.adagrad(0.1)``, ``optax.adam(1e-3)``.
-        sigma: The weight of the cubic term; its order of magnitude matters (the paper takes 100 to 1000).
+        sigma: The weight of the cubic term, a number or a schedule, or with a rule the number that it begins with. Its
+            order of magnitude matters (the paper takes 100 to 1000).
         scope: "whole": one alpha. "leaf": one for each leaf, with its block of the Hessian. "variable": one for each
             parameter, with the diagonal.
         rule: How sigma adapts, such as ``curvax.damping.cubic_rule()``, at the price of a forward pass; None keeps it.
@@ -140,23 +93,25 @@ def scale_by_cubic_step(
             takes every step, as the paper does.
         ascent: What to do with a d that points upwards, which momentum and noise bring about: "turn" it round, or
             "keep" the inner update as it is.
-        diagonal: (at) -> the diagonal of the Hessian for "variable", such as
-            ``curvax.estimators.sampled_hessian_diagonal``; by default the exact one, for small problems.
+        layers: From ``curvax.find_layers``: for "variable" the diagonal is then estimated by curvature propagation
+            (``curvax.estimators.sampled_hessian_diagonal``); without, it is exact, for small problems.
+        seed: Seed of that estimate.
 
     Returns:
-        The transformation; its updates are ready for ``optax.apply_updates``. ``state.info`` holds the figures.
+        The transformation; its updates are ready for ``optax.apply_updates``. ``state.info`` holds the figures:
+        ``step_size`` is alpha, ||update|| / ||d||, negative where d pointed upwards and was turned round; in ``extra``
+        ``sigma``, ``slope`` d^T g, and ``curvature`` d^T H d, by leaves and variables of the diagonal blocks.
 
     Raises:
-        ValueError: ``update`` got neither or both of ``at=`` and ``batch=``, updates that are not the parameters', or
-            an unknown scope.
+        ValueError: ``update`` got no ``at=``, updates that are not the parameters', or an unknown scope.
 
     Example:
         >>> objective = curvax.Objective(lambda w, x: x * w, curvax.losses.squared_error())
-        >>> tx = curvax.scale_by_cubic_step(objective, optax.sgd(1.0), sigma=1e-6)
+        >>> tx = curvax.scale_by_cubic_step(optax.sgd(1.0), sigma=1e-6)
         >>> w, batch = jnp.array(3.0), (jnp.full((1,), 2.0), jnp.zeros(1))
         >>> loss, grads, at = objective.value_and_grad(w, batch)
         >>> updates, state = tx.update(grads, tx.init(w), w, at=at)
-        >>> print(f"{optax.apply_updates(w, updates):.4f} {state.info.alpha:.4f}")       # Newton's step: alpha = 1 / 4
+        >>> print(f"{optax.apply_updates(w, updates):.4f} {state.info.step_size:.4f}")   # Newton's step: alpha = 1 / 4
         0.0000 0.2500
 
     Source: "Understanding and exploiting the low-rank structure of deep networks" (2018), section 3.
@@ -169,64 +124,50 @@ def scale_by_cubic_step(
         raise ValueError("acceptance needs a rule, such as curvax.damping.cubic_rule(), to try another sigma by")
     inner = optax.with_extra_args_support(inner)
 
-    def init(params: PyTree) -> CubicStepState:
-        dtype = trees.wide_dtype(*jax.tree.leaves(params))
-        info = empty_info(CubicStepInfo, dtype, accepted=jnp.bool_, skipped_steps=jnp.int32)
-        return CubicStepState(jnp.zeros((), jnp.int32), jnp.full((), sigma, dtype), inner.init(params), info)
+    def step(given: Given) -> Step:
+        at, dtype = given.at, given.dtype
+        weight = given.number(sigma) if rule is None else given.strength
+        direction, inner_state = inner.update(given.gradient, given.memory, given.params, at=at, **given.extra)
 
-    def update(
-        updates: PyTree,
-        state: CubicStepState,
-        params: PyTree = None,
-        *,
-        at: CurvaturePoint | None = None,
-        batch: PyTree = None,
-        **extra: Any,
-    ) -> tuple[PyTree, CubicStepState]:
-        given = {"batch": batch} if at is None else {"at": at}
-        at = point_for_update("scale_by_cubic_step", objective, updates, params, at, batch)
-        dtype = state.sigma.dtype
-        direction, inner_state = inner.update(updates, state.inner, params, **given, **extra)
-
-        groups = _groups(scope, at, updates, direction, diagonal, dtype)
-        steps, slope, curvature, change = [], 0.0, 0.0, 0.0
-        for a, c, norm, move in groups:
+        moves, slope, curvature, change = [], 0.0, 0.0, 0.0
+        for a, c, norm, move in _groups(scope, given, direction, layers):
             sign = jnp.where(a > 0, -1, 1).astype(dtype)
-            alpha = sign * cubic_step_size(-jnp.abs(a), c, norm, state.sigma)
+            alpha = sign * cubic_step_size(-jnp.abs(a), c, norm, weight)
             if ascent == "keep":
                 alpha = jnp.where(a > 0, jnp.ones_like(alpha), alpha)
-            steps.append(move(alpha))
+            moves.append(move(alpha))
             reach = jnp.abs(alpha) * norm
-            change += jnp.sum(a * alpha + c * alpha * alpha / 2 + state.sigma * reach**3 / 6)
+            change += jnp.sum(a * alpha + c * alpha * alpha / 2 + weight * reach**3 / 6)
             slope, curvature = slope + jnp.sum(a), curvature + jnp.sum(c)
-        step = steps[0] if scope == "whole" else jax.tree.structure(direction).unflatten(steps)
+        delta = moves[0] if scope == "whole" else jax.tree.structure(direction).unflatten(moves)
 
-        count, loss = next_count(state.steps), at.loss.astype(dtype)
-        ratio, accepted = jnp.zeros((), dtype), jnp.array(True)
+        norm, length = trees.norm(direction).astype(dtype), trees.norm(delta).astype(dtype)
+        turned = jnp.where(trees.vdot(direction, delta) < 0, -1, 1).astype(dtype)
+        figures = {
+            "loss": at.loss,
+            "predicted_change": change,
+            "step_size": turned * length / jnp.where(norm > 0, norm, 1),
+            "update_norm": length,
+            "sigma": weight,
+            "slope": slope,
+            "curvature": curvature,
+        }
+        strength, accepted = weight, None
         if rule is not None:
-            new_loss = at.loss_at(trees.add(at.params, trees.embed(step, at.params))).astype(dtype)
-            ratio = reduction_ratio(loss, new_loss, change).astype(dtype)
-            accepted = accepted if acceptance is None else ratio > acceptance
-        norm = trees.norm(direction).astype(dtype)
-        length = trees.norm(step).astype(dtype)
-        turned = jnp.where(trees.vdot(direction, step) < 0, -1, 1).astype(dtype)
-        info = CubicStepInfo(
-            loss=loss,
-            alpha=turned * length / jnp.where(norm > 0, norm, 1),
-            slope=jnp.asarray(slope, dtype),
-            curvature=jnp.asarray(curvature, dtype),
-            sigma=state.sigma,
-            step_ratio=ratio,
-            update_norm=length,
-            accepted=accepted,
-            skipped_steps=state.info.skipped_steps,
-        )
-        moved = trees.where(accepted, step, trees.zeros_like(step))
-        next_sigma = state.sigma if rule is None else rule(state.sigma, ratio, count)
-        after = CubicStepState(count, next_sigma, inner_state, info)
-        return finish(trees.all_finite(loss, updates, step), moved, after, state)
+            figures["new_loss"] = at.loss_along(delta)
+            figures["step_ratio"] = reduction_ratio(at.loss, figures["new_loss"], change).astype(dtype)
+            strength = rule.adapt(weight, figures["step_ratio"], count=given.steps + 1)
+            accepted = None if acceptance is None else figures["step_ratio"] > given.number(acceptance)
+        return Step(delta, figures, inner_state, strength, accepted, trees.all_finite(figures["loss"], delta))
 
-    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+    return stepper(
+        "scale_by_cubic_step",
+        step,
+        start=inner.init,
+        strength=0.0 if callable(sigma) else sigma,
+        seed=seed,
+        extra=dict.fromkeys(("sigma", "slope", "curvature")),
+    )
 
 
 def cubic_step_of_examples(
@@ -265,7 +206,7 @@ def cubic_step_of_examples(
     def of(batch):
         gradient = jax.grad(objective)(params, batch)
         along = trees.scale(-1.0, gradient)
-        curvature = hessian(objective, params, batch).quadratic(along)
+        curvature = hessian(objective.linearize(params, batch)).quadratic(along)
         norm = trees.norm(along)
         alpha = cubic_step_size(trees.vdot(gradient, along), curvature, norm, jnp.asarray(sigma, norm.dtype))
         return along, alpha, trees.scale(alpha, along)
@@ -280,16 +221,17 @@ def cubic_step_of_examples(
     return trees.scale(jnp.mean(sizes), jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), directions))
 
 
-def _groups(scope, at, gradient, direction, diagonal, dtype):
+def _groups(scope, given, direction, layers):
     """For each group of parameters with an alpha of its own: slope, curvature, norm, and alpha -> the step."""
+    gradient, dtype = given.gradient, given.dtype
     if scope == "whole":
-        curvature = hessian(at.objective, at=at).restrict(gradient).quadratic(direction).astype(dtype)
+        curvature = hessian(given.at).restrict(gradient).quadratic(direction).astype(dtype)
         slope, norm = trees.vdot(gradient, direction).astype(dtype), trees.norm(direction).astype(dtype)
         return [(slope, curvature, norm, lambda alpha: trees.scale(alpha, direction))]
     leaves, treedef = jax.tree.flatten(direction)
     gradients = jax.tree.leaves(gradient)
     if scope == "leaf":
-        matrix = hessian(at.objective, at=at).restrict(gradient)
+        matrix = hessian(given.at).restrict(gradient)
 
         def own_block(index):
             return matrix.quadratic(treedef.unflatten([jnp.where(index == i, x, 0) for i, x in enumerate(leaves)]))
@@ -301,11 +243,12 @@ def _groups(scope, at, gradient, direction, diagonal, dtype):
             slope, norm = trees.vdot(g, leaf).astype(dtype), trees.norm(leaf).astype(dtype)
             groups.append((slope, curvature, norm, lambda alpha, leaf=leaf: trees.scale(alpha, leaf)))
         return groups
-    exact = diagonal is None
-    entries = hessian(at.objective, at=at).diagonal() if exact else diagonal(at)
-    entries = jax.tree.leaves(trees.extract(entries, gradient))
+    if layers is None:
+        entries = hessian(given.at).diagonal()
+    else:
+        entries = sampled_hessian_diagonal(tap(layers, given.at), given.key)
     groups = []
-    for leaf, g, h in zip(leaves, gradients, entries, strict=True):
+    for leaf, g, h in zip(leaves, gradients, jax.tree.leaves(trees.extract(entries, gradient)), strict=True):
         wide, g, h = leaf.astype(dtype), g.astype(dtype), h.astype(dtype)
 
         def move(alpha, wide=wide, leaf=leaf):

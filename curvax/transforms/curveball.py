@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,66 +11,21 @@ import optax
 from curvax import trees
 from curvax.damping.rules import DampingRule, curveball_rule
 from curvax.matrices.quadratic_model import reduction_ratio
-from curvax.objectives.objective import Objective
-from curvax.objectives.point import CurvaturePoint
 from curvax.objectives.term import scale_cases
-from curvax.transforms._point import point_for_update
-from curvax.transforms._step import empty_info, finish, next_count
+from curvax.transforms._step import Given, Step, stepper
 
 PyTree = Any
 Array = jax.Array
 
 
-class CurveBallInfo(NamedTuple):
-    """Figures of the last step, all scalars.
-
-    Attributes:
-        loss: h(theta) before the step.
-        predicted_change: The change of the quadratic model along the step.
-        step_ratio: gamma, the actual over the predicted change, of the last step at which it was measured; -inf where
-            that failed.
-        damping: lambda that the step was computed with.
-        momentum: rho.
-        learning_rate: beta.
-        update_norm: The norm of z.
-        skipped_steps: How many steps so far were skipped because something was not finite.
-    """
-
-    loss: Array
-    predicted_change: Array
-    step_ratio: Array
-    damping: Array
-    momentum: Array
-    learning_rate: Array
-    update_norm: Array
-    skipped_steps: Array
-
-
-class CurveBallState(NamedTuple):
-    """State of ``curveball``.
-
-    Attributes:
-        steps: Steps so far.
-        damping: lambda for the next step.
-        velocity: z, the last step, a pytree like the parameters.
-        info: Figures of the last step.
-    """
-
-    steps: Array
-    damping: Array
-    velocity: PyTree
-    info: CurveBallInfo
-
-
 def curveball(
-    objective: Objective,
     *,
-    momentum: float | None = None,
-    learning_rate: float | None = None,
+    momentum: optax.ScalarOrSchedule | None = None,
+    learning_rate: optax.ScalarOrSchedule | None = None,
     initial_damping: float = 1.0,
     rule: DampingRule | None = None,
     damped_model: bool = True,
-    gradient: Literal["recomputed", "incoming"] = "recomputed",
+    gradient: Literal["incoming", "recomputed"] = "incoming",
 ) -> optax.GradientTransformationExtraArgs:
     r"""CurveBall: z <- rho z - beta (G z + lambda z + g), theta <- theta + z.
 
@@ -79,22 +34,18 @@ def curveball(
     minimise the model along z and the bracket, and lambda adapts, so that nothing is to be tuned. The step costs one
     push forward of z, one pull back and one push forward of the bracket; the state is that of momentum SGD.
 
-    With ``gradient="recomputed"`` g is the gradient of the objective at the curvature point, pulled back together with
-    the curvature in one sweep: the incoming updates are not read, only their structure, and whoever computes them
-    inside the same ``jit`` does not pay for them. With ``"incoming"`` they are g. ``update`` takes ``at=``, the third
-    result of ``objective.value_and_grad``, or ``batch=``; gradient, curvature and the loss that adapts lambda are of
-    that one batch. Inside ``optax.masked`` and ``optax.partition`` (with ``at=``) it acts on the leaves it is given.
-    Under ``optax.MultiSteps`` curvature, and with ``"recomputed"`` the gradient, are those of the last mini-batch. A
-    step in which anything is not finite is skipped and counted.
+    ``update`` takes ``at=``; curvature and the loss that adapts lambda are of that one batch. With
+    ``gradient="recomputed"`` g is the gradient of the objective there, pulled back together with the curvature in one
+    sweep: the incoming updates are not read, only their structure, so what stands in front in a chain has no effect,
+    and whoever computes them inside the same ``jit`` does not pay for them.
 
     What the paper leaves open: whether lambda enters the model that gives rho, beta and the predicted change (see
     ``damped_model``), and whether 0.999 is the factor of lambda for one adaptation or for each of the five iterations
     between two (``rule=curvax.damping.curveball_rule(factor=0.999**5)``).
 
     Args:
-        objective: The objective; G is its Gauss-Newton matrix.
-        momentum: rho; None for the best one. 1 is the variant of the paper's appendix B.5.
-        learning_rate: beta; None for the best one.
+        momentum: rho, a number or a schedule; None for the best one. 1 is the variant of the paper's appendix B.5.
+        learning_rate: beta, a number or a schedule; None for the best one.
         initial_damping: lambda_0. The paper takes 1 for networks with batch normalisation and 10 for others.
         rule: How lambda adapts to gamma, which takes a forward pass where it is due; by default every 5 steps times
             0.999 above 3/2 and over 0.999 below 1/2. ``DampingRule(decrease=1, increase=1)`` keeps it fixed, without
@@ -102,19 +53,21 @@ def curveball(
         damped_model: Whether lambda z enters the model that rho, beta and the predicted change come from, as in the
             authors' published code, or the bracket alone, as equation 18 reads; without it steps on a nearly flat model
             are not bounded by lambda and may diverge.
-        gradient: Where g comes from, "recomputed" or "incoming".
+        gradient: Where g comes from, the "incoming" updates or "recomputed" at the point.
 
     Returns:
-        The transformation; its updates are ready for ``optax.apply_updates``. ``state.info`` holds the figures.
+        The transformation; its updates are ready for ``optax.apply_updates``. ``state.info`` holds the figures, with
+        ``momentum`` rho and ``learning_rate`` beta in ``extra``; the ratio is that of the last step at which it was
+        measured.
 
     Raises:
-        ValueError: ``update`` got neither or both of ``at=`` and ``batch=``, or updates that are not the parameters'.
+        ValueError: ``update`` got no ``at=``, or updates that are not the parameters'.
 
     Example:
         >>> def residuals(w, x):                                            # of Rosenbrock's function
         ...     return jnp.array([[w[0] - 1, 10 * (w[1] - w[0] ** 2)]])
         >>> objective = curvax.Objective(residuals, curvax.losses.squared_error())
-        >>> tx = curvax.curveball(objective)
+        >>> tx = curvax.curveball()
         >>> w, batch = jnp.array([-1.0, 1.0]), (jnp.zeros((1, 1)), jnp.zeros((1, 2)))
         >>> state = tx.init(w)
         >>> @jax.jit
@@ -131,65 +84,55 @@ def curveball(
     """
     rule = curveball_rule() if rule is None else rule
     adapts = not rule.decrease == rule.increase == 1
-    if gradient not in ("recomputed", "incoming"):
-        raise ValueError(f"gradient must be 'recomputed' or 'incoming', got {gradient!r}")
+    if gradient not in ("incoming", "recomputed"):
+        raise ValueError(f"gradient must be 'incoming' or 'recomputed', got {gradient!r}")
 
-    def init(params: PyTree) -> CurveBallState:
-        dtype = trees.wide_dtype(*jax.tree.leaves(params))
-        info = empty_info(CurveBallInfo, dtype, skipped_steps=jnp.int32)
-        damping = jnp.full((), initial_damping, dtype)
-        return CurveBallState(jnp.zeros((), jnp.int32), damping, trees.zeros_like(params), info)
-
-    def update(
-        updates: PyTree,
-        state: CurveBallState,
-        params: PyTree = None,
-        *,
-        at: CurvaturePoint | None = None,
-        batch: PyTree = None,
-        **extra: Any,
-    ) -> tuple[PyTree, CurveBallState]:
-        del extra
-        at = point_for_update("curveball", objective, updates, params, at, batch)
-        dtype = state.damping.dtype
-        model = _Model(at, updates, updates if gradient == "incoming" else None)
-        damping, z = state.damping, state.velocity
+    def step(given: Given) -> Step:
+        at, z, damping, dtype = given.at, given.memory, given.strength, given.dtype
+        model = _Model(at, given.gradient, given.gradient if gradient == "incoming" else None)
 
         bracket, pushed = model.gradient_at(z)
         bracket = trees.add_scaled(bracket, damping, z)
         slopes, products = model.forms(bracket, z, pushed)
         if damped_model:
             products = products + damping * _products(bracket, z)
+        products, slopes = products.astype(dtype), slopes.astype(dtype)
         # The step is -beta * bracket + rho * z.
-        beta, rho = _coefficients(products.astype(dtype), slopes.astype(dtype), learning_rate, momentum)
-        step = trees.add_scaled(trees.scale(rho, z), -beta, bracket)
+        fixed = (None if number is None else given.number(number) for number in (learning_rate, momentum))
+        beta, rho = _coefficients(products, slopes, *fixed)
+        delta = trees.add_scaled(trees.scale(rho, z), -beta, bracket)
         along = jnp.stack([-beta, rho])
-        predicted = along @ slopes.astype(dtype) + along @ products.astype(dtype) @ along / 2
+        predicted = along @ slopes + along @ products @ along / 2
 
-        steps, loss = next_count(state.steps), at.loss.astype(dtype)
+        loss = at.loss.astype(dtype)
 
         def measure():
-            new_loss = at.loss_at(trees.add(at.params, trees.embed(step, at.params))).astype(dtype)
-            return reduction_ratio(loss, new_loss, predicted).astype(dtype)
+            return reduction_ratio(loss, at.loss_along(delta), predicted).astype(dtype)
 
-        ratio = state.info.step_ratio
+        ratio = given.info.step_ratio
         if adapts:
-            ratio = jax.lax.cond(steps % rule.period == 0, measure, lambda: ratio)
-        info = CurveBallInfo(
-            loss=loss,
-            predicted_change=predicted,
-            step_ratio=ratio,
-            damping=damping,
-            momentum=rho,
-            learning_rate=beta,
-            update_norm=trees.norm(step).astype(dtype),
-            skipped_steps=state.info.skipped_steps,
+            ratio = jax.lax.cond((given.steps + 1) % rule.period == 0, measure, lambda: ratio)
+        figures = {
+            "loss": loss,
+            "predicted_change": predicted,
+            "step_ratio": ratio,
+            "damping": damping,
+            "momentum": rho,
+            "learning_rate": beta,
+        }
+        if gradient == "recomputed":  # not read, not even for its norm
+            figures["gradient_norm"] = jnp.nan
+        return Step(
+            delta,
+            figures,
+            memory=delta,
+            strength=rule.adapt(damping, ratio, count=given.steps + 1) if adapts else damping,
+            finite=trees.all_finite(loss, predicted),
+            reads_updates=gradient == "incoming",
         )
-        taken = CurveBallState(steps, rule(damping, ratio, steps) if adapts else damping, step, info)
-        read = (loss, step, predicted, updates) if gradient == "incoming" else (loss, step, predicted)
-        return finish(trees.all_finite(*read), step, taken, state)
 
-    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+    extra = {"momentum": None, "learning_rate": None}
+    return stepper("curveball", step, start=trees.zeros_like, strength=initial_damping, extra=extra)
 
 
 class _Model:
@@ -197,7 +140,7 @@ class _Model:
 
     def __init__(self, at, like, gradient):
         self.at, self.like, self.gradient = at, like, gradient
-        self.penalty = at.objective.l2 is not None
+        self.penalty = bool(at.penalty)
 
     def gradient_at(self, z: PyTree) -> tuple[PyTree, tuple[PyTree, ...] | None]:
         """G z + g in one pull back, and J z for each term where the batch is held whole (eqs. 16, 17)."""
@@ -252,7 +195,7 @@ class _Model:
         return trees.extract(self.at.params, self.like)
 
     def _penalty_curvature(self):
-        return trees.extract(self.at.objective.penalty_curvature(self.at.params), self.like)
+        return trees.extract(self.at.penalty.curvature(self.at.params), self.like)
 
 
 def _products(x: PyTree, y: PyTree) -> Array:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +14,9 @@ from curvax.damping.matrices import Damping, tikhonov
 from curvax.damping.rules import DampingRule
 from curvax.estimators.chapelle_erhan import chapelle_erhan_diagonal
 from curvax.layers.find import Layers
-from curvax.matrices.curvature import ggn
-from curvax.matrices.linear_map import LinearMap
+from curvax.matrices.curvature import Curvature, GaussNewton, check_curvature
 from curvax.matrices.quadratic_model import reduction_ratio
-from curvax.objectives.objective import Objective
-from curvax.objectives.point import CurvaturePoint
-from curvax.transforms._point import point_for_update
-from curvax.transforms._step import empty_info, finish, next_count, step_key
+from curvax.transforms._step import Given, Step, static_count, stepper
 
 PyTree = Any
 
@@ -31,79 +26,28 @@ RECIPE_A = MappingProxyType({"max_iterations": 250, "choice": "walk"})
 RECIPE_B = MappingProxyType(
     {"max_iterations": 250, "stop": "lookback", "choice": "best", "warm_start_from": "best", "stop_period": 2}
 )
-"""Runs stop once the loss on the curvature batch is worse than ten steps ago; the iterate best on ``held_out=`` is the
-step, the one best on the curvature batch the next warm start."""
+"""Runs stop once the loss on the curvature batch is worse than ten steps ago; the iterate best on ``held_out_at=`` is
+the step, the one best on the curvature batch the next warm start."""
 
 RECIPE_C = MappingProxyType({"max_iterations": 30, "choice": "last"})
 """Closest to momentum: short runs on small batches, the same for gradient and curvature; tune ``warm_start``."""
 
 
-class HessianFreeInfo(NamedTuple):
-    """Figures of the last step, all scalars.
-
-    Attributes:
-        loss: h(theta) on the curvature batch.
-        new_loss: h(theta + delta) there, before the line search.
-        predicted_change: M(delta) - M(0) of the undamped model there.
-        step_ratio: rho, the actual over the predicted change; -inf where the step failed or curvature was negative.
-        damping: lambda that the step was computed with.
-        cg_iterations: Steps of conjugate gradients.
-        cg_reason: Why they stopped, a ``curvax.solvers.StopReason``.
-        chosen_iteration: The iterate that was chosen.
-        step_size: The factor alpha that the line search found, 0 if it found none.
-        gradient_norm: The norm of the incoming gradient.
-        update_norm: The norm of delta before the line search.
-        skipped_steps: How many steps so far were skipped because something was not finite.
-    """
-
-    loss: jax.Array
-    new_loss: jax.Array
-    predicted_change: jax.Array
-    step_ratio: jax.Array
-    damping: jax.Array
-    cg_iterations: jax.Array
-    cg_reason: jax.Array
-    chosen_iteration: jax.Array
-    step_size: jax.Array
-    gradient_norm: jax.Array
-    update_norm: jax.Array
-    skipped_steps: jax.Array
-
-
-class HessianFreeState(NamedTuple):
-    """State of ``hessian_free``.
-
-    Attributes:
-        steps: Steps so far.
-        damping: lambda for the next step.
-        direction: The iterate of the last run of conjugate gradients that the next run starts from.
-        key: Raw data of the PRNG key of preconditioner and damping.
-        info: Figures of the last step.
-    """
-
-    steps: jax.Array
-    damping: jax.Array
-    direction: PyTree
-    key: jax.Array
-    info: HessianFreeInfo
-
-
 def hessian_free(
-    objective: Objective,
     *,
     initial_damping: float = 1.0,
     rule: DampingRule | None = None,
-    damping: Damping | None = None,
-    warm_start: float = 0.95,
+    damping_matrix: Damping | None = None,
+    warm_start: optax.ScalarOrSchedule = 0.95,
     warm_start_from: Literal["last", "best"] = "last",
-    preconditioner_exponent: float | None = 0.75,
-    max_iterations: int = 50,
-    progress_tolerance: float = 5e-4,
+    preconditioner_exponent: optax.ScalarOrSchedule | None = 0.75,
+    max_iterations: int | None = None,
+    progress_tolerance: optax.ScalarOrSchedule = 5e-4,
     stop: Literal["progress", "lookback", "reduction"] = "progress",
     stop_period: int = 5,
     choice: Literal["walk", "best", "last"] = "walk",
-    sufficient_decrease: float = 1e-2,
-    curvature: Callable[..., LinearMap] = ggn,
+    sufficient_decrease: optax.ScalarOrSchedule = 1e-2,
+    curvature: Curvature | None = None,
     layers: Layers | None = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -115,30 +59,26 @@ def hessian_free(
     the last word. The preconditioner is (diag(G + lambda D))^0.75 with the diagonal from one pull back (Chapelle and
     Erhan 2011). Three settings are Martens's recipes of section 4.11:
 
-    - ``hessian_free(objective, **curvax.transforms.RECIPE_A)``: 250 iterations, CG-backtracking (Martens 2010).
-    - ``RECIPE_B``: stop when the loss on the curvature batch turns; choose on ``held_out=``; warm start from the best.
+    - ``hessian_free(**curvax.transforms.RECIPE_A)``: 250 iterations, CG-backtracking (Martens 2010).
+    - ``RECIPE_B``: stop when the loss on the curvature batch turns; choose on ``held_out_at=``; warm start from the
+      best.
     - ``RECIPE_C``: 30 iterations on small batches, the last iterate taken: the closest to momentum.
 
-    The incoming updates are read as the gradient g of the objective. ``update`` takes ``at=`` (the third result of
-    ``objective.value_and_grad``) or ``batch=`` for the gradient's batch, and optionally ``curvature_at=``, a point
-    linearised on another, usually smaller batch for the products and the reduction ratio, and ``held_out=``, a batch on
-    which the choice among iterates and the line search judge the loss (they take the curvature batch otherwise). Inside
-    ``optax.masked`` and ``optax.partition`` (with ``at=``) it acts on the leaves it is given. Under
-    ``optax.MultiSteps`` the gradient is the mean over the mini-batches and everything else is of the last one. A step
-    in which anything is not finite is skipped and counted: updates are zero and the state stays.
+    ``update`` takes ``at=``, and optionally ``curvature_at=``, a point on another, usually smaller batch for the
+    products and the reduction ratio, and ``held_out_at=``, a point on a batch on which the choice among iterates and
+    the line search judge the loss (they take the curvature batch otherwise).
 
-    With an indefinite matrix (``curvature=curvax.hessian``) a run ends at the first direction of negative curvature,
+    With an indefinite matrix (``curvature=curvax.Hessian()``) a run ends at the first direction of negative curvature,
     and the damping grows; ``curvax.newton_cg`` makes use of such a direction.
 
     Args:
-        objective: The objective.
         initial_damping: lambda_0.
         rule: How lambda adapts; by default times 2/3 above rho = 3/4 and times 3/2 below 1/4.
-        damping: D: ``curvax.damping.tikhonov()`` by default, ``scale_sensitive()`` or ``structural(...)``.
-        warm_start: zeta, in [0, 1].
+        damping_matrix: D: ``curvax.damping.tikhonov()`` by default, ``scale_sensitive()`` or ``structural(...)``.
+        warm_start: zeta, in [0, 1], a number or a schedule.
         warm_start_from: Start from the "last" iterate of the last run or from the "best" on its curvature batch.
         preconditioner_exponent: xi, 0.75 in Martens 2010; None for no preconditioner.
-        max_iterations: The cap on conjugate gradient steps; 50 to 250 in recipe A, 25 to 50 in recipe C.
+        max_iterations: The cap on conjugate gradient steps, 50 if None; 50 to 250 in recipe A, 25 to 50 in recipe C.
         progress_tolerance: The threshold of eq. 4.2.
         stop: A further rule that looks at the loss on the curvature batch: "lookback" stops once it is worse than ten
             iterates ago, "reduction" once the reduction is below 90 per cent of the largest seen (section 4.13).
@@ -146,21 +86,23 @@ def hessian_free(
         choice: "walk" goes back from the last kept iterate as long as the loss falls, "best" takes the best of all that
             are kept, "last" takes the last.
         sufficient_decrease: c of the line search.
-        curvature: What makes the matrix from (objective, at=...): ``curvax.ggn`` or ``curvax.fisher``.
+        curvature: ``curvax.GaussNewton()`` by default, or ``curvax.Fisher()``.
         layers: From ``curvax.find_layers``: the preconditioner's diagonal then squares the gradients of single
             examples, which varies much less. It is for losses whose cases are examples.
-        seed: Seed of the preconditioner's noise.
+        seed: Seed of the preconditioner's noise, and of what ``curvature`` draws.
 
     Returns:
-        The transformation; its updates are ready for ``optax.apply_updates``. ``state.info`` holds the figures.
+        The transformation; its updates are ready for ``optax.apply_updates``. ``state.info`` holds the figures: losses,
+        ratio and ``update_norm`` are of delta before the line search, whose factor is ``step_size``, 0 if it found
+        none; ``chosen_iteration`` in ``extra`` is the iterate that was chosen.
 
     Raises:
-        ValueError: ``stop``, ``choice`` or ``warm_start_from`` is none of those named; ``update`` got neither or both
-            of ``at=`` and ``batch=``, or updates that are not the parameters'.
+        ValueError: ``stop``, ``choice`` or ``warm_start_from`` is none of those named; ``update`` got no ``at=``, or
+            updates that are not the parameters'.
 
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
-        >>> tx = curvax.hessian_free(objective, initial_damping=1e-8, progress_tolerance=0.0)
+        >>> tx = curvax.hessian_free(initial_damping=1e-8, progress_tolerance=0.0)
         >>> w, batch = jnp.zeros((2, 1)), (jnp.array([[1.0, 0.0], [0.0, 10.0]]), jnp.array([[1.0], [10.0]]))
         >>> loss, grads, at = objective.value_and_grad(w, batch)
         >>> updates, state = tx.update(grads, tx.init(w), w, at=at)
@@ -169,57 +111,36 @@ def hessian_free(
                [1.]], dtype=float...)
     """
     rule = DampingRule() if rule is None else rule
-    damp = tikhonov() if damping is None else damping
+    damping_matrix = tikhonov() if damping_matrix is None else damping_matrix
+    curvature = GaussNewton() if curvature is None else curvature
+    check_curvature("hessian_free", curvature)
     choose = _named("choice", choice, _CHOICES)
     make_monitor = _named("stop", stop, _MONITORS)
     _named("warm_start_from", warm_start_from, {"last": 0, "best": 0})
 
-    def init(params: PyTree) -> HessianFreeState:
-        dtype = trees.wide_dtype(*jax.tree.leaves(params))
-        whole = dict.fromkeys(("cg_iterations", "cg_reason", "chosen_iteration", "skipped_steps"), jnp.int32)
-        return HessianFreeState(
-            steps=jnp.zeros((), jnp.int32),
-            damping=jnp.full((), initial_damping, dtype),
-            direction=trees.zeros_like(params),
-            key=jax.random.key_data(jax.random.key(seed)),
-            info=empty_info(HessianFreeInfo, dtype, **whole),
-        )
-
-    def update(
-        updates: PyTree,
-        state: HessianFreeState,
-        params: PyTree = None,
-        *,
-        at: CurvaturePoint | None = None,
-        batch: PyTree = None,
-        curvature_at: CurvaturePoint | None = None,
-        held_out: PyTree = None,
-        **extra: Any,
-    ) -> tuple[PyTree, HessianFreeState]:
-        del extra
-        at = point_for_update("hessian_free", objective, updates, params, at, batch)
-        local = at if curvature_at is None else curvature_at
-        dtype = state.damping.dtype
+    def step(given: Given) -> Step:
+        local, held_out, dtype = given.curvature_at, given.held_out_at, given.dtype
+        count = static_count("hessian_free", "max_iterations", max_iterations, 50)
+        matrix_key, preconditioner_key = jax.random.split(given.key)
+        matrix = curvature.at(local, matrix_key).restrict(given.gradient)
+        damped = damping_matrix.matrix(local, curvature, given.strength, matrix_key)
         loss = local.loss.astype(dtype)
-        damping_key, preconditioner_key = jax.random.split(step_key(state.key, state.steps))
-        damped = damp(local, curvature, state.damping, damping_key)
-        matrix = curvature(local.objective, at=local).restrict(updates)
 
         def local_loss(delta):
-            return local.loss_at(_moved(local, delta)).astype(dtype)
+            return local.loss_along(delta).astype(dtype)
 
         def judged_loss(delta):
-            return local_loss(delta) if held_out is None else objective(_moved(local, delta), held_out).astype(dtype)
+            return local_loss(delta) if held_out is None else held_out.loss_along(delta).astype(dtype)
 
         result = solvers.cg(
-            damped.restrict(updates),
-            trees.scale(-1.0, updates),
-            x0=trees.scale(warm_start, state.direction),
-            preconditioner=_preconditioner(damped, preconditioner_key, updates, preconditioner_exponent, layers),
-            max_iterations=max_iterations,
+            damped.restrict(given.gradient),
+            trees.scale(-1.0, given.gradient),
+            x0=trees.scale(given.number(warm_start), given.memory),
+            preconditioner=_preconditioner(damped, preconditioner_key, given, preconditioner_exponent, layers),
+            max_iterations=count,
             tolerance=float(jnp.finfo(dtype).eps),
-            progress_tolerance=progress_tolerance,
-            store_at=solvers.geometric_iterations(max_iterations),
+            progress_tolerance=given.number(progress_tolerance),
+            store_at=solvers.geometric_iterations(count),
             monitor=make_monitor(local_loss, loss, stop_period),
         )
         assert result.stored is not None
@@ -230,8 +151,10 @@ def hessian_free(
         if held_out is None:  # the losses that judge the step are those of the curvature batch, and known
             new_loss, judged = chosen.objective, loss
         else:
-            new_loss, judged = local_loss(delta), judged_loss(trees.zeros_like(delta))
-        gradient = updates if curvature_at is None else trees.extract(local.value_and_gradient()[1], updates)
+            new_loss, judged = local_loss(delta), held_out.loss.astype(dtype)
+        gradient = given.gradient
+        if local is not given.at:
+            gradient = trees.extract(local.value_and_gradient()[1], gradient)
         slope = trees.vdot(gradient, delta)
         predicted = (slope + matrix.quadratic(delta).astype(slope.dtype) / 2).astype(dtype)
         # A matrix that is not positive definite needs more damping, however well the part of the step fared.
@@ -241,42 +164,47 @@ def hessian_free(
             lambda step_size: judged_loss(trees.scale(step_size, delta)),
             judged,
             chosen.objective,
-            trees.vdot(updates, delta).astype(dtype),
-            sufficient_decrease,
+            trees.vdot(given.gradient, delta).astype(dtype),
+            given.number(sufficient_decrease),
+        )
+        figures = {
+            "loss": loss,
+            "new_loss": new_loss,
+            "predicted_change": predicted,
+            "step_ratio": ratio,
+            "damping": given.strength,
+            "step_size": step_size,
+            "inner_iterations": result.iterations,
+            "reason": result.reason,
+            "update_norm": trees.norm(delta),
+            "chosen_iteration": chosen.iteration,
+        }
+        return Step(
+            trees.scale(step_size, delta),
+            figures,
+            memory=best.value,
+            strength=rule.adapt(given.strength, ratio, count=given.steps + 1),
+            accepted=step_size > 0,
+            finite=trees.all_finite(loss, delta, predicted),
         )
 
-        steps = next_count(state.steps)
-        info = HessianFreeInfo(
-            loss=loss,
-            new_loss=new_loss,
-            predicted_change=predicted,
-            step_ratio=ratio,
-            damping=state.damping,
-            cg_iterations=result.iterations.astype(jnp.int32),
-            cg_reason=result.reason.astype(jnp.int32),
-            chosen_iteration=chosen.iteration.astype(jnp.int32),
-            step_size=step_size,
-            gradient_norm=trees.norm(updates).astype(dtype),
-            update_norm=trees.norm(delta).astype(dtype),
-            skipped_steps=state.info.skipped_steps,
-        )
-        taken = HessianFreeState(steps, rule(state.damping, ratio, steps), best.value, state.key, info)
-        finite = trees.all_finite(loss, updates, delta, predicted)
-        return finish(finite, trees.scale(step_size, delta), taken, state)
-
-    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+    return stepper(
+        "hessian_free",
+        step,
+        start=trees.zeros_like,  # the iterate that the next run of conjugate gradients starts from
+        strength=initial_damping,
+        seed=seed,
+        extra={"chosen_iteration": jnp.int32},
+        points=("at", "curvature_at", "held_out_at"),
+    )
 
 
-def _preconditioner(damped, key, updates, exponent, layers):
+def _preconditioner(damped, key, given, exponent, layers):
     """(diag(G + lambda D))^xi: the estimate takes the penalty's and a diagonal damping's part exactly."""
     if exponent is None:
         return None
-    diagonal = trees.extract(chapelle_erhan_diagonal(damped, key, layers=layers), updates)
-    return solvers.diagonal_preconditioner(diagonal, exponent=exponent)
-
-
-def _moved(point, delta):
-    return trees.add(point.params, trees.embed(delta, point.params))
+    diagonal = trees.extract(chapelle_erhan_diagonal(damped, key, layers=layers), given.gradient)
+    return solvers.diagonal_preconditioner(diagonal, exponent=given.number(exponent))
 
 
 _CHOICES = {"walk": solvers.backtrack, "best": solvers.best_stored, "last": solvers.last_stored}

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import optax
 
 from curvax import trees
-from curvax.transforms._step import next_count
 
 PyTree = Any
 
@@ -64,7 +63,7 @@ def average_iterates(
     """
     if scheme not in ("uniform", "forgetful", "exponential"):
         raise ValueError(f"scheme must be 'uniform', 'forgetful' or 'exponential', got {scheme!r}")
-    if not 0 <= decay < 1:
+    if not isinstance(decay, jax.core.Tracer) and not 0 <= decay < 1:
         raise ValueError(f"decay must be in [0, 1), got {decay}")
 
     def init(params: PyTree) -> IterateAveragingState:
@@ -76,7 +75,7 @@ def average_iterates(
     ) -> tuple[PyTree, IterateAveragingState]:
         if params is None:
             raise ValueError("average_iterates needs the parameters: tx.update(grads, state, params)")
-        steps = next_count(state.steps)
+        steps = jnp.asarray(optax.safe_increment(state.steps))
 
         def share(dtype):  # of the new iterate
             k = steps.astype(dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,74 +10,21 @@ import optax
 
 from curvax import trees
 from curvax.damping.rules import RadiusRule
-from curvax.objectives.objective import Objective
-from curvax.objectives.point import CurvaturePoint
-from curvax.quasi_newton import SR1Memory, SR1Step, line_search_step, sr1_memory, trust_region_step
-from curvax.transforms._point import point_for_update
-from curvax.transforms._step import empty_info, finish, next_count
+from curvax.quasi_newton import SR1Step, line_search_step, sr1_memory, trust_region_step
+from curvax.transforms._step import Given, Step, static_count, stepper
 
 PyTree = Any
 Array = jax.Array
 
 
-class LSR1Info(NamedTuple):
-    """Figures of the last step, all scalars.
-
-    Attributes:
-        loss: h(theta) before the step.
-        new_loss: h(theta + s), whether the step was taken or not.
-        predicted_change: The change of the quadratic model along s; of a line search, half the slope's.
-        step_ratio: The actual over the predicted change; -inf where the step failed.
-        radius: Delta that the step was computed with; of a line search, the step size.
-        gradient_norm: The norm of the incoming gradient.
-        update_norm: The norm of s.
-        accepted: Whether the step was taken.
-        hard_case: Whether the trust-region problem was in its hard case; for a line search, whether the direction
-            pointed upwards and was turned round.
-        pairs: How many pairs the memory holds.
-        skipped_pairs: How many pairs so far were left out of the memory.
-        skipped_steps: How many steps so far were skipped because something was not finite.
-    """
-
-    loss: Array
-    new_loss: Array
-    predicted_change: Array
-    step_ratio: Array
-    radius: Array
-    gradient_norm: Array
-    update_norm: Array
-    accepted: Array
-    hard_case: Array
-    pairs: Array
-    skipped_pairs: Array
-    skipped_steps: Array
-
-
-class LSR1State(NamedTuple):
-    """State of ``lsr1`` and ``lsr1_linesearch``.
-
-    Attributes:
-        steps: Steps so far.
-        strategy: The radius for the next step, or the last step size of the line search.
-        memory: The pairs.
-        info: Figures of the last step.
-    """
-
-    steps: Array
-    strategy: Array
-    memory: SR1Memory
-    info: LSR1Info
-
-
 def lsr1(
-    objective: Objective,
     *,
-    memory_size: int = 5,
-    scale: float = 1.0,
+    memory_size: int | None = None,
+    scale: optax.ScalarOrSchedule = 1.0,
     initial_radius: float | None = None,
     rule: RadiusRule | None = None,
-    acceptance: float = 1e-4,
-    skip_tolerance: float = 1e-8,
+    acceptance: optax.ScalarOrSchedule = 1e-4,
+    skip_tolerance: optax.ScalarOrSchedule = 1e-8,
 ) -> optax.GradientTransformationExtraArgs:
     r"""L-SR1 with a trust region: s minimises g^T s + 1/2 s^T B s over ||s|| <= Delta exactly, B of SR1 pairs.
 
@@ -85,15 +32,11 @@ def lsr1(
     s and the change y of the gradient enters the memory whether the step is taken or not; both gradients are of the one
     batch, so an iteration takes two. A step whose reduction ratio is not above ``acceptance`` is not taken.
 
-    The incoming updates are read as the gradient g of the objective. ``update`` takes ``at=``, the third result of
-    ``objective.value_and_grad``, or ``batch=``. Inside ``optax.masked`` and ``optax.partition`` (with ``at=``) it acts
-    on the leaves it is given. Under ``optax.MultiSteps`` g is the mean over the mini-batches and the gradient behind
-    the step that of the last one, so pairs mix batches: use larger batches in its place. A step in which anything is
-    not finite is skipped and counted.
+    ``update`` takes ``at=``. Under ``optax.MultiSteps`` g is the mean over the mini-batches and the gradient behind the
+    step that of the last one, so pairs mix batches: use larger batches in its place.
 
     Args:
-        objective: The objective.
-        memory_size: m, pairs to keep; the paper finds 2 to 10 alike.
+        memory_size: m, pairs to keep, 5 if None; the paper finds 2 to 10 alike.
         scale: gamma of B_0 = gamma I, which the paper leaves open.
         initial_radius: Delta_0; by default the norm of the first gradient.
         rule: How Delta adapts; by default doubled above 3/4 for steps longer than 0.8 Delta, halved below 1/10.
@@ -101,14 +44,15 @@ def lsr1(
         skip_tolerance: r: pairs with |s^T (y - B s)| < r ||s|| ||y - B s|| are left out.
 
     Returns:
-        The transformation; its updates are ready for ``optax.apply_updates``. ``state.info`` holds the figures.
+        The transformation; its updates are ready for ``optax.apply_updates``. ``state.info`` holds the figures, with
+        ``hard_case`` (of the trust-region problem), ``pairs`` in memory and ``skipped_pairs`` so far in ``extra``.
 
     Raises:
-        ValueError: ``update`` got neither or both of ``at=`` and ``batch=``, or updates that are not the parameters'.
+        ValueError: ``update`` got no ``at=``, or updates that are not the parameters'.
 
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
-        >>> tx = curvax.lsr1(objective)
+        >>> tx = curvax.lsr1()
         >>> w, batch = jnp.zeros((2, 1)), (jnp.array([[1.0, 0.0], [0.0, 3.0]]), jnp.array([[1.0], [3.0]]))
         >>> @jax.jit
         ... def step(w, state):
@@ -126,25 +70,34 @@ def lsr1(
     """
     rule = RadiusRule() if rule is None else rule
 
-    def step(at, updates, state):
-        start = trees.norm(updates) if initial_radius is None else jnp.asarray(initial_radius)
+    def step(given: Given) -> Step:
+        start = trees.norm(given.gradient) if initial_radius is None else jnp.asarray(initial_radius)
         # From a stationary point any radius will do; that of zero is no region.
-        start = jnp.where(start > 0, start, 1).astype(state.strategy.dtype)
-        radius = jnp.where(state.steps == 0, start, state.strategy)
-        (evaluate, _), loss = _around(at, updates), at.loss.astype(state.strategy.dtype)
-        options = {"scale": scale, "rule": rule, "acceptance": acceptance, "skip_tolerance": skip_tolerance}
-        return trust_region_step(evaluate, loss, updates, state.memory, radius, **options), radius, loss
+        start = jnp.where(start > 0, start, 1).astype(given.dtype)
+        radius = jnp.where(given.steps == 0, start, given.strength)
+        loss = given.at.loss.astype(given.dtype)
+        taken = trust_region_step(
+            _evaluate(given),
+            loss,
+            given.gradient,
+            given.memory,
+            radius,
+            scale=given.number(scale),
+            rule=rule,
+            acceptance=given.number(acceptance),
+            skip_tolerance=given.number(skip_tolerance),
+        )
+        return _step(given, taken, {"loss": loss, "radius": radius, "hard_case": taken.hard_case})
 
-    return _transformation("lsr1", objective, memory_size, 1.0, step)
+    return _transformation("lsr1", step, memory_size, 1.0, "hard_case")
 
 
 def lsr1_linesearch(
-    objective: Objective,
     *,
-    memory_size: int = 5,
-    scale: float = 1.0,
-    sufficient_decrease: float = 1e-4,
-    skip_tolerance: float = 1e-8,
+    memory_size: int | None = None,
+    scale: optax.ScalarOrSchedule = 1.0,
+    sufficient_decrease: optax.ScalarOrSchedule = 1e-4,
+    skip_tolerance: optax.ScalarOrSchedule = 1e-8,
 ) -> optax.GradientTransformationExtraArgs:
     r"""L-SR1 with a line search: along -H g, with H of SR1 pairs (y, s), the inverse form.
 
@@ -152,25 +105,24 @@ def lsr1_linesearch(
     is orthogonal to the gradient, -g takes its place. The search starts from min(1, twice the last step size) and
     halves it until the loss falls by ``sufficient_decrease`` of what the slope promises.
 
-    The incoming updates are read as the gradient g of the objective. ``update`` takes ``at=`` or ``batch=``; wrappers
-    are as for ``curvax.lsr1``.
+    ``update`` takes ``at=``; wrappers are as for ``curvax.lsr1``.
 
     Args:
-        objective: The objective.
-        memory_size: m, pairs to keep.
+        memory_size: m, pairs to keep, 5 if None.
         scale: gamma; H_0 = I / gamma.
         sufficient_decrease: c of Armijo's rule.
         skip_tolerance: r: pairs with |y^T (s - H y)| < r ||y|| ||s - H y|| are left out.
 
     Returns:
-        The transformation; its updates are ready for ``optax.apply_updates``. ``state.info`` holds the figures.
+        The transformation; its updates are ready for ``optax.apply_updates``. ``state.info`` holds the figures, with
+        ``turned`` (whether the direction pointed upwards), ``pairs`` in memory and ``skipped_pairs`` so far in ``extra``.
 
     Raises:
-        ValueError: ``update`` got neither or both of ``at=`` and ``batch=``, or updates that are not the parameters'.
+        ValueError: ``update`` got no ``at=``, or updates that are not the parameters'.
 
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
-        >>> tx = curvax.lsr1_linesearch(objective)
+        >>> tx = curvax.lsr1_linesearch()
         >>> w, batch = jnp.zeros((2, 1)), (jnp.array([[1.0, 0.0], [0.0, 3.0]]), jnp.array([[1.0], [3.0]]))
         >>> @jax.jit
         ... def step(w, state):
@@ -187,81 +139,51 @@ def lsr1_linesearch(
     Source: Ramamurthy and Duffy 2017, algorithm 2.
     """
 
-    def step(at, updates, state):
-        (evaluate, loss_at), loss = _around(at, updates), at.loss.astype(state.strategy.dtype)
+    def step(given: Given) -> Step:
+        loss = given.at.loss.astype(given.dtype)
         taken = line_search_step(
-            evaluate,
+            _evaluate(given),
             loss,
-            updates,
-            state.memory,
-            state.strategy,
-            scale=scale,
-            sufficient_decrease=sufficient_decrease,
-            skip_tolerance=skip_tolerance,
-            loss_at=loss_at,
+            given.gradient,
+            given.memory,
+            given.strength,
+            scale=given.number(scale),
+            sufficient_decrease=given.number(sufficient_decrease),
+            skip_tolerance=given.number(skip_tolerance),
+            loss_at=given.at.loss_along,
         )
-        return taken, taken.strategy, loss
+        return _step(given, taken, {"loss": loss, "step_size": taken.strategy, "turned": taken.hard_case})
 
     # The search of the first step starts from 1, twice this.
-    return _transformation("lsr1_linesearch", objective, memory_size, 0.5, step)
+    return _transformation("lsr1_linesearch", step, memory_size, 0.5, "turned")
 
 
-def _transformation(name, objective, memory_size, strategy, step):
-    def init(params: PyTree) -> LSR1State:
-        dtype = trees.wide_dtype(*jax.tree.leaves(params))
-        whole = dict.fromkeys(("pairs", "skipped_pairs", "skipped_steps"), jnp.int32)
-        flags = dict.fromkeys(("accepted", "hard_case"), jnp.bool_)
-        return LSR1State(
-            steps=jnp.zeros((), jnp.int32),
-            strategy=jnp.full((), strategy, dtype),
-            memory=sr1_memory(params, memory_size),
-            info=empty_info(LSR1Info, dtype, **whole, **flags),
-        )
+def _transformation(name, step, memory_size, strength, flag):
+    def start(params: PyTree):
+        return sr1_memory(params, static_count(name, "memory_size", memory_size, 5))
 
-    def update(
-        updates: PyTree,
-        state: LSR1State,
-        params: PyTree = None,
-        *,
-        at: CurvaturePoint | None = None,
-        batch: PyTree = None,
-        **extra: Any,
-    ) -> tuple[PyTree, LSR1State]:
-        del extra
-        at = point_for_update(name, objective, updates, params, at, batch)
-        dtype = state.strategy.dtype
-        taken: SR1Step
-        taken, radius, loss = step(at, updates, state)
-        info = LSR1Info(
-            loss=loss,
-            new_loss=taken.new_loss,
-            predicted_change=taken.predicted_change,
-            step_ratio=taken.step_ratio,
-            radius=radius,
-            gradient_norm=trees.norm(updates).astype(dtype),
-            update_norm=taken.step_norm,
-            accepted=taken.accepted,
-            hard_case=taken.hard_case,
-            pairs=jnp.sum(taken.memory.ages > 0).astype(jnp.int32),
-            skipped_pairs=state.info.skipped_pairs + taken.skipped.astype(jnp.int32),
-            skipped_steps=state.info.skipped_steps,
-        )
-        moved = trees.where(taken.accepted, taken.step, trees.zeros_like(taken.step))
-        after = LSR1State(next_count(state.steps), taken.strategy, taken.memory, info)
-        # The memory of a step that is not finite is the old one already: not to be selected, it is the largest part.
-        return finish(taken.finite, moved, after, state._replace(memory=taken.memory))
-
-    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+    extra = {flag: jnp.bool_, "pairs": jnp.int32, "skipped_pairs": jnp.int32}
+    return stepper(name, step, start=start, strength=strength, extra=extra)
 
 
-def _around(at, like):
-    """From a displacement of the leaves of ``like``: to (loss, gradient in them), and to the loss, on the batch."""
+def _step(given: Given, taken: SR1Step, figures: dict[str, Array]) -> Step:
+    figures |= {
+        "new_loss": taken.new_loss,
+        "predicted_change": taken.predicted_change,
+        "step_ratio": taken.step_ratio,
+        "update_norm": taken.step_norm,
+        "pairs": jnp.sum(taken.memory.ages > 0),
+        "skipped_pairs": given.info.extra["skipped_pairs"] + taken.skipped.astype(jnp.int32),
+    }
+    # The memory of a step that is not finite is the old one already, and is the largest part of the state.
+    return Step(taken.step, figures, taken.memory, taken.strategy, taken.accepted, taken.finite, guarded=True)
 
-    def loss_at(displacement):
-        return at.loss_at(trees.add(at.params, trees.embed(displacement, at.params)))
+
+def _evaluate(given):
+    """From a displacement of the leaves of the gradient: loss and gradient behind it, on the batch."""
 
     def evaluate(displacement):
-        loss, gradient = jax.value_and_grad(loss_at)(displacement)
-        return loss, trees.cast_like(gradient, like)
+        loss, gradient = jax.value_and_grad(given.at.loss_along)(displacement)
+        return loss, trees.cast_like(gradient, given.gradient)
 
-    return evaluate, loss_at
+    return evaluate

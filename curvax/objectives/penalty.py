@@ -1,0 +1,79 @@
+"""The l2 penalty of an objective, which objective and curvature point both hold."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import register_dataclass
+
+from curvax import trees
+
+PyTree = Any
+Scalar = Any
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Penalty:
+    """eta/2 ||theta||^2 over the leaves that are penalised (Martens 2016, section 6.8).
+
+    Attributes:
+        l2: eta, which may be traced; None for no penalty.
+        mask: params -> a pytree of bools, which leaves are penalised; None for all.
+    """
+
+    l2: Scalar | None = None
+    mask: Callable[[PyTree], PyTree] | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @classmethod
+    def of(cls, l2: Scalar | None, mask: PyTree | Callable[[PyTree], PyTree] | None) -> Penalty:
+        """The penalty whose mask is a function or a pytree of bools."""
+        return cls(l2, mask if mask is None or callable(mask) else Constant(mask))
+
+    def __bool__(self) -> bool:
+        return self.l2 is not None
+
+    def value(self, params: PyTree) -> jax.Array:
+        """eta/2 ||theta||^2, a scalar."""
+        if not self:
+            return jnp.zeros((), trees.wide_dtype(*jax.tree.leaves(params)))
+        return trees.vdot(params, self.gradient(params)) / 2
+
+    def gradient(self, params: PyTree) -> PyTree:
+        """eta theta on the leaves that are penalised, zeros on the others."""
+        return trees.multiply(params, self.curvature(params))
+
+    def curvature(self, params: PyTree) -> PyTree:
+        """The Hessian: one scalar for each leaf, eta or 0."""
+        mask = jax.tree.map(lambda _: True, params) if self.mask is None else self.mask(params)
+        trees.check_same_leaves(mask, params, "l2_mask")
+        l2 = jnp.asarray(0.0 if self.l2 is None else self.l2)
+        scalars = [
+            l2.astype(leaf.dtype) * jnp.asarray(on, leaf.dtype)
+            for on, leaf in zip(jax.tree.leaves(mask), jax.tree.leaves(params), strict=True)
+        ]
+        return jax.tree.structure(params).unflatten(scalars)
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """A function that returns the same pytree whatever it is given; equal to those of equal pytrees, as jit asks."""
+
+    value: PyTree
+
+    def __call__(self, *_: Any) -> PyTree:
+        return self.value
+
+    def _key(self):
+        leaves, treedef = jax.tree.flatten(self.value)
+        return treedef, tuple(map(bool, leaves))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Constant) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
