@@ -160,7 +160,7 @@ def main(argv=None):
             sigma = case.sigma[name]
 
             def cubic(objective, case=case, sigma=sigma):
-                return curvax.scale_by_cubic_step(objective, case.make(case.rate), sigma=sigma)
+                return curvax.scale_by_cubic_step(case.make(case.rate), sigma=sigma)
 
             runs = {
                 f"{base}, rate {case.rate:g}": lambda _, case=case, rate=decayed: case.make(rate),

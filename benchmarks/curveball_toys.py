@@ -144,7 +144,7 @@ SOLVERS = {
     ),
     "bfgs": Solver(lambda o, _: optax.lbfgs(memory_size=20)),
     **damped("levenberg-marquardt", curvax.levenberg_marquardt),
-    **damped("exact hessian", functools.partial(curvax.levenberg_marquardt, curvature=curvax.hessian)),
+    **damped("exact hessian", functools.partial(curvax.levenberg_marquardt, curvature=curvax.Hessian())),
     **damped("curveball", curvax.curveball),
 }
 

@@ -63,14 +63,14 @@ def forgetful_lbfgs(period: int = 5) -> optax.GradientTransformationExtraArgs:
 
 
 METHODS = {
-    "curveball": lambda o, damping=1.0: curvax.curveball(o, initial_damping=damping),
+    "curveball": lambda o, damping=1.0: curvax.curveball(initial_damping=damping),
     "curveball, lambda fixed": lambda o, damping=1.0: curvax.curveball(
-        o, initial_damping=damping, rule=DampingRule(decrease=1, increase=1)
+        initial_damping=damping, rule=DampingRule(decrease=1, increase=1)
     ),
     "lsr1": lambda o, memory=5, decrease=0.5, increase=2.0: curvax.lsr1(
-        o, memory_size=memory, rule=RadiusRule(shrink=decrease, grow=increase)
+        memory_size=memory, rule=RadiusRule(shrink=decrease, grow=increase)
     ),
-    "lsr1_linesearch": lambda o: curvax.lsr1_linesearch(o),
+    "lsr1_linesearch": lambda o: curvax.lsr1_linesearch(),
     "lbfgs": lambda o: forgetful_lbfgs(),
     "adam": lambda o, rate=1e-3: optax.adam(rate),
     "nag": lambda o, rate=0.01: optax.sgd(rate, momentum=0.9, nesterov=True),

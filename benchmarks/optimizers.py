@@ -66,7 +66,7 @@ def _nesterov(learning_rate, momentum):
 
 def _hessian_free(objective, damping, max_iterations, warm_start):
     return curvax.hessian_free(
-        objective, initial_damping=damping, max_iterations=max_iterations, warm_start=warm_start, choice="walk"
+        initial_damping=damping, max_iterations=max_iterations, warm_start=warm_start, choice="walk"
     )
 
 
@@ -87,33 +87,33 @@ OPTIMIZERS: dict[str, Optimizer] = {
     ),
     "newton_cg": Optimizer(
         lambda objective, radius, max_iterations: curvax.newton_cg(
-            objective, initial_radius=radius, max_iterations=max_iterations
+            initial_radius=radius, max_iterations=max_iterations
         ),
         {"batch_size": 2000, "radius": 1.0, "max_iterations": 30},
         _products(radius=(0.3, 3.0)),
     ),
     "natural_gradient": Optimizer(
-        lambda objective, **settings: curvax.natural_gradient(objective, **settings),
+        lambda objective, **settings: curvax.natural_gradient(**settings),
         {"batch_size": 2000, "learning_rate": 1.0, "damping": 10.0, "max_iterations": 20, "warm_start": 0.9},
         _products(damping=(1.0, 10.0, 100.0)),
     ),
     "krylov_subspace_descent": Optimizer(
-        lambda objective, **settings: curvax.krylov_subspace_descent(objective, **settings),
+        lambda objective, **settings: curvax.krylov_subspace_descent(**settings),
         {"batch_size": 2000, "num_vectors": 15, "max_subspace_iterations": 15},
         _products(num_vectors=(10, 20)),
     ),
     "curveball": Optimizer(
-        lambda objective, damping: curvax.curveball(objective, initial_damping=damping),
+        lambda objective, damping: curvax.curveball(initial_damping=damping),
         {"batch_size": 1000, "damping": 1.0},
         _products(damping=(0.1, 1.0, 10.0)),
     ),
     "cubic_sgd": Optimizer(
-        lambda objective, sigma: curvax.scale_by_cubic_step(objective, optax.sgd(1.0), sigma=sigma),
+        lambda objective, sigma: curvax.scale_by_cubic_step(optax.sgd(1.0), sigma=sigma),
         {"batch_size": 1000, "sigma": 100.0},
         _products(sigma=(10.0, 100.0, 1000.0)),
     ),
     "lsr1": Optimizer(
-        lambda objective, memory_size: curvax.lsr1(objective, memory_size=memory_size),
+        lambda objective, memory_size: curvax.lsr1(memory_size=memory_size),
         {"batch_size": 2000, "memory_size": 5},
         _products(memory_size=(5, 10)),
     ),

@@ -47,7 +47,7 @@ def setting(sizes=SIZES, batch_size=BATCH):
 def operations(objective, params, batch, vector):
     """What is measured: name -> (function, arguments, operations shared with the linearisation or 0)."""
     at = objective.linearize(params, batch)
-    matrices = {"GGN": curvax.ggn(objective, at=at), "Hessian": curvax.hessian(objective, at=at)}
+    matrices = {"GGN": curvax.ggn(at), "Hessian": curvax.hessian(at)}
     calls = {
         "gradient": (jax.value_and_grad(objective), (params, batch)),
         "gradient with curvature point": (lambda p, b: objective.value_and_grad(p, b)[:2], (params, batch)),
@@ -60,7 +60,7 @@ def operations(objective, params, batch, vector):
         (matrices["GGN"], jax.random.key(1)),
     )
     calls["linearise + GGN product"] = (
-        lambda p, b, v: curvax.ggn(objective, p, b)(v),
+        lambda p, b, v: curvax.ggn(objective.linearize(p, b))(v),
         (params, batch, vector),
     )
     return calls

@@ -184,12 +184,11 @@ def make_trainer(settings: Settings) -> Trainer:
         relative = settings.damping == "structural"
         damping = curvax.damping.structural(operator.itemgetter("hidden"), strength=STRENGTH, relative=relative)
     tx = curvax.hessian_free(
-        objective,
         initial_damping=settings.initial_damping,
         max_iterations=settings.max_iterations,
         preconditioner_exponent=None,
         stop="reduction",
-        damping=damping,
+        damping_matrix=damping,
     )
 
     @jax.jit

@@ -47,18 +47,14 @@ class Entry(NamedTuple):
 ENTRIES = {
     "adam": Entry(lambda _: optax.adam(1e-3)),
     "momentum sgd": Entry(lambda _: optax.sgd(1e-2, momentum=0.9)),
-    "curveball": Entry(curvax.curveball, None, lambda o: curvax.curveball(o, rule=KEEP), 5),
-    "curveball, fixed damping": Entry(lambda o: curvax.curveball(o, rule=KEEP)),
+    "curveball": Entry(curvax.curveball, None, lambda o: curvax.curveball(rule=KEEP), 5),
+    "curveball, fixed damping": Entry(lambda o: curvax.curveball(rule=KEEP)),
     "lsr1, memory 5": Entry(curvax.lsr1, 10),
     "lsr1_linesearch, memory 5, no halving": Entry(curvax.lsr1_linesearch, 1),
-    "cubic step on sgd": Entry(lambda o: curvax.scale_by_cubic_step(o, optax.sgd(1.0))),
-    "hessian_free, 20 iterations": Entry(
-        lambda o: curvax.hessian_free(o, max_iterations=20, progress_tolerance=0.0), 20
-    ),
-    "natural_gradient, 10 iterations": Entry(
-        lambda o: curvax.natural_gradient(o, max_iterations=10, tolerance=0.0), 10
-    ),
-    "scale_by_sample_space": Entry(lambda o: curvax.scale_by_sample_space(o), 40),
+    "cubic step on sgd": Entry(lambda o: curvax.scale_by_cubic_step(optax.sgd(1.0))),
+    "hessian_free, 20 iterations": Entry(lambda o: curvax.hessian_free(max_iterations=20, progress_tolerance=0.0), 20),
+    "natural_gradient, 10 iterations": Entry(lambda o: curvax.natural_gradient(max_iterations=10, tolerance=0.0), 10),
+    "scale_by_sample_space": Entry(lambda o: curvax.scale_by_sample_space(), 40),
 }
 
 

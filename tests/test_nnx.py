@@ -76,7 +76,7 @@ def test_layers_are_found_and_the_module_can_be_evaluated_afterwards():
     layers = curvax.find_layers(objective, functional.params, batch)
     assert layers.couples_examples
     assert {layer.kind for layer in layers} == {"dense", "scale", "shift"}
-    tapped = curvax.tap(objective, layers, functional.params, batch)
+    tapped = curvax.tap(layers, objective.linearize(functional.params, batch))
     gradient, truth = tapped.value_and_gradient()[1], objective.value_and_grad(functional.params, batch)[1]
     for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(truth), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)

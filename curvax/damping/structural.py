@@ -68,9 +68,11 @@ def structural(
         >>> objective = curvax.Objective(model, curvax.losses.squared_error(), has_aux=True)
         >>> at = objective.linearize(jnp.array([1.0, 2.0]), (jnp.ones((1, 1)), jnp.zeros((1, 1))))
         >>> damping = curvax.damping.structural(lambda hidden: hidden, strength=3.0, relative=False)
-        >>> damping.matrix(at, curvax.GaussNewton(), 0.5, jax.random.key(0)).to_dense()     # [2, 1]^T [2, 1] + diag(3, 0) + 0.5 I
+        >>> damping.matrix(at, curvax.GaussNewton(), 0.5, jax.random.key(0)).to_dense()
         Array([[7.5, 2. ],
                [2. , 1.5]], dtype=float...)
+
+    It is [2, 1]^T [2, 1] + diag(3, 0) + 0.5 I.
 
     Source: Martens and Sutskever 2011; Martens 2016, section 4.6.4.
     """

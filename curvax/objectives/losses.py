@@ -183,7 +183,7 @@ def curvature_only(loss: OutputLoss) -> OutputLoss:
     Example:
         >>> loss = curvax.losses.curvature_only(curvax.losses.squared_error())
         >>> objective = curvax.Objective(lambda w, x: x @ w, loss)
-        >>> F = curvax.fisher(objective, jnp.zeros((2, 1)), (jnp.eye(2), None))
+        >>> F = curvax.fisher(objective.linearize(jnp.zeros((2, 1)), (jnp.eye(2), None)))
         >>> F.to_dense()
         Array([[0.5, 0. ],
                [0. , 0.5]], dtype=float...)

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from curvax import trees
 from curvax.objectives.point import CurvaturePoint
@@ -258,7 +259,7 @@ _COUNTS = ("inner_iterations", "reason")
 
 def _empty_info(added, dtype):
     """An info before the first step; a buffer for each figure, so that states can be donated."""
-    fields = {field: jnp.full((), jnp.nan, dtype) for field in StepInfo._fields}
+    fields: dict[str, Any] = {field: jnp.full((), jnp.nan, dtype) for field in StepInfo._fields}
     fields |= {field: jnp.full((), -1, jnp.int32) for field in _COUNTS}
     fields |= {"accepted": jnp.zeros((), jnp.bool_), "skipped_steps": jnp.zeros((), jnp.int32)}
     fields["extra"] = {name: jnp.zeros((), dtype if kind is None else kind) for name, kind in added.items()}
@@ -331,7 +332,7 @@ def static_count(name: str, argument: str, value: Any, default: int) -> int:
     """A count that decides shapes: ``default`` if None, else a positive Python integer."""
     if value is None:
         return default
-    if isinstance(value, jax.core.Tracer) or callable(value):
+    if isinstance(value, Tracer) or callable(value):
         raise TypeError(
             f"{name}: {argument} decides shapes and cannot be traced or scheduled; under optax.inject_hyperparams name"
             f" it in static_args"

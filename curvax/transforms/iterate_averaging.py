@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from curvax import trees
 
@@ -63,7 +64,7 @@ def average_iterates(
     """
     if scheme not in ("uniform", "forgetful", "exponential"):
         raise ValueError(f"scheme must be 'uniform', 'forgetful' or 'exponential', got {scheme!r}")
-    if not isinstance(decay, jax.core.Tracer) and not 0 <= decay < 1:
+    if not isinstance(decay, Tracer) and not 0 <= decay < 1:
         raise ValueError(f"decay must be in [0, 1), got {decay}")
 
     def init(params: PyTree) -> IterateAveragingState:

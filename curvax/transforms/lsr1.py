@@ -115,7 +115,8 @@ def lsr1_linesearch(
 
     Returns:
         The transformation; its updates are ready for ``optax.apply_updates``. ``state.info`` holds the figures, with
-        ``turned`` (whether the direction pointed upwards), ``pairs`` in memory and ``skipped_pairs`` so far in ``extra``.
+        ``turned`` (whether the direction pointed upwards), ``pairs`` in memory and ``skipped_pairs`` so far in
+        ``extra``.
 
     Raises:
         ValueError: ``update`` got no ``at=``, or updates that are not the parameters'.

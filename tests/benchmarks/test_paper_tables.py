@@ -96,7 +96,7 @@ def test_a_random_network_is_that_of_its_seed_and_within_the_papers_bounds():
 @pytest.mark.slow
 def test_the_cubic_rate_is_a_hundred_times_higher_on_the_plateau_and_leaves_it_where_sgd_stays():
     dataset = data.load("digits")
-    cubic = lambda o: curvax.scale_by_cubic_step(o, optax.sgd(0.02), sigma=100.0)  # noqa: E731
+    cubic = lambda o: curvax.scale_by_cubic_step(optax.sgd(0.02), sigma=100.0)  # noqa: E731
     losses, rates = cubic_plateau.train(dataset, cubic, 0.1, 1500)
     error, rate = cubic_plateau.smoothed(losses), cubic_plateau.smoothed(rates)
     assert rate.max() > 50 * rate[-1]
@@ -107,7 +107,7 @@ def test_the_cubic_rate_is_a_hundred_times_higher_on_the_plateau_and_leaves_it_w
 
 @pytest.mark.slow
 def test_with_biases_the_noise_of_a_batch_holds_the_cubic_rate_on_the_plateau():
-    cubic = lambda o: curvax.scale_by_cubic_step(o, optax.sgd(0.02), sigma=100.0)  # noqa: E731
+    cubic = lambda o: curvax.scale_by_cubic_step(optax.sgd(0.02), sigma=100.0)  # noqa: E731
     _, rates = cubic_plateau.train(data.load("digits"), cubic, 0.1, 200, biases=True)
     np.testing.assert_allclose(rates.mean(), cubic_plateau.noise_rate(100.0), rtol=0.15)
 

@@ -131,7 +131,7 @@ def test_batch_and_at_give_the_same_update(method):
     @jax.jit
     def step(params, state, data):
         _, grads = jax.value_and_grad(goal)(params, data)
-        updates, state = tx.update(grads, state, params, batch=data)
+        updates, state = tx.update(grads, state, params, at=objective.linearize(params, data))
         return optax.apply_updates(params, updates), state
 
     assert_close(step(weights(), tx.init(weights()), batch()), reference(method)[:2])
@@ -262,7 +262,7 @@ def test_masked_parameters_with_batch_say_what_to_do(method):
     tx = optax.masked(method(goal), only({"w1"}))
     gradient = jax.grad(goal)(weights(), batch())
     with pytest.raises(ValueError, match="pass at= from"):
-        tx.update(gradient, tx.init(weights()), weights(), batch=batch())
+        tx.update(gradient, tx.init(weights()), weights(), at=objective.linearize(weights(), batch()))
 
 
 @first_methods
@@ -380,11 +380,11 @@ def test_misuse_is_an_error_that_says_what_to_do(method):
     with pytest.raises(ValueError, match="empty"):
         goal.value_and_grad(params, (jnp.zeros((0, 3)), jnp.zeros((0,), jnp.int32)))
     with pytest.raises(ValueError, match="empty"):
-        tx.update(grads, state, params, batch=(jnp.zeros((0, 3)), jnp.zeros((0,), jnp.int32)))
+        tx.update(grads, state, params, at=objective.linearize(params, (jnp.zeros((0, 3)), jnp.zeros((0,), jnp.int32))))
     with pytest.raises(ValueError, match="one of at= and batch="):
         tx.update(grads, state, params)
     with pytest.raises(ValueError, match="one of at= and batch="):
-        tx.update(grads, state, params, at=at, batch=batch())
+        tx.update(grads, state, params, at=at, at=objective.linearize(params, batch()))
     with pytest.raises(ValueError, match="'surplus'"):
         tx.update({**grads, "surplus": jnp.ones(3)}, state, params, at=at)
     with pytest.raises(ValueError, match=r"updates\['w1'\] has shape \(4, 3\)"):

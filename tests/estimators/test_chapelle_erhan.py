@@ -18,7 +18,7 @@ def draws(name, distribution):
     @jax.jit
     @jax.vmap
     def draw(key):
-        matrix = curvax.ggn(objective, params, batch)
+        matrix = curvax.ggn(objective.linearize(params, batch))
         return trees.ravel(
             curvax.estimators.chapelle_erhan_diagonal(matrix, key, num_samples=2, distribution=distribution)
         )
@@ -43,6 +43,6 @@ def test_unbiased_and_less_variable_with_signs_than_with_normal_noise(name):
 
 def test_the_penalty_is_exact():
     objective = curvax.Objective(lambda w, x: 0.0 * (x @ w), curvax.losses.squared_error(), l2=0.3)
-    matrix = curvax.ggn(objective, jnp.ones((3, 2)), (jnp.ones((4, 3)), jnp.ones((4, 2))))
+    matrix = curvax.ggn(objective.linearize(jnp.ones((3, 2)), (jnp.ones((4, 3)), jnp.ones((4, 2)))))
     estimate = curvax.estimators.chapelle_erhan_diagonal(matrix, jax.random.key(0))
     np.testing.assert_allclose(estimate, np.full((3, 2), 0.3), rtol=1e-12)

@@ -23,7 +23,7 @@ def _promotion():
 
 
 def dense_hessian(objective, params, batch):
-    return np.asarray(jax.jit(lambda p: curvax.hessian(objective, p, batch).to_dense())(params))
+    return np.asarray(jax.jit(lambda p: curvax.hessian(objective.linearize(p, batch)).to_dense())(params))
 
 
 def check_unbiased(draws, truth):
@@ -40,7 +40,7 @@ def check_whole_hessian(objective, params, batch):
     @jax.jit
     @jax.vmap
     def draw(key):
-        left, right = estimators.propagate_curvature(objective, params, batch, key=key)
+        left, right = estimators.propagate_curvature(objective.linearize(params, batch), key=key)
         return jnp.outer(joined(left), joined(right))
 
     check_unbiased(draw(jax.random.split(jax.random.key(0), DRAWS)), dense_hessian(objective, params, batch))
@@ -82,7 +82,7 @@ def test_any_operation_and_any_loss(convex):
     @jax.jit
     @jax.vmap
     def draw(key):
-        left, right = estimators.propagate_curvature(objective, params, batch, key=key)
+        left, right = estimators.propagate_curvature(objective.linearize(params, batch), key=key)
         return jax.tree.map(jnp.multiply, left, right)
 
     draws = draw(jax.random.split(jax.random.key(0), DRAWS))
@@ -98,9 +98,9 @@ def test_products_of_a_draw_vary_less_than_a_hessian_product_times_its_vector():
     @jax.jit
     @jax.vmap
     def squared_errors(key):
-        left, right = estimators.propagate_curvature(objective, params, batch, key=key)
+        left, right = estimators.propagate_curvature(objective.linearize(params, batch), key=key)
         v = trees.random_rademacher(key, params)
-        naive = jnp.outer(joined(curvax.hessian(objective, params, batch)(v)), joined(v))
+        naive = jnp.outer(joined(curvax.hessian(objective.linearize(params, batch))(v)), joined(v))
         return jnp.sum(jnp.square(jnp.outer(joined(left), joined(right)) - truth)), jnp.sum(jnp.square(naive - truth))
 
     ours, naive = (float(jnp.mean(x)) for x in squared_errors(jax.random.split(jax.random.key(0), 500)))
@@ -118,11 +118,11 @@ def test_the_diagonal_by_layers(name):
     @jax.jit
     @jax.vmap
     def draw(key):
-        return estimators.sampled_hessian_diagonal(curvax.tap(objective, layers, params, batch), key)
+        return estimators.sampled_hessian_diagonal(curvax.tap(layers, objective.linearize(params, batch)), key)
 
     draws = draw(jax.random.split(jax.random.key(0), DRAWS))
     flat = np.concatenate([np.asarray(leaf).reshape(DRAWS, -1) for leaf in jax.tree.leaves(draws)], axis=1)
-    truth = jax.jit(lambda p: curvax.hessian(objective, p, batch).diagonal())(params)
+    truth = jax.jit(lambda p: curvax.hessian(objective.linearize(p, batch)).diagonal())(params)
     check_unbiased(flat, ravel(truth))
 
 
@@ -130,14 +130,14 @@ def test_products_by_examples_vary_less_than_products_of_sums():
     objective, params, _ = setting("mlp_x_at_w", "softmax_cross_entropy")
     batch = (jnp.asarray(np.random.default_rng(0).normal(size=(60, 3))), jnp.arange(60) % 2)
     layers = curvax.find_layers(objective, params, batch)
-    truth = jax.jit(lambda p: curvax.hessian(objective, p, batch).diagonal())(params)
+    truth = jax.jit(lambda p: curvax.hessian(objective.linearize(p, batch)).diagonal())(params)
 
     @jax.jit
     @jax.vmap
     def squared_errors(key):
-        tapped = curvax.tap(objective, layers, params, batch)
+        tapped = curvax.tap(layers, objective.linearize(params, batch))
         by_example = estimators.sampled_hessian_diagonal(tapped, key)
-        by_sum = trees.multiply(*estimators.propagate_curvature(objective, params, batch, key=key))
+        by_sum = trees.multiply(*estimators.propagate_curvature(objective.linearize(params, batch), key=key))
         return [jnp.square(trees.norm(trees.sub(x, truth))) for x in (by_example, by_sum)]
 
     by_example, by_sum = (float(jnp.mean(x)) for x in squared_errors(jax.random.split(jax.random.key(0), 50)))
@@ -148,10 +148,10 @@ def test_curvature_propagation_refuses_what_it_cannot_do():
     objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.curvature_only(curvax.losses.squared_error()))
     w = jnp.ones((2, 1))
     with pytest.raises(ValueError, match="needs the loss"):
-        estimators.propagate_curvature(objective, w, (jnp.ones((3, 2)), None), key=jax.random.key(0))
+        estimators.propagate_curvature(objective.linearize(w, (jnp.ones((3, 2)), None)), key=jax.random.key(0))
     objective = curvax.Objective(lambda w, x: x @ w - (x @ w).mean(0), curvax.losses.squared_error())
     batch = (jnp.asarray(np.random.default_rng(0).normal(size=(5, 2))), jnp.ones((5, 1)))
-    tapped = curvax.tap(objective, curvax.find_layers(objective, w, batch), w, batch)
+    tapped = curvax.tap(curvax.find_layers(objective, w, batch), objective.linearize(w, batch))
     with pytest.raises(ValueError, match="couples examples"):
         estimators.sampled_hessian_diagonal(tapped, jax.random.key(0))
 
@@ -178,7 +178,7 @@ def test_becker_lecun_is_the_recursion_of_the_papers(hessian):
         lambda p, x: jnp.tanh(x @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"], curvax.losses.softmax_cross_entropy(), l2=0.1
     )
     tree, batch = jax.tree.map(jnp.asarray, (params, (x, labels)))
-    ours = jax.jit(lambda p: estimators.becker_lecun_diagonal(objective, p, batch, hessian=hessian))(tree)
+    ours = jax.jit(lambda p: estimators.becker_lecun_diagonal(objective.linearize(p, batch), hessian=hessian))(tree)
     logits = np.tanh(x @ params["w1"] + params["b1"]) @ params["w2"] + params["b2"]
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     gradient = (p - np.eye(2)[labels]) / 6
@@ -186,15 +186,15 @@ def test_becker_lecun_is_the_recursion_of_the_papers(hessian):
     for name in shapes:
         np.testing.assert_allclose(ours[name], truth[name] + 0.1, rtol=1e-10)
     # The last layer's is exact.
-    exact = jax.jit(lambda p: curvax.hessian(objective, p, batch).diagonal())(tree)
+    exact = jax.jit(lambda p: curvax.hessian(objective.linearize(p, batch)).diagonal())(tree)
     np.testing.assert_allclose(ours["w2"], exact["w2"], rtol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["scan_over_time", "convolutions_channels_first", "tied_embedding"])
 def test_becker_lecun_takes_other_networks(name):
     objective, params, batch = setting(name)
-    ours = ravel(jax.jit(lambda p: estimators.becker_lecun_diagonal(objective, p, batch))(params))
-    truth = ravel(jax.jit(lambda p: curvax.ggn(objective, p, batch).diagonal())(params))
+    ours = ravel(jax.jit(lambda p: estimators.becker_lecun_diagonal(objective.linearize(p, batch)))(params))
+    truth = ravel(jax.jit(lambda p: curvax.ggn(objective.linearize(p, batch)).diagonal())(params))
     assert np.all(ours >= 0)
     assert np.corrcoef(ours, truth)[0, 1] > 0.5
 
@@ -203,7 +203,7 @@ def test_becker_lecun_names_an_operation_without_a_rule():
     objective = curvax.Objective(lambda w, x: jnp.linalg.inv(w + x), curvax.losses.squared_error())
     batch = (jnp.ones((1, 2, 2)), jnp.ones((1, 2, 2)))
     with pytest.raises(ValueError, match="no rule for the operation `custom_linear_solve`"):
-        estimators.becker_lecun_diagonal(objective, jnp.eye(2), batch)
+        estimators.becker_lecun_diagonal(objective.linearize(jnp.eye(2), batch))
 
 
 def test_becker_lecun_through_a_product_of_a_value_with_itself():
@@ -213,7 +213,7 @@ def test_becker_lecun_through_a_product_of_a_value_with_itself():
     at_product = np.square(x).T * np.ones((1, 2))
     truth = at_product @ np.square(w).T + np.square(w).T @ at_product
     batch = (x, jnp.zeros((1, 2)))
-    np.testing.assert_allclose(estimators.becker_lecun_diagonal(objective, w, batch), truth, rtol=1e-10)
+    np.testing.assert_allclose(estimators.becker_lecun_diagonal(objective.linearize(w, batch)), truth, rtol=1e-10)
 
 
 @pytest.mark.parametrize("hessian", [False, True])
@@ -234,7 +234,7 @@ def test_becker_lecun_is_exact_for_outputs_apart_whatever_the_activation(activat
     objective = curvax.Objective(lambda w, x: activation(x * w), curvax.losses.squared_error())
     w, batch = jnp.array([0.8, 0.5]), (jnp.array([[0.7, -1.3], [0.4, 2.0]]), jnp.array([[0.2, 0.4], [1.0, -1.0]]))
     truth = (curvax.hessian if hessian else curvax.ggn)(objective, w, batch).diagonal()
-    ours = estimators.becker_lecun_diagonal(objective, w, batch, hessian=hessian)
+    ours = estimators.becker_lecun_diagonal(objective.linearize(w, batch), hessian=hessian)
     np.testing.assert_allclose(ours, truth, rtol=1e-9)
 
 
@@ -276,8 +276,8 @@ def test_an_example_that_is_left_out_need_not_be_finite():
     batch = (jax.random.normal(jax.random.key(0), (3, 2)), jnp.array([[1.0], [0.0], [2.0]]))
     kept = (batch[0][::2], batch[1][::2])
     without = curvax.Objective(lambda w, x: jnp.tanh(x @ w), loss)
-    tapped = curvax.tap(objective, curvax.find_layers(objective, w, batch), w, batch)
-    truth = curvax.hessian(without, w, kept)
+    tapped = curvax.tap(curvax.find_layers(objective, w, batch), objective.linearize(w, batch))
+    truth = curvax.hessian(without.linearize(w, kept))
     np.testing.assert_allclose(curvax.layer_hessian(tapped).to_dense(), truth.to_dense(), rtol=1e-9)
     draws = estimators.sampled_hessian_diagonal(tapped, jax.random.key(1), num_samples=2000)
     np.testing.assert_allclose(draws, truth.diagonal(), rtol=0.1)

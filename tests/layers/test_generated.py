@@ -91,7 +91,7 @@ def test_chains_of_layers(chain, tied, seed):
 
     @jax.jit
     def compute(params, batch):
-        tapped = curvax.tap(objective, layers, params, batch)
+        tapped = curvax.tap(layers, objective.linearize(params, batch))
         return curvax.layers.per_example_gradients(tapped), curvax.layers.gradient_norms(tapped)
 
     @jax.jit
@@ -122,7 +122,7 @@ def test_a_batch_sharded_over_devices_gives_the_same(axis_type):
 
     @jax.jit
     def compute(params, batch):
-        tapped = curvax.tap(objective, layers, params, batch)
+        tapped = curvax.tap(layers, objective.linearize(params, batch))
         _, gradient, _ = tapped.value_and_gradient()
         norms, diagonal = curvax.layers.gradient_norms(tapped), curvax.layers.empirical_fisher_diagonal(tapped)
         return gradient, norms, diagonal

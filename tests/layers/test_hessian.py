@@ -21,8 +21,8 @@ def check_against_dense(objective, params, batch):
 
     @jax.jit
     def compute(params, batch, vector):
-        structured = curvax.layer_hessian(curvax.tap(objective, layers, params, batch))
-        exact = curvax.hessian(objective, params, batch)
+        structured = curvax.layer_hessian(curvax.tap(layers, objective.linearize(params, batch)))
+        exact = curvax.hessian(objective.linearize(params, batch))
         ours = structured.to_dense(), structured.quadratic(vector), structured.diagonal()
         return ours, (exact.to_dense(), exact.quadratic(vector), exact.diagonal())
 
@@ -64,8 +64,8 @@ def test_relu_networks_of_the_paper():
     objective = curvax.Objective(network, curvax.losses.softmax_cross_entropy())
     check_against_dense(objective, params, batch)
     layers = curvax.find_layers(objective, params, batch)
-    structured = curvax.layer_hessian(curvax.tap(objective, layers, params, batch))
-    ggn = curvax.ggn(objective, params, batch)
+    structured = curvax.layer_hessian(curvax.tap(layers, objective.linearize(params, batch)))
+    ggn = curvax.ggn(objective.linearize(params, batch))
     for name in shapes:
         only = {name: params[name]}
         blocks = [np.asarray(jax.jit(lambda m=m, o=only: m.restrict(o).to_dense())()) for m in (structured, ggn)]
@@ -77,7 +77,7 @@ def test_it_keeps_far_less_than_the_dense_matrix():
     params = {"w": jnp.asarray(generator.normal(size=(50, 20))), "v": jnp.asarray(generator.normal(size=(20, 5)))}
     batch = (jnp.ones((2, 50)), jnp.zeros((2, 5)))
     objective = curvax.Objective(lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"], curvax.losses.squared_error())
-    tapped = curvax.tap(objective, curvax.find_layers(objective, params, batch), params, batch)
+    tapped = curvax.tap(curvax.find_layers(objective, params, batch), objective.linearize(params, batch))
     kept, dense = curvax.layer_hessian(tapped).stored
     size = 25  # outputs of both layers
     assert kept == (50 + 20) + size + size**2 + (50 + 20) * size
@@ -90,8 +90,8 @@ def test_what_has_no_structure_is_refused():
     w, batch = jnp.ones((3, 2)), (jnp.ones((5, 3)), jnp.ones((5, 2)))
     layers = curvax.find_layers(objective, w, batch, fallback="gradient")
     with pytest.raises(ValueError, match="no structure"):
-        curvax.layer_hessian(curvax.tap(objective, layers, w, batch))
+        curvax.layer_hessian(curvax.tap(layers, objective.linearize(w, batch)))
     objective = curvax.Objective(lambda p, x: x @ p - (x @ p).mean(0), curvax.losses.squared_error())
     layers = curvax.find_layers(objective, w, batch)
     with pytest.raises(ValueError, match="couples examples"):
-        curvax.layer_hessian(curvax.tap(objective, layers, w, batch))
+        curvax.layer_hessian(curvax.tap(layers, objective.linearize(w, batch)))

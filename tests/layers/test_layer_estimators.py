@@ -57,7 +57,7 @@ def test_gradients_norms_inner_products_and_the_empirical_diagonal(name):
 
     @jax.jit
     def compute(params, batch):
-        tapped = curvax.tap(objective, layers, params, batch)
+        tapped = curvax.tap(layers, objective.linearize(params, batch))
         return (
             curvax.layers.per_example_gradients(tapped),
             curvax.layers.gradient_norms(tapped),
@@ -81,11 +81,11 @@ def test_gauss_newton_diagonals(name, loss):
     weights = jnp.array([0.5, 2.0, 1.0, 0.0, 3.0])
     objective, params, batch = setting(name, loss, l2=0.3, example_weights=lambda batch: weights)
     layers = curvax.find_layers(objective, params, batch)
-    truth = curvax.ggn(objective, params, batch).diagonal()
+    truth = curvax.ggn(objective.linearize(params, batch)).diagonal()
 
     @jax.jit
     def compute(params, batch):
-        tapped = curvax.tap(objective, layers, params, batch)
+        tapped = curvax.tap(layers, objective.linearize(params, batch))
         exact = curvax.layers.exact_ggn_diagonal(tapped)
         return exact, curvax.layers.sampled_ggn_diagonal(tapped, jax.random.key(0), num_samples=400)
 
@@ -100,12 +100,12 @@ def test_squares_of_examples_vary_less_than_squares_of_sums():
     objective, params, _ = setting("mlp_x_at_w", "softmax_cross_entropy")
     batch = (jnp.asarray(np.random.default_rng(0).normal(size=(60, 3))), jnp.arange(60) % 2)
     layers = curvax.find_layers(objective, params, batch)
-    truth = ravel(curvax.ggn(objective, params, batch).diagonal())
+    truth = ravel(curvax.ggn(objective.linearize(params, batch)).diagonal())
 
     @jax.jit
     def draw(key):
-        tapped = curvax.tap(objective, layers, params, batch)
-        by_sum = estimators.chapelle_erhan_diagonal(curvax.ggn(at=tapped.point, objective=objective), key)
+        tapped = curvax.tap(layers, objective.linearize(params, batch))
+        by_sum = estimators.chapelle_erhan_diagonal(curvax.ggn(tapped.point), key)
         return curvax.layers.sampled_ggn_diagonal(tapped, key), by_sum
 
     draws = [draw(jax.random.key(seed)) for seed in range(30)]
@@ -123,7 +123,7 @@ def test_several_terms_follow_one_another():
     generator = np.random.default_rng(0)
     params = {"w": jnp.asarray(generator.normal(size=(2, 4))), "v": jnp.asarray(generator.normal(size=(4, 1)))}
     batch = [(jnp.asarray(generator.normal(size=(n, 2))), jnp.ones((n, 1))) for n in (3, 2)]
-    tapped = curvax.tap(objective, curvax.find_layers(objective, params, batch), params, batch)
+    tapped = curvax.tap(curvax.find_layers(objective, params, batch), objective.linearize(params, batch))
     single = curvax.Objective(network, loss)
     joined = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *batch)
     rows = jacobian_rows(single, params, joined)
@@ -145,11 +145,11 @@ def test_coupled_examples_and_cases_finer_than_examples_are_refused():
     objective = curvax.Objective(lambda w, x: x @ w - (x @ w).mean(0), curvax.losses.squared_error())
     layers = curvax.find_layers(objective, w, batch)
     with pytest.raises(ValueError, match="couples examples"):
-        curvax.layers.gradient_norms(curvax.tap(objective, layers, w, batch))
+        curvax.layers.gradient_norms(curvax.tap(layers, objective.linearize(w, batch)))
     objective = curvax.Objective(
         lambda w, x: x @ w, curvax.losses.squared_error(), mask=lambda b: jnp.ones((N, 4), bool)
     )
     sequences = (jnp.ones((N, 4, 3)), jnp.ones((N, 4, 2)))
-    tapped = curvax.tap(objective, curvax.find_layers(objective, w, sequences), w, sequences)
+    tapped = curvax.tap(curvax.find_layers(objective, w, sequences), objective.linearize(w, sequences))
     with pytest.raises(ValueError, match="steps of a sequence are the cases"):
         curvax.layers.empirical_fisher_diagonal(tapped)

@@ -48,7 +48,7 @@ def test_examples_gradients_are_those_of_autodiff(name):
 
     @jax.jit
     def compute(params, batch):
-        tapped = curvax.tap(objective, layers, params, batch)
+        tapped = curvax.tap(layers, objective.linearize(params, batch))
         loss, gradient, (uses,) = tapped.value_and_gradient(tapped.loss_cotangents())
         return loss, gradient, tapped.to_params([(use, use.per_example()) for use in uses])
 
@@ -86,7 +86,7 @@ def test_pulling_back_once_gives_what_the_joint_sweep_gives(name):
 
     @jax.jit
     def compute(params, batch):
-        tapped = curvax.tap(objective, layers, params, batch)
+        tapped = curvax.tap(layers, objective.linearize(params, batch))
         cotangents = tapped.loss_cotangents()
         uses = tapped.pull_back(cotangents)
         (columns,) = tapped.pull_back_columns(jax.tree.map(lambda leaf: leaf[None], cotangents))[:1]
@@ -116,7 +116,7 @@ def test_the_batch_may_have_another_size_and_the_step_is_traced_once():
     @jax.jit
     def compute(params, batch):
         traces.append(1)
-        tapped = curvax.tap(objective, layers, params, batch)
+        tapped = curvax.tap(layers, objective.linearize(params, batch))
         return tapped, tapped.value_and_gradient()[1]
 
     for size in (N, 2 * N, 1, N):
@@ -145,7 +145,7 @@ def test_bfloat16_has_structure_and_its_products_are_summed_in_single_precision(
     batch = (batch[0], batch[1].astype(jnp.float32))
     layers = curvax.find_layers(objective, params, batch)
     assert not layers.unstructured
-    tapped = jax.jit(lambda p, b: curvax.tap(objective, layers, p, b))(params, batch)
+    tapped = jax.jit(lambda p, b: curvax.tap(layers, objective.linearize(p, b)))(params, batch)
     for use in tapped.pull_back(tapped.loss_cotangents()):
         assert use.inputs.dtype == use.cotangents.dtype == jnp.float32
     wide = curvax.Objective(lambda p, x: network(p, x, jnp.float32), curvax.losses.squared_error())
@@ -159,17 +159,17 @@ def test_bfloat16_has_structure_and_its_products_are_summed_in_single_precision(
 def test_a_tapped_point_passes_through_jit():
     case, objective, batch = setting("mlp_x_at_w")
     layers = curvax.find_layers(objective, case.params, batch)
-    tapped = jax.jit(lambda params, batch: curvax.tap(objective, layers, params, batch))(case.params, batch)
+    tapped = jax.jit(lambda params, batch: curvax.tap(layers, objective.linearize(params, batch)))(case.params, batch)
 
     @jax.jit
     def use(tapped):
         (first,) = (u for u in tapped.pull_back(tapped.loss_cotangents()) if u.layer.name == "0/w")
-        return first.gradient(), curvax.ggn(at=tapped.point, objective=objective)(tapped.point.params)
+        return first.gradient(), curvax.ggn(tapped.point)(tapped.point.params)
 
     gradient, product = use(tapped)
     truth = jax.grad(objective)(case.params, batch)
     np.testing.assert_allclose(gradient[0], N * truth[0]["w"], atol=1e-12)
-    expected = curvax.ggn(objective, case.params, batch)(case.params)
+    expected = curvax.ggn(objective.linearize(case.params, batch))(case.params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), product, expected)
 
 
@@ -189,7 +189,7 @@ def test_an_unused_parameter_is_reported_and_no_error():
     layers = curvax.find_layers(objective, params, batch)
     assert "is not used" in str(layers)
     assert layers.unstructured == ()
-    gradient = curvax.tap(objective, layers, params, batch).value_and_gradient()[1]
+    gradient = curvax.tap(layers, objective.linearize(params, batch)).value_and_gradient()[1]
     np.testing.assert_array_equal(gradient["idle"], 0)
 
 
@@ -198,9 +198,9 @@ def test_another_model_or_other_parameters_are_refused():
     layers = curvax.find_layers(objective, case.params, batch)
     other = curvax.Objective(lambda p, x: x @ p[0]["w"] @ p[1]["w"], curvax.losses.squared_error())
     with pytest.raises(ValueError, match="not the one that find_layers saw"):
-        curvax.tap(other, layers, case.params, batch)
+        curvax.tap(layers, other.linearize(case.params, batch))
     with pytest.raises(ValueError, match="not those that find_layers saw"):
-        curvax.tap(objective, layers, case.params[:1], batch)
+        curvax.tap(layers, objective.linearize(case.params[:1], batch))
 
 
 def test_a_model_that_only_fits_one_batch_size_is_explained():
@@ -226,7 +226,9 @@ def test_several_terms_share_layers():
     }
     layers = curvax.find_layers(objective, params, batch)
     assert [len(layer.members) for layer in layers] == [2, 2]
-    loss, gradient, _ = jax.jit(lambda p, b: curvax.tap(objective, layers, p, b).value_and_gradient())(params, batch)
+    loss, gradient, _ = jax.jit(lambda p, b: curvax.tap(layers, objective.linearize(p, b)).value_and_gradient())(
+        params, batch
+    )
     truth = jax.value_and_grad(objective)(params, batch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), (loss, gradient), truth)
 
@@ -259,7 +261,7 @@ def test_gradient_and_taps_cost_at_most_1_45_gradients(form, remat):
     layers = curvax.find_layers(objective, params, (single, single))
 
     def with_taps(params, batch):
-        tapped = curvax.tap(objective, layers, params, batch)
+        tapped = curvax.tap(layers, objective.linearize(params, batch))
         loss, gradient, (uses,) = tapped.value_and_gradient(tapped.loss_cotangents())
         return loss, gradient, [(use.inputs, use.cotangents) for use in uses]
 

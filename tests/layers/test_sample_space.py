@@ -51,7 +51,7 @@ def test_the_gram_matrix_has_the_eigenvalues_of_the_curvature(curvature, model):
 
     @jax.jit
     def compute(params, batch):
-        space = SampleSpace(curvax.tap(objective, layers, params, batch), curvature)
+        space = SampleSpace(curvax.tap(layers, objective.linearize(params, batch)), curvature)
         rows = jax.vmap(lambda v: space.project(trees.unravel(v, params)))(jnp.eye(len(dense))).T
         lifted = jax.vmap(lambda y: trees.ravel(space.lift(y)))(jnp.eye(space.num_rows))
         products = jax.vmap(space.gram_product())(jnp.eye(space.num_rows))
@@ -67,10 +67,12 @@ def test_the_gram_matrix_has_the_eigenvalues_of_the_curvature(curvature, model):
 @pytest.mark.parametrize("method", ["cholesky", "cg"])
 def test_solves_are_those_of_the_dense_system(method):
     objective, params, batch = setting()
-    dense = np.asarray(curvax.ggn(objective, params, batch).to_dense())
+    dense = np.asarray(curvax.ggn(objective.linearize(params, batch)).to_dense())
     vector = jax.tree.map(lambda p: jnp.cos(jnp.arange(p.size, dtype=p.dtype)).reshape(p.shape), params)
-    tx = curvax.scale_by_sample_space(objective, damping=0.01, method=method, max_iterations=200, tolerance=1e-13)
-    solution, state = jax.jit(lambda v: tx.update(v, tx.init(params), params, batch=batch))(vector)
+    tx = curvax.scale_by_sample_space(damping=0.01, method=method, max_iterations=200, tolerance=1e-13)
+    solution, state = jax.jit(lambda v: tx.update(v, tx.init(params), params, at=objective.linearize(params, batch)))(
+        vector
+    )
     truth = np.linalg.solve(dense + 0.01 * np.eye(len(dense)), trees.ravel(vector))
     np.testing.assert_allclose(trees.ravel(solution), truth, rtol=1e-8, atol=1e-9)
     assert int(state.info.cg_iterations) == 0 if method == "cholesky" else int(state.info.cg_iterations) > 0
@@ -78,9 +80,9 @@ def test_solves_are_those_of_the_dense_system(method):
 
 def test_single_precision_is_as_good_as_its_condition_allows():
     objective, params, batch = setting()
-    dense = np.asarray(curvax.ggn(objective, params, batch).to_dense())
+    dense = np.asarray(curvax.ggn(objective.linearize(params, batch)).to_dense())
     params32, inputs32 = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (params, batch[0]))
-    tx = curvax.scale_by_sample_space(objective, damping=1e-3)
+    tx = curvax.scale_by_sample_space(damping=1e-3)
     gradient = jax.grad(objective)(params, batch)
     solution, _ = jax.jit(tx.update)(
         jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradient),
@@ -95,13 +97,13 @@ def test_single_precision_is_as_good_as_its_condition_allows():
 def test_momentum_is_springs_nearest_solution():
     """delta_k minimises |R delta - b|^2 + lambda |delta - mu delta_{k-1}|^2, where g = R^T b."""
     objective, params, batch = setting()
-    dense = np.asarray(curvax.ggn(objective, params, batch).to_dense())
+    dense = np.asarray(curvax.ggn(objective.linearize(params, batch)).to_dense())
     damped = dense + 0.1 * np.eye(len(dense))
-    tx = curvax.scale_by_sample_space(objective, damping=0.1, momentum=0.9)
+    tx = curvax.scale_by_sample_space(damping=0.1, momentum=0.9)
     gradient = jax.grad(objective)(params, batch)
     flat = np.asarray(trees.ravel(gradient))
     state, last = tx.init(params), np.zeros(len(dense))
-    update = jax.jit(lambda state: tx.update(gradient, state, params, batch=batch))
+    update = jax.jit(lambda state: tx.update(gradient, state, params, at=objective.linearize(params, batch)))
     for _ in range(3):
         result, state = update(state)
         last = np.linalg.solve(damped, flat + 0.1 * 0.9 * last)
@@ -111,13 +113,13 @@ def test_momentum_is_springs_nearest_solution():
 def test_masked_parameters_are_left_out_of_the_curvature():
     objective, params, batch = setting()
     mask = [{"w": True, "b": False}, {"w": True, "g": False}]
-    tx = optax.masked(curvax.scale_by_sample_space(objective, damping=0.05), mask)
+    tx = optax.masked(curvax.scale_by_sample_space(damping=0.05), mask)
     _, gradient, at = objective.value_and_grad(params, batch)
     result, _ = tx.update(gradient, tx.init(params), params, at=at)
     kept = np.concatenate(
         [np.full(p.size, m) for p, m in zip(jax.tree.leaves(params), jax.tree.leaves(mask), strict=True)]
     )
-    dense = np.asarray(curvax.ggn(at=at, objective=objective).to_dense())[np.ix_(kept, kept)]
+    dense = np.asarray(curvax.ggn(at).to_dense())[np.ix_(kept, kept)]
     truth = np.linalg.solve(dense + 0.05 * np.eye(len(dense)), np.asarray(trees.ravel(gradient))[kept])
     np.testing.assert_allclose(np.asarray(trees.ravel(result))[kept], truth, rtol=1e-8)
     np.testing.assert_array_equal(np.asarray(trees.ravel(result))[~kept], np.asarray(trees.ravel(gradient))[~kept])
@@ -130,14 +132,14 @@ def test_parameters_without_structure_keep_their_updates_if_that_was_chosen():
     objective = curvax.Objective(model, curvax.losses.squared_error())
     params, batch = {"w": jnp.ones((3, 2)), "t": jnp.ones(())}, (jnp.eye(3), jnp.ones((3, 2)))
     gradient = jax.grad(objective)(params, batch)
-    strict = curvax.scale_by_sample_space(objective)
+    strict = curvax.scale_by_sample_space()
     with pytest.raises(ValueError, match="no structure was found for t"):
-        strict.update(gradient, strict.init(params), params, batch=batch)
-    tx = curvax.scale_by_sample_space(objective, curvax.find_layers(objective, params, batch, fallback="gradient"))
+        strict.update(gradient, strict.init(params), params, at=objective.linearize(params, batch))
+    tx = curvax.scale_by_sample_space()
     result, _ = jax.jit(tx.update)(gradient, tx.init(params), params, batch=batch)
     np.testing.assert_array_equal(result["t"], gradient["t"])
     single = curvax.Objective(lambda w, x: model({"w": w, "t": params["t"]}, x), curvax.losses.squared_error())
-    dense = curvax.ggn(single, params["w"], batch).to_dense()
+    dense = curvax.ggn(single.linearize(params["w"], batch)).to_dense()
     truth = np.linalg.solve(dense + 1e-3 * np.eye(6), gradient["w"].ravel())
     np.testing.assert_allclose(result["w"].ravel(), truth, rtol=1e-6)
 
@@ -146,7 +148,7 @@ def test_misuse_is_explained():
     objective, params, batch = setting()
     layers = curvax.find_layers(objective, params, batch)
     with pytest.raises(ValueError, match="curvature must be"):
-        curvax.gram(curvax.tap(objective, layers, params, batch), curvature="hessian")
+        curvax.gram(curvax.tap(layers, objective.linearize(params, batch)), curvature="hessian")
 
 
 def test_a_step_costs_at_most_15_of_adams():
@@ -165,7 +167,7 @@ def test_a_step_costs_at_most_15_of_adams():
 
     batch = (jax.ShapeDtypeStruct((256, 784), single), jax.ShapeDtypeStruct((256,), jnp.int32))
     objective = curvax.Objective(model, curvax.losses.softmax_cross_entropy())
-    tx, adam = curvax.scale_by_sample_space(objective), optax.adam(1e-3)
+    tx, adam = curvax.scale_by_sample_space(), optax.adam(1e-3)
 
     def step(params, state, batch):
         loss, gradient, at = objective.value_and_grad(params, batch)
@@ -205,7 +207,7 @@ def test_a_physics_informed_network_is_solved_in_the_space_of_its_residuals():
     params = {name: jnp.asarray(generator.normal(size=16)) for name in ("w1", "b1", "w2")}
     batch = {"inside": jnp.linspace(0.1, 3.0, 12), "ends": jnp.array([0.0, jnp.pi])}
     tx = optax.chain(
-        curvax.scale_by_sample_space(objective, damping=1e-6),
+        curvax.scale_by_sample_space(damping=1e-6),
         optax.scale(-1.0),
         optax.scale_by_backtracking_linesearch(max_backtracking_steps=15),
     )

@@ -150,7 +150,7 @@ def test_ggn_differs_from_fisher_with_the_output_nonlinearity_in_the_model():
     targets = jax.nn.one_hot(batch[1], 3)
     log_loss = curvax.losses.from_function(lambda z, y: -jnp.sum(y * jnp.log(z)), convex=True)
     inside = curvax.Objective(lambda p, x: jax.nn.softmax(logits(p, x)), log_loss)
-    ggn = jax.jit(lambda p, b: curvax.ggn(inside, p, b).to_dense())(params, (batch[0], targets))
+    ggn = jax.jit(lambda p, b: curvax.ggn(inside.linearize(p, b)).to_dense())(params, (batch[0], targets))
     assert np.abs(ggn - dense("fisher", "mlp")).max() > 0.05 * np.abs(ggn).max()
     assert np.linalg.eigvalsh(ggn).min() > -1e-12
 
@@ -165,7 +165,7 @@ def test_monte_carlo_fisher_converges_to_the_exact_one(name):
     @jax.jit
     @jax.vmap
     def draw(key):
-        matrix = curvax.fisher(objective, params, batch, key=key, num_samples=2)
+        matrix = curvax.fisher(objective.linearize(params, batch), key=key, num_samples=2)
         return jnp.stack([matrix.quadratic(v) for v in directions])
 
     draws = np.asarray(draw(jax.random.split(jax.random.key(3), 4000)))
@@ -180,7 +180,9 @@ def test_monte_carlo_fisher_does_not_depend_on_the_chunk_size_and_is_a_function_
 
     @functools.partial(jax.jit, static_argnames="chunk_size")
     def make(key, chunk_size=None):
-        return curvax.fisher(objective, params, batch, key=key, num_samples=3, chunk_size=chunk_size).to_dense()
+        return curvax.fisher(
+            objective.linearize(params, batch, chunk_size=chunk_size), key=key, num_samples=3
+        ).to_dense()
 
     whole = make(jax.random.key(0))
     close(make(jax.random.key(0), chunk_size=4), whole)
@@ -340,7 +342,7 @@ def test_float32_products_are_accurate(kind):
 def test_bfloat16_parameters_keep_their_dtype_and_losses_are_float32():
     problem = problems.problem("mlp", dtype=jnp.bfloat16)
     loss, gradient, at = problem.objective.value_and_grad(problem.params, problem.batch)
-    product = curvax.ggn(problem.objective, at=at)(gradient)
+    product = curvax.ggn(at)(gradient)
     assert loss.dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves((gradient, product))} == {jnp.dtype("bfloat16")}
 

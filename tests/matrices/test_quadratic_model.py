@@ -22,7 +22,7 @@ def test_value_and_change_are_those_of_the_dense_quadratic(make):
 
     @jax.jit
     def evaluate(params, batch):
-        model = curvax.quadratic_model(objective, params, batch, curvature=make, damping=0.7)
+        model = curvax.quadratic_model(objective.linearize(params, batch), curvature=make, damping=0.7)
         return model(delta), model.change(delta), make(objective, params, batch).to_dense()
 
     value, change, matrix = evaluate(params, batch)
@@ -36,7 +36,7 @@ def test_value_and_change_are_those_of_the_dense_quadratic(make):
 def test_the_model_of_a_quadratic_objective_is_exact_and_its_ratio_is_one():
     objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error(), l2=0.2)
     w, batch = jnp.ones((3, 2)), (jax.random.normal(jax.random.key(0), (6, 3)), jnp.ones((6, 2)))
-    model = curvax.quadratic_model(objective, w, batch)
+    model = curvax.quadratic_model(objective.linearize(w, batch))
     for seed in range(5):
         delta = jax.random.normal(jax.random.key(seed), (3, 2))
         np.testing.assert_allclose(model(delta), objective(w + delta, batch), rtol=1e-12)
@@ -87,8 +87,8 @@ def test_the_model_never_falls_below_its_bound_on_the_same_data(name):
 
     @jax.jit
     def evaluate(at):
-        model = curvax.quadratic_model(objective, at=at)
-        return curvax.model_lower_bound(objective, at=at), model, model.curvature.to_dense()
+        model = curvax.quadratic_model(at)
+        return curvax.model_lower_bound(at), model, model.curvature.to_dense()
 
     bound, model, matrix = evaluate(at)
     gradient = np.asarray(trees.ravel(model.gradient))
@@ -103,8 +103,8 @@ def test_the_model_never_falls_below_its_bound_on_the_same_data(name):
 def test_the_bound_is_attained_where_the_model_can_fit_every_case():
     objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
     w, batch = jnp.ones((4, 2)), (jnp.eye(4)[:3], jnp.zeros((3, 2)))
-    model = curvax.quadratic_model(objective, w, batch)
-    np.testing.assert_allclose(model.change(-w), curvax.model_lower_bound(objective, w, batch), rtol=1e-12)
+    model = curvax.quadratic_model(objective.linearize(w, batch))
+    np.testing.assert_allclose(model.change(-w), curvax.model_lower_bound(objective.linearize(w, batch)), rtol=1e-12)
 
 
 def test_different_data_for_gradient_and_curvature_break_the_bound():
@@ -112,9 +112,9 @@ def test_different_data_for_gradient_and_curvature_break_the_bound():
     objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
     w = jnp.ones((2, 1))
     here, there = (jnp.eye(2)[:1], jnp.zeros((1, 1))), (jnp.eye(2)[1:], jnp.zeros((1, 1)))
-    model = curvax.quadratic_model(objective, w, here)
-    mixed = curvax.QuadraticModel(model.loss, model.gradient, curvax.ggn(objective, w, there))
-    bound = curvax.model_lower_bound(objective, w, here)
+    model = curvax.quadratic_model(objective.linearize(w, here))
+    mixed = curvax.QuadraticModel(model.loss, model.gradient, curvax.ggn(objective.linearize(w, there)))
+    bound = curvax.model_lower_bound(objective.linearize(w, here))
     delta = jnp.array([[-100.0], [0.0]])
     assert model.change(delta) >= bound
     assert mixed.change(delta) < 10 * bound

@@ -29,7 +29,7 @@ def problem(l2=None, loss="softmax_cross_entropy"):
 
 def run(objective, params, batch, steps, chunk_size=None, **options):
     """Parameters and states after every step."""
-    tx = curvax.curveball(objective, **options)
+    tx = curvax.curveball(**options)
 
     @jax.jit
     def step(params, state):
@@ -52,7 +52,9 @@ def test_steps_are_those_of_the_dense_formulas(gradient, damped_model):
     objective, params, batch = problem(l2=0.2)
     options = {"initial_damping": 0.5, "rule": FIXED, "gradient": gradient, "damped_model": damped_model}
     history = run(objective, params, batch, 4, **options)
-    dense = jax.jit(lambda p: (curvax.ggn(objective, p, batch).to_dense(), trees.ravel(jax.grad(objective)(p, batch))))
+    dense = jax.jit(
+        lambda p: (curvax.ggn(objective.linearize(p, batch)).to_dense(), trees.ravel(jax.grad(objective)(p, batch)))
+    )
     z = np.zeros(20)
     for (before, _), (_, state) in itertools.pairwise(history):
         matrix, g = map(np.asarray, dense(before))
@@ -71,7 +73,9 @@ def test_fixed_momentum_and_fixed_learning_rate(momentum, learning_rate):
     objective, params, batch = problem()
     options = {"momentum": momentum, "learning_rate": learning_rate, "rule": FIXED, "initial_damping": 0.3}
     history = run(objective, params, batch, 3, **options)
-    dense = jax.jit(lambda p: (curvax.ggn(objective, p, batch).to_dense(), trees.ravel(jax.grad(objective)(p, batch))))
+    dense = jax.jit(
+        lambda p: (curvax.ggn(objective.linearize(p, batch)).to_dense(), trees.ravel(jax.grad(objective)(p, batch)))
+    )
     z = np.zeros(20)
     for (before, _), (_, state) in itertools.pairwise(history):
         matrix, g = map(np.asarray, dense(before))
@@ -90,7 +94,7 @@ def test_the_step_is_at_the_minimum_of_the_model_and_goes_downhill():
     """Theorem A.2 and its sharper form, g^T z + z^T (G + lambda I) z = 0 (methods CB-6)."""
     objective, params, batch = problem()
     for (before, _), (_, state) in itertools.pairwise(run(objective, params, batch, 10)):
-        g, matrix = jax.grad(objective)(before, batch), curvax.ggn(objective, before, batch)
+        g, matrix = jax.grad(objective)(before, batch), curvax.ggn(objective.linearize(before, batch))
         z, damping = state.velocity, state.info.damping
         slope = trees.vdot(g, z)
         assert slope < 0
@@ -117,11 +121,11 @@ def test_fixed_coefficients_converge_where_the_theorem_says_and_at_its_rate():
     @jax.jit
     @jax.vmap
     def norms(beta, rho):
-        tx = curvax.curveball(objective, momentum=rho, learning_rate=beta, initial_damping=0.0, rule=FIXED)
+        tx = curvax.curveball(momentum=rho, learning_rate=beta, initial_damping=0.0, rule=FIXED)
 
         def body(carry, _):
             w, state = carry
-            updates, state = tx.update(w, state, w, batch=batch)
+            updates, state = tx.update(w, state, w, at=objective.linearize(w, batch))
             return (optax.apply_updates(w, updates), state), jnp.linalg.norm(w)
 
         return jax.lax.scan(body, (jnp.ones(3), tx.init(jnp.ones(3))), length=400)[1]
@@ -137,18 +141,22 @@ def test_fixed_coefficients_converge_where_the_theorem_says_and_at_its_rate():
 
 def test_first_zero_and_collinear_directions():
     objective, batch = quadratic([1.0, 4.0])
-    tx = curvax.curveball(objective, initial_damping=0.0, rule=FIXED)
+    tx = curvax.curveball(initial_damping=0.0, rule=FIXED)
     w = jnp.array([1.0, 0.0])  # everything stays on one axis, where bracket and z are collinear
     state = tx.init(w)
-    updates, state = tx.update(w, state, w, batch=batch)
+    updates, state = tx.update(w, state, w, at=objective.linearize(w, batch))
     np.testing.assert_allclose(updates, [-1.0, 0.0], atol=1e-12)
     assert state.info.momentum == 0
     w = optax.apply_updates(w, updates)
-    updates, state = tx.update(w, state, w, batch=batch)  # at the minimum: no gradient, no step
+    updates, state = tx.update(w, state, w, at=objective.linearize(w, batch))  # at the minimum: no gradient, no step
     np.testing.assert_allclose(updates, 0.0, atol=1e-12)
-    updates, state = tx.update(w, state, jnp.array([2.0, 0.0]), batch=batch)  # z is zero: a gradient step
+    updates, state = tx.update(
+        w, state, jnp.array([2.0, 0.0]), at=objective.linearize(jnp.array([2.0, 0.0]), batch)
+    )  # z is zero: a gradient step
     np.testing.assert_allclose(updates, [-2.0, 0.0], atol=1e-12)
-    updates, state = tx.update(w, state, jnp.array([3.0, 0.0]), batch=batch)  # collinear
+    updates, state = tx.update(
+        w, state, jnp.array([3.0, 0.0]), at=objective.linearize(jnp.array([3.0, 0.0]), batch)
+    )  # collinear
     np.testing.assert_allclose(updates, [-3.0, 0.0], atol=1e-12)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
@@ -176,13 +184,15 @@ def test_chunks_give_the_same_step():
 
 def test_recomputed_gradients_leave_the_incoming_ones_unread():
     objective, params, batch = problem()
-    tx = curvax.curveball(objective)
+    tx = curvax.curveball()
     nonsense = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), params)
     true = jax.grad(objective)(params, batch)
-    updates = [tx.update(g, tx.init(params), params, batch=batch)[0] for g in (nonsense, true)]
+    updates = [
+        tx.update(g, tx.init(params), params, at=objective.linearize(params, batch))[0] for g in (nonsense, true)
+    ]
     jax.tree.map(np.testing.assert_array_equal, *updates)
     with pytest.raises(ValueError, match="'recomputed' or 'incoming'"):
-        curvax.curveball(objective, gradient="read")
+        curvax.curveball(gradient="read")
 
 
 @pytest.mark.parametrize(("gradient", "limit"), [("recomputed", 2.4), ("incoming", 3.0)])
@@ -208,6 +218,6 @@ def test_a_step_costs_little_more_than_two_of_momentum_sgd(gradient, limit):
 
     sgd = counted(optax.sgd(0.1, momentum=0.9), False)
     # Every fifth step measures the loss behind it.
-    every, fifth = (counted(curvax.curveball(objective, gradient=gradient, rule=r), True) for r in (FIXED, None))
+    every, fifth = (counted(curvax.curveball(gradient=gradient, rule=r), True) for r in (FIXED, None))
     assert fifth > every
     assert every + (fifth - every) / 5 <= limit * sgd

@@ -57,7 +57,7 @@ EXACT = {"max_iterations": 60, "progress_tolerance": 0.0, "choice": "last", "ini
 def test_gradient_and_curvature_from_different_batches():
     """Full convergence: delta = -(G'' + lambda I)^{-1} g'; the ratio takes everything of its own batch."""
     large, small = batch(0, 30), batch(1, 7)
-    updates, state = one_step(curvax.hessian_free(objective, **EXACT), gradient_on=large, curvature_at=small)
+    updates, state = one_step(curvax.hessian_free(**EXACT), gradient_on=large, curvature_at=small)
     gradient = flat(jax.grad(objective)(weights(), large))
     matrix = np.asarray(dense_ggn(objective, weights(), small))
     delta = -np.linalg.solve(matrix + 0.1 * np.eye(len(matrix)), gradient)
@@ -77,7 +77,7 @@ def test_gradient_and_curvature_from_different_batches():
 def iterates(cap):
     """All iterates of the first run on batch 0, from zero, without preconditioner."""
     _, gradient, at = objective.value_and_grad(weights(), batch(0))
-    G = curvax.ggn(objective, at=at)
+    G = curvax.ggn(at)
     result = solvers.cg(
         lambda v: curvax.trees.add_scaled(G(v), 0.1, v),
         curvax.trees.scale(-1.0, gradient),
@@ -102,7 +102,7 @@ def test_choice_is_judged_on_the_held_out_batch():
     best = min(losses, key=losses.__getitem__)
     assert best not in (0, 8), "the case is to tell the best iterate from the last one"
 
-    tx = curvax.hessian_free(objective, choice="best", **plain)
+    tx = curvax.hessian_free(choice="best", **plain)
     updates, state = one_step(tx, gradient_on=batch(0), held_out=other)
     assert state.info.chosen_iteration == best
     chosen = dict(iterates(8))[best]
@@ -110,14 +110,14 @@ def test_choice_is_judged_on_the_held_out_batch():
     # The ratio stays that of the curvature batch.
     np.testing.assert_allclose(state.info.new_loss, loss_after(chosen, batch(0)), rtol=1e-10)
 
-    _, last = one_step(curvax.hessian_free(objective, choice="last", **plain), gradient_on=batch(0), held_out=other)
+    _, last = one_step(curvax.hessian_free(choice="last", **plain), gradient_on=batch(0), held_out=other)
     assert last.info.chosen_iteration == 8
 
 
 @pytest.mark.parametrize("warm_start_from", ["last", "best"])
 def test_warm_start_from_the_last_iterate_or_from_the_best(warm_start_from):
     plain = {"preconditioner_exponent": None, "max_iterations": 8, "progress_tolerance": 0.0, "initial_damping": 0.1}
-    tx = curvax.hessian_free(objective, warm_start_from=warm_start_from, **plain)
+    tx = curvax.hessian_free(warm_start_from=warm_start_from, **plain)
     _, state = one_step(tx, gradient_on=batch(0))
     losses = {number: loss_after(delta, batch(0)) for number, delta in iterates(8)}
     expected = 8 if warm_start_from == "last" else min(losses, key=losses.__getitem__)
@@ -127,7 +127,7 @@ def test_warm_start_from_the_last_iterate_or_from_the_best(warm_start_from):
 @pytest.mark.parametrize("recipe", [RECIPE_A, RECIPE_B, RECIPE_C], ids=["A", "B", "C"])
 def test_every_recipe_trains(recipe):
     settings = dict(recipe, max_iterations=min(recipe["max_iterations"], 30))
-    tx = curvax.hessian_free(objective, **settings)
+    tx = curvax.hessian_free(**settings)
     params, data, other = weights(), batch(0, 40), batch(5, 40)
     state = tx.init(params)
 
@@ -149,10 +149,8 @@ def test_every_recipe_trains(recipe):
 def test_the_reduction_rule_ends_a_run_that_turns_bad():
     """Hardly any damping on few cases: the loss turns up along the run, and the rule stops it there."""
     tiny = {"initial_damping": 1e-8, "max_iterations": 40, "progress_tolerance": 0.0, "preconditioner_exponent": None}
-    _, free = one_step(curvax.hessian_free(objective, **tiny), gradient_on=batch(0, 4))
-    _, ended = one_step(
-        curvax.hessian_free(objective, stop="reduction", stop_period=1, **tiny), gradient_on=batch(0, 4)
-    )
+    _, free = one_step(curvax.hessian_free(**tiny), gradient_on=batch(0, 4))
+    _, ended = one_step(curvax.hessian_free(stop="reduction", stop_period=1, **tiny), gradient_on=batch(0, 4))
     assert ended.info.cg_reason == solvers.StopReason.MONITOR
     assert ended.info.cg_iterations < free.info.cg_iterations
 
@@ -160,7 +158,7 @@ def test_the_reduction_rule_ends_a_run_that_turns_bad():
 def test_an_ascent_direction_is_never_followed():
     """A warm start far uphill, cut short after one iteration, points uphill still: no step, and more damping."""
     tx = curvax.hessian_free(
-        objective, max_iterations=1, choice="last", warm_start=1.0, preconditioner_exponent=None, initial_damping=0.1
+        max_iterations=1, choice="last", warm_start=1.0, preconditioner_exponent=None, initial_damping=0.1
     )
     gradient = jax.grad(objective)(weights(), batch(0))
     uphill = jax.tree.map(lambda g: 100 * g, gradient)
@@ -177,7 +175,7 @@ def test_an_indefinite_matrix_ends_the_run_and_raises_the_damping_until_a_step_w
     saddle = curvax.losses.from_function(lambda z, y: jnp.sum(z**4 / 4 - z**2 / 2), convex=False)
     goal = curvax.Objective(lambda w, x: x * w, saddle)
     tx = curvax.hessian_free(
-        goal, curvature=curvax.hessian, preconditioner_exponent=None, initial_damping=0.1, warm_start=0.0
+        curvature=curvax.Hessian(), preconditioner_exponent=None, initial_damping=0.1, warm_start=0.0
     )
     params, data = jnp.array([0.1, 0.2]), (jnp.ones((1, 2)), jnp.zeros((1, 2)))
     state = tx.init(params)
@@ -207,7 +205,7 @@ def test_structural_damping_inside_the_method():
 
     goal = curvax.Objective(model, curvax.losses.softmax_cross_entropy(), has_aux=True)
     penalty = curvax.Objective(lambda p, x: jnp.tanh(x @ p["first"]), curvax.losses.squared_error())
-    tx = curvax.hessian_free(goal, damping=curvax.damping.structural(lambda hidden: hidden, strength=20.0), **EXACT)
+    tx = curvax.hessian_free(damping_matrix=curvax.damping.structural(lambda hidden: hidden, strength=20.0), **EXACT)
     data = batch(0)
     (_, _), gradient, at = goal.value_and_grad(weights(), data, has_aux=True)
     updates, state = jax.jit(lambda g, s, at: tx.update(g, s, weights(), at=at))(gradient, tx.init(weights()), at)
@@ -215,7 +213,7 @@ def test_structural_damping_inside_the_method():
     delta = -np.linalg.solve(np.asarray(matrix) + 0.1 * np.eye(len(matrix)), flat(gradient))
     np.testing.assert_allclose(flat(updates), float(state.info.step_size) * delta, rtol=1e-7, atol=1e-9)
 
-    wrong = curvax.hessian_free(goal, damping=curvax.damping.structural(lambda hidden: hidden.T))
+    wrong = curvax.hessian_free(damping_matrix=curvax.damping.structural(lambda hidden: hidden.T))
     with pytest.raises(ValueError, match=r"must begin with \(12,\)"):
         wrong.update(gradient, wrong.init(weights()), weights(), at=at)
 
@@ -223,7 +221,7 @@ def test_structural_damping_inside_the_method():
 def test_unknown_names_are_refused():
     for option in ({"choice": "first"}, {"stop": "never"}, {"warm_start_from": "zero"}):
         with pytest.raises(ValueError, match=f"{next(iter(option))} must be one of"):
-            curvax.hessian_free(objective, **option)
+            curvax.hessian_free(**option)
 
 
 def test_it_solves_a_ravine_where_diagonal_scaling_cannot():
@@ -233,7 +231,7 @@ def test_it_solves_a_ravine_where_diagonal_scaling_cannot():
     goal = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
     data = (jnp.asarray(design), jnp.asarray(design @ solution))
     params = jnp.zeros((2, 1))
-    tx = curvax.hessian_free(goal, initial_damping=1e-6, progress_tolerance=0.0, preconditioner_exponent=None)
+    tx = curvax.hessian_free(initial_damping=1e-6, progress_tolerance=0.0, preconditioner_exponent=None)
 
     @jax.jit
     def step(params, state):
@@ -253,14 +251,14 @@ def test_with_layers_the_preconditioner_varies_less():
     """The squares of single examples in place of those of sums: the same mean, and closer to the exact diagonal."""
     params, data = weights(), batch(0, size=40)
     layers = curvax.find_layers(objective, params, data)
-    G = curvax.ggn(objective, params, data)
+    G = curvax.ggn(objective.linearize(params, data))
     exact = flat(G.diagonal())
 
     @functools.partial(jax.jit, static_argnums=1)
     def error(keys, by_layers):
         def one(key):
             estimate = curvax.estimators.chapelle_erhan_diagonal(
-                curvax.ggn(objective, params, data), key, layers=layers if by_layers else None
+                curvax.ggn(objective.linearize(params, data)), key, layers=layers if by_layers else None
             )
             return curvax.trees.ravel(estimate)
 
@@ -271,7 +269,7 @@ def test_with_layers_the_preconditioner_varies_less():
     (mean, by_layers), (_, by_sum) = error(keys, True), error(keys, False)
     np.testing.assert_allclose(mean, exact, rtol=0.1)
     assert by_layers < 0.5 * by_sum
-    tx = curvax.hessian_free(objective, layers=layers)
+    tx = curvax.hessian_free(layers=layers)
     updates, state, *_ = one_step(tx, gradient_on=data)
     assert float(objective(optax.apply_updates(params, updates), data)) < float(objective(params, data))
     assert int(state.info.skipped_steps) == 0

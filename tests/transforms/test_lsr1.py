@@ -119,7 +119,7 @@ def test_a_step_costs_little_more_than_its_two_gradients():
     params = [jax.ShapeDtypeStruct(s, jnp.float32) for s in itertools.pairwise([784, 600, 600, 320, 10])]
     assert trees.size(params) > 1_000_000
     batch = (jax.ShapeDtypeStruct((512, 784), jnp.float32), jax.ShapeDtypeStruct((512,), jnp.int32))
-    tx = curvax.lsr1(objective, memory_size=5)
+    tx = curvax.lsr1(memory_size=5)
 
     def step(params, state, batch):
         _, gradient, at = objective.value_and_grad(params, batch)
@@ -150,7 +150,7 @@ def test_a_first_step_that_overflows_does_not_freeze_the_memory():
 
     objective = curvax.Objective(residuals, curvax.losses.squared_error())
     batch = (jnp.zeros((1, 1), jnp.float32), jnp.zeros((1, 3), jnp.float32))
-    tx = curvax.lsr1(objective)
+    tx = curvax.lsr1()
 
     @jax.jit
     def step(w, state):

@@ -35,7 +35,7 @@ def test_a_step_against_the_dense_trust_region(radius):
     def curvature(objective, *, at):
         return curvax.damping.tikhonov()(at, curvax.hessian, shift, jax.random.key(0))
 
-    tx = curvax.newton_cg(goal, initial_radius=radius, curvature=curvature, tolerance=1e-12, max_iterations=200)
+    tx = curvax.newton_cg(initial_radius=radius, curvature=curvature, tolerance=1e-12, max_iterations=200)
     _, state, _ = make_step(goal, tx, data)(params, tx.init(params))
     exact = curvax.solvers.dense_trust_region(jnp.asarray(definite), jnp.asarray(gradient), radius).step
     best = gradient @ exact + exact @ definite @ exact / 2
@@ -51,7 +51,7 @@ def run_on_the_saddle(start, steps=12):
     """h = x^2/2 + y^4/4 - y^2/2 has a saddle at 0 and minima at (0, -1), (0, 1)."""
     loss = curvax.losses.from_function(lambda z, t: z[0] ** 2 / 2 + z[1] ** 4 / 4 - z[1] ** 2 / 2, convex=False)
     goal = curvax.Objective(lambda w, x: x * w, loss)
-    tx = curvax.newton_cg(goal)
+    tx = curvax.newton_cg()
     step = make_step(goal, tx, (jnp.ones((1, 2)), jnp.zeros((1, 2))))
     params, infos = jnp.array(start), []
     state = tx.init(params)
@@ -85,7 +85,7 @@ def test_a_bad_step_is_not_taken_and_halves_the_radius():
     def flat(objective, *, at):
         return curvax.from_matvec(lambda v: 1e-3 * v, at.params)
 
-    tx = curvax.newton_cg(goal, initial_radius=4.0, curvature=flat)
+    tx = curvax.newton_cg(initial_radius=4.0, curvature=flat)
     params = jnp.array(0.0)
     new_params, state, _ = make_step(goal, tx, data)(params, tx.init(params))
     assert new_params == params
@@ -98,7 +98,7 @@ def test_the_hessian_may_come_from_another_batch():
     goal, params, data = problem("mlp")[1:]
     other = jax.tree.map(lambda leaf: leaf[:3], data)
     gradient = jax.grad(goal)(params, data)
-    tx = curvax.newton_cg(goal, initial_radius=1e-3)
+    tx = curvax.newton_cg(initial_radius=1e-3)
 
     @jax.jit
     def step(params, state):
