@@ -165,7 +165,7 @@ def fit(
     batches = Batches(images, images, min(settings["batch_size"], len(images)), seed)
     run = train(
         title or f"{problem.dataset.name}: {name}",
-        OPTIMIZERS[name](problem.objective, settings),
+        OPTIMIZERS[name](settings),
         problem.objective,
         problem.params,
         batches,

@@ -86,7 +86,7 @@ def train(dataset: data.Dataset, make, scale: float, steps: int, biases: bool = 
     sizes = (dataset.train_inputs.shape[1], *(WIDTH,) * HIDDEN, dataset.num_classes or 10)
     network = mlp(sizes, jax.nn.relu, scale, biases)
     objective = curvax.Objective(network.apply, curvax.losses.softmax_cross_entropy())
-    tx = optax.with_extra_args_support(make(objective))
+    tx = optax.with_extra_args_support(make())
     params = network.init(jax.random.key(seed))
     images, labels = jnp.asarray(dataset.train_inputs), jnp.asarray(dataset.train_targets)
 
@@ -159,11 +159,11 @@ def main(argv=None):
             decayed = optax.exponential_decay(case.rate, PERIOD, 0.95)
             sigma = case.sigma[name]
 
-            def cubic(objective, case=case, sigma=sigma):
+            def cubic(case=case, sigma=sigma):
                 return curvax.scale_by_cubic_step(case.make(case.rate), sigma=sigma)
 
             runs = {
-                f"{base}, rate {case.rate:g}": lambda _, case=case, rate=decayed: case.make(rate),
+                f"{base}, rate {case.rate:g}": lambda case=case, rate=decayed: case.make(rate),
                 f"{base}, cubic, sigma {sigma:g}": cubic,
             }
             for style, (label, make) in zip((":", "-"), runs.items(), strict=True):

@@ -108,12 +108,12 @@ class Solver(NamedTuple):
     """A solver of the table.
 
     Attributes:
-        make: (objective, numbers) -> transformation.
+        make: (numbers) -> transformation.
         names: What the numbers are.
         grid: Their values that are tried.
     """
 
-    make: Callable[[curvax.Objective, Any], Any]
+    make: Callable[[Any], Any]
     names: tuple[str, ...] = ()
     grid: tuple[tuple[float, ...], ...] = ((),)
 
@@ -126,25 +126,25 @@ class Solver(NamedTuple):
 def damped(name: str, make: Callable[..., Any]) -> dict[str, Solver]:
     """The solver with each of the first dampings."""
     return {
-        f"{name}, lambda_0 = {damping:g}": Solver(lambda o, _, d=damping: make(o, initial_damping=d))
+        f"{name}, lambda_0 = {damping:g}": Solver(lambda _, d=damping: make(initial_damping=d))
         for damping in (1.0, 0.1, 0.01)
     }
 
 
 SOLVERS = {
     "sgd with momentum": Solver(
-        lambda _, h: optax.sgd(h[0], h[1]),
+        lambda h: optax.sgd(h[0], h[1]),
         ("rate", "momentum"),
         tuple(itertools.product(RATES, (0.9, 0.95, 0.99))),
     ),
     "adam": Solver(
-        lambda _, h: optax.adam(h[0], h[1], h[2]),
+        lambda h: optax.adam(h[0], h[1], h[2]),
         ("rate", "beta1", "beta2"),
         tuple(itertools.product(RATES, (0.9, 0.99), (0.99, 0.999))),
     ),
-    "bfgs": Solver(lambda o, _: optax.lbfgs(memory_size=20)),
+    "bfgs": Solver(lambda _: optax.lbfgs(memory_size=20)),
     **damped("levenberg-marquardt", curvax.levenberg_marquardt),
-    **damped("exact hessian", functools.partial(curvax.levenberg_marquardt, curvature=curvax.Hessian())),
+    **damped("exact hessian", functools.partial(curvax.levenberg_marquardt, curvature=curvax.Hessian(), absolute=True)),
     **damped("curveball", curvax.curveball),
 }
 
@@ -173,7 +173,7 @@ def counter(problem: Problem, solver: Solver, criterion: str):
 
     @jax.jit
     def count(numbers, keys):
-        tx = solver.make(problem.objective, numbers)
+        tx = solver.make(numbers)
         step = iterate(problem, tx)
 
         def one(key):
@@ -257,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for problem, paper in zip(problems, PAPER[base], strict=True):
             point, counts = best(problem, solver, keys, arguments.criterion)
             if problem is problems[1]:
-                chosen.setdefault(base, solver.make(problem.objective, point))
+                chosen.setdefault(base, solver.make(point))
             reached = counts[counts < problem.limit]
             text = f"{reached.mean():.0f} +- {reached.std():.1f}" if reached.size else "-"
             if reached.size < counts.size:

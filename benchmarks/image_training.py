@@ -63,18 +63,18 @@ def forgetful_lbfgs(period: int = 5) -> optax.GradientTransformationExtraArgs:
 
 
 METHODS = {
-    "curveball": lambda o, damping=1.0: curvax.curveball(initial_damping=damping),
-    "curveball, lambda fixed": lambda o, damping=1.0: curvax.curveball(
+    "curveball": lambda damping=1.0: curvax.curveball(initial_damping=damping),
+    "curveball, lambda fixed": lambda damping=1.0: curvax.curveball(
         initial_damping=damping, rule=DampingRule(decrease=1, increase=1)
     ),
-    "lsr1": lambda o, memory=5, decrease=0.5, increase=2.0: curvax.lsr1(
+    "lsr1": lambda memory=5, decrease=0.5, increase=2.0: curvax.lsr1(
         memory_size=memory, rule=RadiusRule(shrink=decrease, grow=increase)
     ),
-    "lsr1_linesearch": lambda o: curvax.lsr1_linesearch(),
-    "lbfgs": lambda o: forgetful_lbfgs(),
-    "adam": lambda o, rate=1e-3: optax.adam(rate),
-    "nag": lambda o, rate=0.01: optax.sgd(rate, momentum=0.9, nesterov=True),
-    "sgd": lambda o, rate=0.1: optax.sgd(rate, momentum=0.9),
+    "lsr1_linesearch": curvax.lsr1_linesearch,
+    "lbfgs": forgetful_lbfgs,
+    "adam": lambda rate=1e-3: optax.adam(rate),
+    "nag": lambda rate=0.01: optax.sgd(rate, momentum=0.9, nesterov=True),
+    "sgd": lambda rate=0.1: optax.sgd(rate, momentum=0.9),
 }
 
 
@@ -114,7 +114,7 @@ def train(run: Run, folder: str | None = None) -> tuple[str, list[dict[str, floa
     task = TASKS[run.network]
     network, dataset = task.make(), data.load(task.dataset, folder)
     objective = curvax.Objective(network.apply, curvax.losses.softmax_cross_entropy(), l2=task.l2 or None)
-    tx = optax.with_extra_args_support(METHODS[run.method](objective, **run.settings))
+    tx = optax.with_extra_args_support(METHODS[run.method](**run.settings))
     images = jnp.asarray(dataset.train_inputs).reshape(-1, *network.image_shape)
     labels = jnp.asarray(dataset.train_targets)
     count, batch_size = len(labels), min(run.batch_size, len(labels))
@@ -157,9 +157,9 @@ def train(run: Run, folder: str | None = None) -> tuple[str, list[dict[str, floa
                 continue
             record = {"step": steps, "seconds": seconds, "epoch": epoch, "loss": float(np.mean(losses))}
             record["test_error"] = float(compiled_test_error(params))
-            skipped_pairs = getattr(getattr(state, "info", None), "skipped_pairs", None)
-            if skipped_pairs is not None:
-                record["skipped_fraction"] = int(skipped_pairs) / steps
+            extra = state.info.extra if isinstance(state, curvax.transforms.StepState) else {}
+            if "skipped_pairs" in extra:
+                record["skipped_fraction"] = int(extra["skipped_pairs"]) / steps
             records.append(record)
             losses = []
             progress.update(steps, {name: value for name, value in record.items() if name != "step"})

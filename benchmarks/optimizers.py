@@ -18,7 +18,7 @@ class Optimizer(NamedTuple):
     """An entry of the registry.
 
     Attributes:
-        make: (objective, settings) -> transformation; the settings without ``batch_size`` and ``curvature_size``.
+        make: (settings) -> transformation; the settings without ``batch_size`` and ``curvature_size``.
         defaults: Settings where nothing else is said. ``batch_size`` is the number of examples in a step, all if it is
             larger; ``curvature_size``, where given, how many of them the curvature is taken from.
         grid: What tuning tries in place of the defaults.
@@ -28,10 +28,10 @@ class Optimizer(NamedTuple):
     defaults: Settings
     grid: tuple[Settings, ...]
 
-    def __call__(self, objective: curvax.Objective, settings: Settings) -> optax.GradientTransformation:
+    def __call__(self, settings: Settings) -> optax.GradientTransformation:
         """The transformation with these settings."""
         own = {name: value for name, value in settings.items() if name not in ("batch_size", "curvature_size")}
-        return self.make(objective, **own)
+        return self.make(**own)
 
 
 def settings_of(name: str, **given: Any) -> dict[str, Any]:
@@ -49,10 +49,6 @@ def settings_of(name: str, **given: Any) -> dict[str, Any]:
     return {**OPTIMIZERS[name].defaults, **given}
 
 
-def _first_order(transformation):
-    return lambda objective, **settings: transformation(**settings)
-
-
 def _nesterov(learning_rate, momentum):
     """v <- mu v - epsilon grad h(theta + mu v) in the form of optax, mu growing to its maximum (Sutskever 2013)."""
 
@@ -64,7 +60,7 @@ def _nesterov(learning_rate, momentum):
     return sgd(learning_rate, momentum=growing, nesterov=True)
 
 
-def _hessian_free(objective, damping, max_iterations, warm_start):
+def _hessian_free(damping, max_iterations, warm_start):
     return curvax.hessian_free(
         initial_damping=damping, max_iterations=max_iterations, warm_start=warm_start, choice="walk"
     )
@@ -86,49 +82,47 @@ OPTIMIZERS: dict[str, Optimizer] = {
         ),
     ),
     "newton_cg": Optimizer(
-        lambda objective, radius, max_iterations: curvax.newton_cg(
-            initial_radius=radius, max_iterations=max_iterations
-        ),
+        lambda radius, max_iterations: curvax.newton_cg(initial_radius=radius, max_iterations=max_iterations),
         {"batch_size": 2000, "radius": 1.0, "max_iterations": 30},
         _products(radius=(0.3, 3.0)),
     ),
     "natural_gradient": Optimizer(
-        lambda objective, **settings: curvax.natural_gradient(**settings),
+        curvax.natural_gradient,
         {"batch_size": 2000, "learning_rate": 1.0, "damping": 10.0, "max_iterations": 20, "warm_start": 0.9},
         _products(damping=(1.0, 10.0, 100.0)),
     ),
     "krylov_subspace_descent": Optimizer(
-        lambda objective, **settings: curvax.krylov_subspace_descent(**settings),
+        curvax.krylov_subspace_descent,
         {"batch_size": 2000, "num_vectors": 15, "max_subspace_iterations": 15},
         _products(num_vectors=(10, 20)),
     ),
     "curveball": Optimizer(
-        lambda objective, damping: curvax.curveball(initial_damping=damping),
+        lambda damping: curvax.curveball(initial_damping=damping),
         {"batch_size": 1000, "damping": 1.0},
         _products(damping=(0.1, 1.0, 10.0)),
     ),
     "cubic_sgd": Optimizer(
-        lambda objective, sigma: curvax.scale_by_cubic_step(optax.sgd(1.0), sigma=sigma),
+        lambda sigma: curvax.scale_by_cubic_step(optax.sgd(1.0), sigma=sigma),
         {"batch_size": 1000, "sigma": 100.0},
         _products(sigma=(10.0, 100.0, 1000.0)),
     ),
     "lsr1": Optimizer(
-        lambda objective, memory_size: curvax.lsr1(memory_size=memory_size),
+        curvax.lsr1,
         {"batch_size": 2000, "memory_size": 5},
         _products(memory_size=(5, 10)),
     ),
     "adam": Optimizer(
-        _first_order(optax.adam),
+        optax.adam,
         {"batch_size": 200, "learning_rate": 1e-3},
         _products(learning_rate=(3e-4, 1e-3, 3e-3)),
     ),
     "nag": Optimizer(
-        _first_order(_nesterov),
+        _nesterov,
         {"batch_size": 200, "learning_rate": 3e-4, "momentum": 0.99},
         _products(learning_rate=(1e-3,), momentum=(0.9, 0.99)),
     ),
     "sgd": Optimizer(
-        _first_order(optax.sgd),
+        optax.sgd,
         {"batch_size": 200, "learning_rate": 1e-3, "momentum": 0.9},
         _products(learning_rate=(3e-4, 1e-3), momentum=(0.9, 0.99)),
     ),

@@ -146,7 +146,7 @@ def run(settings: Settings, seed: int, deadline: float = math.inf) -> dict[str, 
             steps += 1
             mini_batches += settings.gradient_batch / settings.curvature_batch + int(state.info.cg_iterations)
             test_error = error_rate(trainer.misclassified, params, test)
-            shown = {name: getattr(state.info, name) for name in ("damping", "step_ratio", "cg_iterations")}
+            shown = {name: getattr(state.info, name) for name in ("damping", "step_ratio", "inner_iterations")}
             progress.update(int(mini_batches), {"loss": state.info.loss, "error_rate": test_error} | shown)
         seconds = progress.seconds
     return {

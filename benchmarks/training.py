@@ -127,12 +127,10 @@ def train(
 
 def figures(state: PyTree) -> dict[str, Any]:
     """The figures worth showing in the ``info`` of whatever transformations made the state."""
-    shown = {}
-    for name in ("damping", "radius", "step_ratio", "cg_iterations", "step_size"):
-        found = optax.tree.get_all_with_path(state, name)
-        if found:
-            shown[name] = found[-1][1]
-    return shown
+    infos = [value for _, value in optax.tree.get_all_with_path(state, "info")]
+    names = ("damping", "radius", "step_ratio", "inner_iterations", "step_size")
+    shown = {name: getattr(infos[-1], name) for name in names} if infos else {}
+    return {name: value for name, value in shown.items() if not (jnp.isnan(value) or value == -1)}
 
 
 def _used_up(used, budget):
