@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
+# A file's tests share compiled programs, so they run in one process; the longest stand first.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all bench bench-rnn bench-papers lint types clean
@@ -24,10 +26,10 @@ demo: .venv/ready
 	$(BIN)/python -m benchmarks.demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: .venv/ready
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+	$(PYTEST)
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.product_cost
