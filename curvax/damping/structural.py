@@ -16,9 +16,9 @@ from curvax.layers.taps import LayerOutputs
 from curvax.matrices.curvature import hessian
 from curvax.matrices.linear_map import LinearMap
 from curvax.objectives.loss import OutputLoss
+from curvax.objectives.losses import SquaredError
 from curvax.objectives.output_matrix import OutputMatrix
 from curvax.objectives.point import CurvaturePoint, linearize_term
-from curvax.objectives.standard_losses import SquaredError
 
 PyTree = Any
 Scalar = Any
