@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 
 from curvax import trees
@@ -12,13 +10,12 @@ from curvax.layers.find import Layers
 from curvax.layers.taps import tap_at
 from curvax.matrices.curvature import LeafScalars, Pullback
 from curvax.matrices.linear_map import Diagonal, LinearMap, Noise, Sum
-
-PyTree = Any
+from curvax.types import Array, PyTree
 
 
 def chapelle_erhan_diagonal(
     linear_map: LinearMap,
-    key: jax.Array,
+    key: Array,
     *,
     num_samples: int = 1,
     distribution: Noise = trees.random_rademacher,

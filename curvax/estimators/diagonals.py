@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from curvax import trees
-from curvax.estimators import _blocks as blocks
-from curvax.estimators.lanczos import check_at_least
+from curvax.checks import check_at_least
+from curvax.estimators import _wide as wide
 from curvax.estimators.traces import sampler
 from curvax.matrices.linear_map import LinearMap
-
-PyTree = Any
+from curvax.types import Array, PyTree
 
 
 def hutchinson_diagonal(
-    linear_map: LinearMap, key: jax.Array, *, num_samples: int, distribution: str = "rademacher"
+    linear_map: LinearMap, key: Array, *, num_samples: int, distribution: str = "rademacher"
 ) -> PyTree:
     r"""An unbiased estimate of diag A: sum_s v_s * (A v_s) / sum_s v_s * v_s, elementwise, over random v_s.
 
@@ -45,13 +42,13 @@ def hutchinson_diagonal(
 
     Source: Bekas, Kokiopoulou and Saad 2007.
     """
-    draw, dtype = sampler(distribution), blocks.dtype_of(linear_map)
+    draw, dtype = sampler(distribution), wide.dtype_of(linear_map)
     check_at_least("num_samples", num_samples, 3 if distribution == "normal" else 1)
 
     def add_sample(sums, sample_key):
         drawn = draw(sample_key, linear_map.structure)
-        vector = blocks.cast(drawn, dtype)
-        terms = trees.multiply(vector, blocks.product(linear_map, drawn)), trees.multiply(vector, vector)
+        vector = wide.cast(drawn, dtype)
+        terms = trees.multiply(vector, wide.product(linear_map, drawn)), trees.multiply(vector, vector)
         return trees.add(sums, terms), None
 
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), linear_map.structure)

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from curvax import trees
-from curvax.estimators import _blocks as blocks
-from curvax.estimators.lanczos import check_at_least, gauss_quadrature, lanczos
+from curvax import blocks, trees
+from curvax.checks import check_at_least
+from curvax.estimators import _wide as wide
+from curvax.estimators.lanczos import gauss_quadrature, lanczos
 from curvax.matrices.linear_map import LinearMap
-
-Scalar = Any
+from curvax.types import Array, Scalar
 
 
 class TraceEstimate(NamedTuple):
     """An unbiased estimate of a trace and what it may be off by."""
 
-    value: jax.Array
+    value: Array
     """The estimate, a scalar."""
-    standard_error: jax.Array
+    standard_error: Array
     """Its estimated standard deviation; infinite where one sample cannot tell."""
 
 
 def hutchinson_trace(
-    linear_map: LinearMap, key: jax.Array, *, num_samples: int, distribution: str = "rademacher"
+    linear_map: LinearMap, key: Array, *, num_samples: int, distribution: str = "rademacher"
 ) -> TraceEstimate:
     r"""The mean of v^T A v over random v with E[v v^T] = I; the variance is 2 (|A|_F^2 - |diag A|^2) / num_samples.
 
@@ -54,7 +54,7 @@ def hutchinson_trace(
     Source: Hutchinson 1990; Avron and Toledo 2011 (the variances).
     """
     check_at_least("num_samples", num_samples, 1)
-    draw, dtype = sampler(distribution), blocks.dtype_of(linear_map)
+    draw, dtype = sampler(distribution), wide.dtype_of(linear_map)
 
     def one(sample_key):
         return linear_map.quadratic(draw(sample_key, linear_map.structure)).astype(dtype)
@@ -62,7 +62,7 @@ def hutchinson_trace(
     return _mean(jax.lax.map(one, jax.random.split(key, num_samples)))
 
 
-def hutch_plus_plus(linear_map: LinearMap, key: jax.Array, *, num_products: int) -> TraceEstimate:
+def hutch_plus_plus(linear_map: LinearMap, key: Array, *, num_products: int) -> TraceEstimate:
     r"""The trace on the range of a random sketch exactly, and Hutchinson's estimate of the rest.
 
     With Q an orthonormal basis of A S for random S, trace A = trace Q^T A Q + trace P A P, P = I - Q Q^T. The first
@@ -93,16 +93,16 @@ def hutch_plus_plus(linear_map: LinearMap, key: jax.Array, *, num_products: int)
     _check_products(linear_map, num_products, 3)
     sketch_key, rest_key = jax.random.split(key)
     basis, _ = blocks.orthonormalise(
-        blocks.block_product(linear_map, _draw_block(linear_map, sketch_key, width, "normal"))
+        wide.block_product(linear_map, _draw_block(linear_map, sketch_key, width, "normal"))
     )
     tests = _draw_block(linear_map, rest_key, num_products - 2 * width, "rademacher")
     tests = blocks.without(tests, basis)
-    exact = jnp.sum(blocks.row_dots(basis, blocks.block_product(linear_map, basis)))
-    rest = _mean(blocks.row_dots(tests, blocks.block_product(linear_map, tests)))
+    exact = jnp.sum(blocks.row_dots(basis, wide.block_product(linear_map, basis)))
+    rest = _mean(blocks.row_dots(tests, wide.block_product(linear_map, tests)))
     return TraceEstimate(exact + rest.value, rest.standard_error)
 
 
-def xtrace(linear_map: LinearMap, key: jax.Array, *, num_products: int) -> TraceEstimate:
+def xtrace(linear_map: LinearMap, key: Array, *, num_products: int) -> TraceEstimate:
     r"""The exchangeable estimator: every test vector serves in the sketch and, left out of it, in the estimate.
 
     With test vectors w_1 ... w_k, k = num_products / 2, and Q_i an orthonormal basis of the products A w_j, j != i, it
@@ -134,10 +134,10 @@ def xtrace(linear_map: LinearMap, key: jax.Array, *, num_products: int) -> Trace
     count = num_products // 2
     _check_products(linear_map, num_products, 2)
     tests = _draw_block(linear_map, key, count, "normal")
-    products = blocks.block_product(linear_map, tests)
+    products = wide.block_product(linear_map, tests)
     basis, triangle = blocks.orthonormalise(products)
-    images = blocks.block_product(linear_map, basis)
-    overlaps = blocks.gram(basis, tests)
+    images = wide.block_product(linear_map, basis)
+    overlaps = blocks.inner_products(basis, tests)
     # The parts of the tests outside the sketch and their products: vectors, and not differences of inner products,
     # which would lose what is left when there are about as many tests as parameters.
     outside = trees.sub(tests, blocks.combine(overlaps.T, basis))
@@ -146,9 +146,9 @@ def xtrace(linear_map: LinearMap, key: jax.Array, *, num_products: int) -> Trace
         _leave_one_out(
             dimension=trees.size(linear_map.structure),
             triangle=triangle,
-            projected=blocks.gram(basis, images),
+            projected=blocks.inner_products(basis, images),
             overlaps=overlaps,
-            crossed=blocks.gram(images, outside),
+            crossed=blocks.inner_products(images, outside),
             quadratics=blocks.row_dots(outside, outside_images),
             squared_norms=blocks.row_dots(outside, outside),
         )
@@ -156,9 +156,9 @@ def xtrace(linear_map: LinearMap, key: jax.Array, *, num_products: int) -> Trace
 
 
 def slq_trace(
-    function: Callable[[jax.Array], jax.Array],
+    function: Callable[[Array], Array],
     linear_map: LinearMap,
-    key: jax.Array,
+    key: Array,
     *,
     num_steps: int,
     num_samples: int,
@@ -200,7 +200,7 @@ def slq_trace(
 
 
 def slq_logdet(
-    linear_map: LinearMap, key: jax.Array, *, num_steps: int, num_samples: int, damping: Scalar = 0.0
+    linear_map: LinearMap, key: Array, *, num_steps: int, num_samples: int, damping: Scalar = 0.0
 ) -> TraceEstimate:
     r"""log det(A + damping I) = trace log(A + damping I), by stochastic Lanczos quadrature.
 
@@ -242,7 +242,7 @@ def sampler(distribution: str) -> Callable:
 def _draw_block(linear_map, key, count, distribution):
     draw = sampler(distribution)
     drawn = jax.vmap(lambda k: draw(k, linear_map.structure))(jax.random.split(key, count))
-    return blocks.cast(drawn, blocks.dtype_of(linear_map))
+    return wide.cast(drawn, wide.dtype_of(linear_map))
 
 
 def _mean(samples):
@@ -280,8 +280,8 @@ def _orthogonal_to_other_columns(triangle):
     left, values, right = jnp.linalg.svd(triangle)
     level = jnp.finfo(values.dtype).eps * values[0] * values.size
     raised = jnp.maximum(values, jnp.where(level > 0, level, 1))
-    inverse = jnp.matmul(left * (raised[-1] / raised), right, precision="highest")
-    return inverse / jnp.linalg.norm(inverse, axis=0)
+    inverse = jnp.matmul(left * (raised[-1] / raised)[None, :], right, precision="highest")
+    return inverse / jnp.linalg.norm(inverse, axis=0, keepdims=True)
 
 
 def _check_products(linear_map, num_products, multiple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,7 @@ from curvax import trees
 from curvax.damping.rules import RadiusRule
 from curvax.quasi_newton.sr1 import SR1Memory, sr1_map, sr1_memory
 from curvax.quasi_newton.steps import line_search_step, trust_region_step
-
-PyTree = Any
-Array = jax.Array
+from curvax.types import Array, PyTree
 
 
 class MinimizeReason(enum.IntEnum):

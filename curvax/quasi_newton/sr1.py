@@ -10,17 +10,14 @@ scaled along with them, which leaves B as it is.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from curvax import trees
 from curvax.matrices.compact import CompactMap
-
-PyTree = Any
-Scalar = Any
-Array = jax.Array
+from curvax.types import Array, PyTree, Scalar
 
 
 class SR1Memory(NamedTuple):

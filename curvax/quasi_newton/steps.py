@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +13,8 @@ from curvax.damping.rules import RadiusRule
 from curvax.matrices.quadratic_model import reduction_ratio
 from curvax.quasi_newton.sr1 import SR1Memory, sr1_map, sr1_update
 from curvax.solvers.compact_trust_region import compact_trust_region
+from curvax.types import Array, PyTree, Scalar
 
-PyTree = Any
-Scalar = Any
-Array = jax.Array
 Evaluate = Callable[[PyTree], tuple[Array, PyTree]]
 
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from curvax import trees
+from curvax import blocks, trees
 from curvax.matrices.compact import CompactMap
 from curvax.solvers.trust_region import diagonal_trust_region
-
-PyTree = Any
-Scalar = Any
-Array = jax.Array
+from curvax.types import Array, PyTree, Scalar
 
 
 class CompactTrustRegionStep(NamedTuple):
@@ -60,7 +57,14 @@ def compact_trust_region(matrix: CompactMap, gradient: PyTree, radius: Scalar) -
     trees.check_like(gradient, matrix.structure, "gradient", "the map's vectors")
     spectrum = matrix.spectrum()
     dtype = matrix.scale.dtype
-    inside = spectrum.basis.T @ matrix.project(gradient)
+
+    def project(vector):
+        return spectrum.basis.T @ matrix.project(vector)
+
+    def expand(coefficients):
+        return matrix.combine(spectrum.basis @ coefficients)
+
+    inside = project(gradient)
     whole = trees.norm(gradient).astype(dtype)
     share = inside / jnp.where(whole > 0, whole, 1)
     length = whole * jnp.sqrt(jnp.maximum(1 - share @ share, 0))
@@ -69,12 +73,10 @@ def compact_trust_region(matrix: CompactMap, gradient: PyTree, radius: Scalar) -
     def as_difference():
         return length, gradient, inside
 
-    # ... unless the difference cancels; then it is formed, twice, as the basis is orthonormal to rounding only.
+    # ... unless the difference cancels; then it is formed.
     def formed():
-        outside = gradient
-        for _ in range(2):
-            outside = trees.sub(outside, matrix.combine(spectrum.basis @ (spectrum.basis.T @ matrix.project(outside))))
-        return trees.norm(outside).astype(dtype), outside, jnp.zeros_like(inside)
+        _, outside, length = blocks.split(gradient, project, expand)
+        return length.astype(dtype), outside, jnp.zeros_like(inside)
 
     length, vector, part = jax.lax.cond(length < 0.3 * whole, formed, as_difference)
     has_outside = spectrum.rank < trees.size(gradient)
@@ -86,7 +88,7 @@ def compact_trust_region(matrix: CompactMap, gradient: PyTree, radius: Scalar) -
     # In the hard case any direction outside of the range will do.
     def any_direction():
         drawn = trees.random_normal(jax.random.key(0), gradient)
-        drawn = trees.sub(drawn, matrix.combine(spectrum.basis @ (spectrum.basis.T @ matrix.project(drawn))))
+        drawn = trees.sub(drawn, expand(project(drawn)))
         return 1 / trees.norm(drawn).astype(dtype), drawn, jnp.zeros_like(inside)
 
     def own_direction():
@@ -95,7 +97,7 @@ def compact_trust_region(matrix: CompactMap, gradient: PyTree, radius: Scalar) -
     needed = (length == 0) & (small.step[-1] != 0)
     factor, vector, part = jax.lax.cond(needed, any_direction, own_direction)
     along = factor * small.step[-1]
-    step = trees.add(matrix.combine(spectrum.basis @ (small.step[:-1] - along * part)), trees.scale(along, vector))
+    step = trees.add(expand(small.step[:-1] - along * part), trees.scale(along, vector))
     return CompactTrustRegionStep(
         step, trees.norm(small.step).astype(dtype), small.multiplier, small.hard_case, small.model_value
     )

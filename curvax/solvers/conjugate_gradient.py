@@ -6,7 +6,7 @@ Martens 2016, Algorithm 2 and sections 4.2, 4.6.7, 4.8 and 4.11.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,7 @@ from curvax import trees
 from curvax.solvers._scaled_system import ScaledSystem, narrow, scaled_system
 from curvax.solvers.monitors import Monitor
 from curvax.solvers.stop_reasons import StopReason, first_reason
-
-PyTree = Any
-Scalar = Any
+from curvax.types import Array, PyTree, Scalar
 
 
 class StoredIterates(NamedTuple):
@@ -33,9 +31,9 @@ class StoredIterates(NamedTuple):
     """
 
     values: PyTree
-    iterations: jax.Array
-    model_values: jax.Array
-    used: jax.Array
+    iterations: Array
+    model_values: Array
+    used: Array
 
 
 class CGResult(NamedTuple):
@@ -55,11 +53,11 @@ class CGResult(NamedTuple):
     """
 
     value: PyTree
-    reason: jax.Array
-    iterations: jax.Array
-    residual_norm: jax.Array
-    model_value: jax.Array
-    model_trace: jax.Array
+    reason: Array
+    iterations: Array
+    residual_norm: Array
+    model_value: Array
+    model_trace: Array
     negative_curvature_direction: PyTree
     stored: StoredIterates | None
     monitor_state: PyTree
@@ -156,22 +154,22 @@ def geometric_iterations(max_iterations: int, ratio: float = 1.3) -> tuple[int, 
 
 
 class _State(NamedTuple):
-    iteration: jax.Array
-    reason: jax.Array
+    iteration: Array
+    reason: Array
     x: PyTree
     residual: PyTree
     direction: PyTree
-    descent: jax.Array  # r^T P^{-1} r
-    residual_norm: jax.Array
-    trace: jax.Array
+    descent: Array  # r^T P^{-1} r
+    residual_norm: Array
+    trace: Array
     stored: _Store | None
     monitor_state: PyTree
 
 
 class _Store(NamedTuple):
     values: PyTree
-    iterations: jax.Array
-    numbers: jax.Array
+    iterations: Array
+    numbers: Array
 
 
 def _start(system, x, residual, threshold, max_iterations, store_at, monitor):

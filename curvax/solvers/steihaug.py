@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,7 @@ import jax.numpy as jnp
 from curvax import trees
 from curvax.solvers._scaled_system import narrow, scaled_system
 from curvax.solvers.stop_reasons import StopReason, first_reason
-
-PyTree = Any
-Scalar = Any
+from curvax.types import Array, PyTree, Scalar
 
 
 class SteihaugResult(NamedTuple):
@@ -32,13 +30,13 @@ class SteihaugResult(NamedTuple):
     """
 
     value: PyTree
-    reason: jax.Array
-    iterations: jax.Array
-    on_boundary: jax.Array
-    negative_curvature: jax.Array
-    norm: jax.Array
-    residual_norm: jax.Array
-    model_value: jax.Array
+    reason: Array
+    iterations: Array
+    on_boundary: Array
+    negative_curvature: Array
+    norm: Array
+    residual_norm: Array
+    model_value: Array
 
 
 def steihaug(
@@ -146,17 +144,17 @@ def steihaug(
 
 
 class _State(NamedTuple):
-    iteration: jax.Array
-    reason: jax.Array
+    iteration: Array
+    reason: Array
     x: PyTree
     residual: PyTree
-    residual_norm: jax.Array
+    residual_norm: Array
     direction: PyTree
     image: PyTree  # P p, or None where P = I
-    descent: jax.Array  # r^T P^{-1} r
-    xx: jax.Array  # x^T P x
-    xp: jax.Array  # x^T P p
-    pp: jax.Array  # p^T P p
+    descent: Array  # r^T P^{-1} r
+    xx: Array  # x^T P x
+    xp: Array  # x^T P p
+    pp: Array  # p^T P p
 
 
 def _start(system, zero, residual, threshold):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from curvax import trees
-
-Scalar = Any
+from curvax.types import Array, Scalar
 
 
 class TrustRegionStep(NamedTuple):
@@ -23,13 +22,13 @@ class TrustRegionStep(NamedTuple):
         model_value: g^T p + 1/2 p^T B p.
     """
 
-    step: jax.Array
-    multiplier: jax.Array
-    hard_case: jax.Array
-    model_value: jax.Array
+    step: Array
+    multiplier: Array
+    hard_case: Array
+    model_value: Array
 
 
-def dense_trust_region(matrix: jax.Array, gradient: jax.Array, radius: Scalar) -> TrustRegionStep:
+def dense_trust_region(matrix: Array, gradient: Array, radius: Scalar) -> TrustRegionStep:
     r"""Minimises g^T p + 1/2 p^T B p over ||p|| <= radius exactly, for any symmetric B, definite or not.
 
     The solution is the one with (B + sigma I) p = -g, B + sigma I positive semi-definite, sigma >= 0 and
@@ -65,7 +64,7 @@ def dense_trust_region(matrix: jax.Array, gradient: jax.Array, radius: Scalar) -
     return solution._replace(step=jnp.matmul(vectors, solution.step, precision=precision))
 
 
-def diagonal_trust_region(eigenvalues: jax.Array, gradient: jax.Array, radius: Scalar) -> TrustRegionStep:
+def diagonal_trust_region(eigenvalues: Array, gradient: Array, radius: Scalar) -> TrustRegionStep:
     r"""``dense_trust_region`` for a diagonal B, in which every structured B that can be diagonalised ends.
 
     sigma is the root of 1/||p(sigma)|| = 1/radius with p_i(sigma) = -g_i / (lambda_i + sigma). It is sought as
