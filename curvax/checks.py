@@ -6,7 +6,10 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
+import jax.numpy as jnp
 from jax.errors import TracerIntegerConversionError
+
+from curvax.types import Array
 
 
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
@@ -16,16 +19,16 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_at_least(name: str, value: Any, least: int) -> None:
-    """Raises a ValueError for a count that is too small; a traced one cannot be checked."""
-    count = static_count(value)
-    if count is not None and count < least:
-        raise ValueError(f"{name} is {value}; it must be at least {least}")
+def check_at_least(name: str, value: Any, least: int) -> int | Array:
+    """The count as a Python integer, or as an int32 where it is traced, as from ``optax.inject_hyperparams``.
 
-
-def static_count(value: Any) -> int | None:
-    """A count as a Python integer; None where it is known at run time only, as from ``optax.inject_hyperparams``."""
+    Raises:
+        ValueError: It is too small; a traced one cannot be checked.
+    """
     try:
-        return operator.index(value)
+        count = operator.index(value)
     except TracerIntegerConversionError:
-        return None
+        return jnp.asarray(value, jnp.int32)
+    if count < least:
+        raise ValueError(f"{name} is {count}; it must be at least {least}")
+    return count

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import blocks, trees
-from curvax.checks import check_at_least
+from curvax.checks import check_at_least, check_choice
 from curvax.estimators import _wide as wide
 from curvax.matrices.linear_map import LinearMap
 from curvax.types import Array, PyTree, Scalar
@@ -78,7 +78,7 @@ def top_eigenpairs(
     """
     dimension = trees.size(linear_map.structure)
     size = _basis_size(dimension, num_pairs, num_steps)
-    check_at_least("max_restarts", max_restarts, 0)
+    most = check_at_least("max_restarts", max_restarts, 0)
     order = _order(which)
     dtype = wide.dtype_of(linear_map)
     bound = jnp.asarray(_default_tolerance(linear_map) if tolerance is None else tolerance, dtype)
@@ -118,7 +118,7 @@ def top_eigenpairs(
         done=jnp.array(False),
         cycles=jnp.zeros((), jnp.int32),
     )
-    state = jax.lax.while_loop(lambda state: ~state.done & (state.cycles <= max_restarts), cycle, initial)
+    state = jax.lax.while_loop(lambda state: ~state.done & (state.cycles <= most), cycle, initial)
     return _result(linear_map, state, num_pairs, bound)
 
 
@@ -223,11 +223,6 @@ def _default_tolerance(linear_map):
 
 def _order(which) -> Callable[[Array], Array]:
     """The permutation that puts the wanted values first."""
-    orders = {
-        "largest": lambda values: jnp.argsort(-values),
-        "smallest": jnp.argsort,
-        "magnitude": lambda values: jnp.argsort(-jnp.abs(values)),
-    }
-    if which not in orders:
-        raise ValueError(f"which is {which!r}; it must be one of {', '.join(map(repr, orders))}")
-    return orders[which]
+    keys = {"largest": jnp.negative, "smallest": jnp.positive, "magnitude": lambda values: -jnp.abs(values)}
+    check_choice("which", which, keys)
+    return lambda values: jnp.argsort(keys[which](values))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import blocks, trees
-from curvax.checks import check_at_least
+from curvax.checks import check_at_least, check_choice
 from curvax.estimators import _wide as wide
 from curvax.estimators.lanczos import gauss_quadrature, lanczos
 from curvax.matrices.linear_map import LinearMap
@@ -234,8 +234,7 @@ def slq_logdet(
 def sampler(distribution: str) -> Callable:
     """The function of a key and a structure that draws a vector from the distribution of that name."""
     samplers = {"rademacher": trees.random_rademacher, "normal": trees.random_normal}
-    if distribution not in samplers:
-        raise ValueError(f"distribution is {distribution!r}; it must be one of {', '.join(map(repr, samplers))}")
+    check_choice("distribution", distribution, samplers)
     return samplers[distribution]
 
 
@@ -263,6 +262,9 @@ def _leave_one_out(*, dimension, triangle, projected, overlaps, crossed, quadrat
     Given are n, R, H = Q^T A Q, W = Q^T Omega, the Q^T A v_i as columns, the v_i^T A v_i and the |v_i|^2.
     """
     left_out = _orthogonal_to_other_columns(triangle)
+    # Q_i Q_i^T = Q Q^T - (Q s_i)(Q s_i)^T loses the energy s_i^T H s_i from the trace, and what is outside of Q_i gains
+    # the direction Q s_i: u_i^T A u_i = v_i^T A v_i + 2 a s_i^T Q^T A v_i + a^2 s_i^T H s_i, a = s_i^T Q^T w_i. u_i is
+    # scaled to |u_i|^2 = n - k + 1, its mean square for normal w_i, which takes the noise of its length out.
     energies = jnp.sum(left_out * jnp.matmul(projected, left_out, precision="highest"), axis=0)
     along = jnp.sum(left_out * overlaps, axis=0)
     quadratics += 2 * along * jnp.sum(left_out * crossed, axis=0) + along**2 * energies

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 
 from curvax import trees
@@ -13,6 +12,7 @@ from curvax.damping.rules import RadiusRule
 from curvax.matrices.quadratic_model import reduction_ratio
 from curvax.quasi_newton.sr1 import SR1Memory, sr1_map, sr1_update
 from curvax.solvers.compact_trust_region import compact_trust_region
+from curvax.solvers.line_search import backtracking_line_search
 from curvax.types import Array, PyTree, Scalar
 
 Evaluate = Callable[[PyTree], tuple[Array, PyTree]]
@@ -30,10 +30,9 @@ class SR1Step:
         predicted_change: The change of the quadratic model.
         step_ratio: The actual over the predicted change.
         accepted: Whether the step shall be taken.
-        strategy: The radius, or the step size, for the next iteration.
+        reach: How far the next iteration goes: the radius, or the step size that the next search starts from.
         memory: The memory with the new pair, be the step taken or not.
         skipped: Whether the pair was left out.
-        dropped: Pairs dropped to repair the memory.
         hard_case: Whether the trust-region problem was in its hard case; for a line search, whether the direction
             pointed upwards and was turned round.
         finite: Whether loss, gradient and model are finite; the memory is as it was where not.
@@ -46,10 +45,9 @@ class SR1Step:
     predicted_change: Array
     step_ratio: Array
     accepted: Array
-    strategy: Array
+    reach: Array
     memory: SR1Memory
     skipped: Array
-    dropped: Array
     hard_case: Array
     finite: Array
 
@@ -101,11 +99,10 @@ def trust_region_step(
         new_gradient=new_gradient,
         predicted_change=predicted,
         step_ratio=ratio,
-        accepted=ratio > acceptance,
-        strategy=rule(radius, ratio, solution.norm),
+        accepted=ratio > jnp.asarray(acceptance, dtype),
+        reach=rule(radius, ratio, solution.norm),
         memory=updated.memory,
         skipped=updated.skipped,
-        dropped=updated.dropped,
         hard_case=solution.hard_case,
         finite=finite,
     )
@@ -155,26 +152,18 @@ def line_search_step(
     direction = trees.where(upwards, trees.scale(-1.0, direction), direction)
     direction = trees.where(orthogonal, trees.scale(-1.0, gradient), direction)
     slope = jnp.where(orthogonal, -trees.vdot(gradient, gradient).astype(dtype), -jnp.abs(slope))
-    rounding = 10 * jnp.finfo(dtype).eps * jnp.abs(loss)
-
-    def sufficient(step_size, value):
-        return value <= loss + sufficient_decrease * step_size * slope + rounding
-
-    def searching(carry):
-        step_size, value, tries = carry
-        return ~sufficient(step_size, value) & (tries < most_halvings)
-
-    def halve(carry):
-        step_size, _, tries = carry
-        step_size = step_size / 2
-        return step_size, loss_at(trees.scale(step_size, direction)).astype(dtype), tries + 1
-
-    start = jnp.minimum(1, 2 * last_step_size).astype(dtype)
-    first = (start, loss_at(trees.scale(start, direction)).astype(dtype), jnp.zeros((), jnp.int32))
-    step_size, value, _ = jax.lax.while_loop(searching, halve, first)
+    search = backtracking_line_search(
+        lambda step_size: loss_at(trees.scale(step_size, direction)),
+        loss + 10 * jnp.finfo(dtype).eps * jnp.abs(loss),
+        slope,
+        sufficient_decrease=sufficient_decrease,
+        max_tries=most_halvings,
+        initial=jnp.minimum(1, 2 * last_step_size),
+    )
+    step_size = search.step_size
     step = trees.scale(step_size, direction)
     new_loss, new_gradient = evaluate(step)
-    accepted = sufficient(step_size, value) & trees.all_finite(new_gradient)
+    accepted = search.found & trees.all_finite(new_gradient)
     predicted = step_size * slope / 2
     finite = trees.all_finite(loss, gradient, predicted)
     change = trees.sub(new_gradient, gradient)
@@ -187,10 +176,9 @@ def line_search_step(
         predicted_change=predicted,
         step_ratio=reduction_ratio(loss, new_loss, predicted).astype(dtype),
         accepted=accepted,
-        strategy=jnp.where(accepted, step_size, last_step_size / 2),
+        reach=jnp.where(accepted, step_size, last_step_size / 2),
         memory=updated.memory,
         skipped=updated.skipped,
-        dropped=updated.dropped,
         hard_case=upwards,
         finite=finite,
     )

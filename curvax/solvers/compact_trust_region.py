@@ -2,36 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
 from curvax import blocks, trees
 from curvax.matrices.compact import CompactMap
-from curvax.solvers.trust_region import diagonal_trust_region
-from curvax.types import Array, PyTree, Scalar
+from curvax.solvers.trust_region import TrustRegionStep, diagonal_trust_region
+from curvax.types import PyTree, Scalar
 
 
-class CompactTrustRegionStep(NamedTuple):
-    """The solution of a trust-region problem.
-
-    Attributes:
-        step: p, a pytree like the gradient.
-        norm: ||p||.
-        multiplier: sigma >= 0 with (B + sigma I) p = -g.
-        hard_case: Whether g has no component along the lowest eigenvectors of an indefinite B.
-        model_value: g^T p + 1/2 p^T B p.
-    """
-
-    step: PyTree
-    norm: Array
-    multiplier: Array
-    hard_case: Array
-    model_value: Array
-
-
-def compact_trust_region(matrix: CompactMap, gradient: PyTree, radius: Scalar) -> CompactTrustRegionStep:
+def compact_trust_region(matrix: CompactMap, gradient: PyTree, radius: Scalar) -> TrustRegionStep:
     r"""Minimises g^T p + 1/2 p^T B p over ||p|| <= radius exactly, for B = gamma I + Psi C^{-1} Psi^T, definite or not.
 
     In an orthonormal basis of the range of Psi and one direction outside of it B is diagonal, so the problem has k + 1
@@ -44,7 +24,7 @@ def compact_trust_region(matrix: CompactMap, gradient: PyTree, radius: Scalar) -
         radius: A positive number.
 
     Returns:
-        A ``CompactTrustRegionStep``.
+        A ``TrustRegionStep``.
 
     Example:
         >>> B = curvax.compact_map(1.0, jnp.array([[1.0, 0.0, 0.0]]), jnp.array([[-0.5]]))     # diag(-1, 1, 1)
@@ -98,6 +78,4 @@ def compact_trust_region(matrix: CompactMap, gradient: PyTree, radius: Scalar) -
     factor, vector, part = jax.lax.cond(needed, any_direction, own_direction)
     along = factor * small.step[-1]
     step = trees.add(expand(small.step[:-1] - along * part), trees.scale(along, vector))
-    return CompactTrustRegionStep(
-        step, trees.norm(small.step).astype(dtype), small.multiplier, small.hard_case, small.model_value
-    )
+    return small._replace(step=step, norm=small.norm.astype(dtype))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from curvax import blocks, trees
+from curvax.checks import check_at_least
 from curvax.solvers._scaled_system import narrow, scaled_system, wide
 from curvax.types import Array, PyTree, Scalar
 
@@ -77,8 +78,7 @@ def krylov_subspace(
 
     Source: Vinyals and Povey 2012, Algorithm 1.
     """
-    if num_vectors < 1:
-        raise ValueError(f"num_vectors is {num_vectors}; it must be at least 1")
+    check_at_least("num_vectors", num_vectors, 1)
     system, _, residual = scaled_system(matvec, b, None, preconditioner)
     like, count = system.like, num_vectors + (extra is not None)
     if extra is not None:
@@ -126,7 +126,7 @@ def minimize_in_subspace(
     objective: Callable[[PyTree], Array],
     subspace: KrylovSubspace,
     *,
-    max_iterations: int,
+    max_iterations: Scalar,
     tolerance: Scalar = 1e-4,
     max_linesearch_steps: int = 10,
 ) -> SubspaceMinimum:
@@ -156,6 +156,7 @@ def minimize_in_subspace(
 
     Source: Vinyals and Povey 2012, section 3.
     """
+    cap = check_at_least("max_iterations", max_iterations, 0)
     values, vectors = jnp.linalg.eigh(subspace.matrix)
     largest = jnp.max(jnp.abs(values))
     scales = jnp.maximum(jnp.abs(values), jnp.where(largest > 0, 1e-4 * largest, 1))
@@ -172,7 +173,7 @@ def minimize_in_subspace(
 
     def running(carry):
         iteration, _, _, gradient_norm, _, _ = carry
-        return (iteration < max_iterations) & (gradient_norm > threshold)
+        return (iteration < cap) & (gradient_norm > threshold)
 
     def step(carry):
         iteration, z, state, _, best, best_value = carry
@@ -185,13 +186,6 @@ def minimize_in_subspace(
         best, best_value = trees.where(better, (z, value), (best, best_value))
         return iteration + 1, z, state, trees.norm(gradient), best, best_value
 
-    start = (
-        jnp.zeros((), jnp.int32),
-        zero,
-        optimizer.init(zero),
-        trees.norm(first_gradient),
-        zero,
-        first_value,
-    )
+    start = jnp.zeros((), jnp.int32), zero, optimizer.init(zero), trees.norm(first_gradient), zero, first_value
     iterations, _, _, _, best, best_value = jax.lax.while_loop(running, step, start)
     return SubspaceMinimum(subspace.combine(vectors @ (best / jnp.sqrt(scales))), best_value, iterations)

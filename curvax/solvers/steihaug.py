@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import trees
+from curvax.checks import check_at_least
 from curvax.solvers._scaled_system import narrow, scaled_system
 from curvax.solvers.stop_reasons import StopReason, first_reason
 from curvax.types import Array, PyTree, Scalar
@@ -45,7 +46,7 @@ def steihaug(
     *,
     radius: Scalar,
     preconditioner: Callable[[PyTree], PyTree] | None = None,
-    max_iterations: int,
+    max_iterations: Scalar,
     tolerance: Scalar,
 ) -> SteihaugResult:
     r"""Approximately minimises q(x) = 1/2 x^T A x - b^T x over ||x||_P <= radius by truncated conjugate gradients.
@@ -79,8 +80,7 @@ def steihaug(
 
     Source: Steihaug 1983; Martens 2016, section 4.6.6.
     """
-    if max_iterations < 1:
-        raise ValueError(f"max_iterations is {max_iterations}; it must be at least 1")
+    cap = check_at_least("max_iterations", max_iterations, 1)
     system, zero, residual = scaled_system(matvec, b, None, preconditioner)
     dtype, root = system.unit.dtype, jnp.sqrt(system.preconditioner_unit)
     threshold = jnp.asarray(tolerance, dtype) * trees.norm(system.right)
@@ -127,7 +127,7 @@ def steihaug(
         return trees.where(taken, after, state._replace(reason=verdict))
 
     def running(state):
-        return (state.reason == StopReason.MAX_ITERATIONS) & (state.iteration < max_iterations)
+        return (state.reason == StopReason.MAX_ITERATIONS) & (state.iteration < cap)
 
     state = jax.lax.while_loop(running, step, _start(system, zero, residual, threshold))
     negative = state.reason == StopReason.NEGATIVE_CURVATURE

@@ -200,7 +200,7 @@ def lsr1_linesearch(
             skip_tolerance=skip_tolerance,
             loss_at=loss_at,
         )
-        return taken, taken.strategy, loss
+        return taken, taken.reach, loss
 
     # The search of the first step starts from 1, twice this.
     return _transformation("lsr1_linesearch", objective, memory_size, 0.5, step)
@@ -247,7 +247,7 @@ def _transformation(name, objective, memory_size, strategy, step):
             skipped_steps=state.info.skipped_steps,
         )
         moved = trees.where(taken.accepted, taken.step, trees.zeros_like(taken.step))
-        after = LSR1State(next_count(state.steps), taken.strategy, taken.memory, info)
+        after = LSR1State(next_count(state.steps), taken.reach, taken.memory, info)
         # The memory of a step that is not finite is the old one already: not to be selected, it is the largest part.
         return finish(taken.finite, moved, after, state._replace(memory=taken.memory))
 
