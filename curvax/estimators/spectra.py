@@ -63,9 +63,6 @@ def spectral_density(linear_map: LinearMap, key: Array, *, num_steps: int, num_s
         num_steps: Lanczos steps for each sample, and vectors held in memory.
         num_samples: Random directions, one after another.
 
-    Returns:
-        A ``SpectralDensity``.
-
     Raises:
         ValueError: If a count is less than one.
 

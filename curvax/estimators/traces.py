@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from curvax import blocks, trees
-from curvax.checks import check_at_least, check_choice
+from curvax.checks import check_at_least
 from curvax.estimators import _wide as wide
 from curvax.estimators.lanczos import gauss_quadrature, lanczos
-from curvax.matrices.linear_map import LinearMap
+from curvax.matrices.linear_map import LinearMap, Noise
 from curvax.types import Array, Scalar
 
 
@@ -26,7 +26,7 @@ class TraceEstimate(NamedTuple):
 
 
 def hutchinson_trace(
-    linear_map: LinearMap, key: Array, *, num_samples: int, distribution: str = "rademacher"
+    linear_map: LinearMap, key: Array, *, num_samples: int, distribution: Noise = trees.random_rademacher
 ) -> TraceEstimate:
     r"""The mean of v^T A v over random v with E[v v^T] = I; the variance is 2 (|A|_F^2 - |diag A|^2) / num_samples.
 
@@ -37,14 +37,11 @@ def hutchinson_trace(
         linear_map: A, symmetric.
         key: A PRNG key.
         num_samples: How many v to draw.
-        distribution: ``"rademacher"`` (entries -1 or +1, the lowest variance) or ``"normal"``, whose variance is
-            2 |A|_F^2 / num_samples.
-
-    Returns:
-        A ``TraceEstimate``.
+        distribution: The noise; ``curvax.trees.random_rademacher`` (entries -1 or +1) has the lowest variance, and
+            ``random_normal`` 2 |A|_F^2 / num_samples.
 
     Raises:
-        ValueError: If ``num_samples`` is less than one or the distribution is unknown.
+        ValueError: If ``num_samples`` is less than one.
 
     Example:
         >>> A = curvax.Diagonal({"w": jnp.array([1.0, 2.0]), "b": jnp.array([3.0])})
@@ -54,10 +51,10 @@ def hutchinson_trace(
     Source: Hutchinson 1990; Avron and Toledo 2011 (the variances).
     """
     check_at_least("num_samples", num_samples, 1)
-    draw, dtype = sampler(distribution), wide.dtype_of(linear_map)
+    dtype = wide.dtype_of(linear_map)
 
     def one(sample_key):
-        return linear_map.quadratic(draw(sample_key, linear_map.structure)).astype(dtype)
+        return linear_map.quadratic(distribution(sample_key, linear_map.structure)).astype(dtype)
 
     return _mean(jax.lax.map(one, jax.random.split(key, num_samples)))
 
@@ -93,9 +90,9 @@ def hutch_plus_plus(linear_map: LinearMap, key: Array, *, num_products: int) -> 
     _check_products(linear_map, num_products, 3)
     sketch_key, rest_key = jax.random.split(key)
     basis, _ = blocks.orthonormalise(
-        wide.block_product(linear_map, _draw_block(linear_map, sketch_key, width, "normal"))
+        wide.block_product(linear_map, _draw_block(linear_map, sketch_key, width, trees.random_normal))
     )
-    tests = _draw_block(linear_map, rest_key, num_products - 2 * width, "rademacher")
+    tests = _draw_block(linear_map, rest_key, num_products - 2 * width, trees.random_rademacher)
     tests = blocks.without(tests, basis)
     exact = jnp.sum(blocks.row_dots(basis, wide.block_product(linear_map, basis)))
     rest = _mean(blocks.row_dots(tests, wide.block_product(linear_map, tests)))
@@ -133,7 +130,7 @@ def xtrace(linear_map: LinearMap, key: Array, *, num_products: int) -> TraceEsti
         raise ValueError(f"num_products is {num_products}; it must be even and at least 4")
     count = num_products // 2
     _check_products(linear_map, num_products, 2)
-    tests = _draw_block(linear_map, key, count, "normal")
+    tests = _draw_block(linear_map, key, count, trees.random_normal)
     products = wide.block_product(linear_map, tests)
     basis, triangle = blocks.orthonormalise(products)
     images = wide.block_product(linear_map, basis)
@@ -174,9 +171,6 @@ def slq_trace(
         key: A PRNG key.
         num_steps: Lanczos steps, and vectors held in memory.
         num_samples: Rademacher vectors v, one after another.
-
-    Returns:
-        A ``TraceEstimate``.
 
     Raises:
         ValueError: If a count is less than one.
@@ -231,16 +225,8 @@ def slq_logdet(
     return slq_trace(function, linear_map, key, num_steps=num_steps, num_samples=num_samples)
 
 
-def sampler(distribution: str) -> Callable:
-    """The function of a key and a structure that draws a vector from the distribution of that name."""
-    samplers = {"rademacher": trees.random_rademacher, "normal": trees.random_normal}
-    check_choice("distribution", distribution, samplers)
-    return samplers[distribution]
-
-
 def _draw_block(linear_map, key, count, distribution):
-    draw = sampler(distribution)
-    drawn = jax.vmap(lambda k: draw(k, linear_map.structure))(jax.random.split(key, count))
+    drawn = jax.vmap(lambda k: distribution(k, linear_map.structure))(jax.random.split(key, count))
     return wide.cast(drawn, wide.dtype_of(linear_map))
 
 

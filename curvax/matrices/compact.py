@@ -26,9 +26,6 @@ def compact_map(scale: Scalar, vectors: PyTree, core: Array, used: Array | None 
         core: C, symmetric and not singular, shape (k, k).
         used: Which of the vectors count, shape (k,), for buffers that are not full; None for all.
 
-    Returns:
-        The map.
-
     Example:
         >>> B = curvax.compact_map(2.0, jnp.array([[1.0, 0.0, 0.0]]), jnp.array([[-1.0]]))
         >>> B.to_dense()

@@ -214,9 +214,6 @@ def gaussian(curvature: Literal["fisher", "exact"] = "fisher") -> Gaussian:
     Args:
         curvature: "fisher", or "exact" for the indefinite Hessian (products only: it has no square root).
 
-    Returns:
-        The loss.
-
     Raises:
         ValueError: ``curvature`` is neither.
 
@@ -303,9 +300,6 @@ def from_function(
             parameters z: then the Fisher matrix is the Hessian.
         sample: (key, output) -> target, a draw from the predictive distribution of one example; for the Monte-Carlo
             Fisher matrix.
-
-    Returns:
-        The loss.
 
     Raises:
         ValueError: ``curvature`` is none of the three, or ``natural`` is set for a non-convex loss.

@@ -78,9 +78,6 @@ def minimize(
         max_iterations: The cap.
         tolerance: The norm of the gradient to stop at.
 
-    Returns:
-        A ``MinimizeResult``.
-
     Example:
         >>> def saddle(x):                                                    # stationary at 0, minima at x[1] = -1, 1
         ...     return x[0] ** 2 / 2 + x[1] ** 4 / 4 - x[1] ** 2 / 2

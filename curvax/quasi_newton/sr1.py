@@ -57,9 +57,6 @@ def sr1_memory(params: PyTree, size: int = 5) -> SR1Memory:
     Args:
         params: A pytree with the shapes and dtypes of the parameters.
         size: m, how many pairs it keeps.
-
-    Returns:
-        The memory.
     """
     check_at_least("size", size, 1)
     dtype = trees.wide_dtype(*jax.tree.leaves(params))
@@ -73,9 +70,6 @@ def sr1_map(memory: SR1Memory, scale: Scalar) -> CompactMap:
     Args:
         memory: The memory.
         scale: gamma, the number whose multiple of the identity the matrix grew from, as in ``sr1_update``.
-
-    Returns:
-        The map.
     """
     return CompactMap(jnp.asarray(scale, memory.core.dtype), memory.vectors, memory.core, memory.gram, memory.ages > 0)
 
@@ -104,9 +98,6 @@ def sr1_update(
         tolerance: The threshold r of the paper.
         expected: B a, if it is known.
         usable: False leaves the pair out whatever it is.
-
-    Returns:
-        A ``MemoryUpdate``.
 
     Example:
         >>> H = jnp.diag(jnp.array([1.0, -2.0, 3.0]))

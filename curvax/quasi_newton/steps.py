@@ -76,9 +76,6 @@ def trust_region_step(
         rule: How Delta adapts.
         acceptance: eta, the least ratio of a step that is taken.
         skip_tolerance: r of the skip rule.
-
-    Returns:
-        An ``SR1Step``.
     """
     rule, dtype = RadiusRule() if rule is None else rule, memory.core.dtype
     solution = compact_trust_region(sr1_map(memory, scale), gradient, radius)
@@ -137,9 +134,6 @@ def line_search_step(
         most_halvings: The cap on the search.
         skip_tolerance: r of the skip rule.
         loss_at: (step) -> loss, if that is cheaper than with the gradient.
-
-    Returns:
-        An ``SR1Step``.
     """
     dtype = memory.core.dtype
     loss_at = (lambda step: evaluate(step)[0]) if loss_at is None else loss_at

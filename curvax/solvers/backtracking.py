@@ -81,9 +81,6 @@ def best_stored(stored: StoredIterates, objective: Callable[[PyTree], Array]) ->
         stored: ``CGResult.stored``.
         objective: x -> h, a scalar; on data that the curvature was not taken from, in Martens's second recipe.
 
-    Returns:
-        A ``BacktrackResult``.
-
     Source: Martens 2016, section 4.11.
     """
     slots = jnp.arange(stored.iterations.size, dtype=jnp.int32)
@@ -99,9 +96,6 @@ def last_stored(stored: StoredIterates, objective: Callable[[PyTree], Array]) ->
     Args:
         stored: ``CGResult.stored``.
         objective: x -> h, a scalar.
-
-    Returns:
-        A ``BacktrackResult``.
     """
     last = _last(stored)
     return _chosen(stored, last, _evaluated(stored, objective, last), jnp.ones((), jnp.int32))

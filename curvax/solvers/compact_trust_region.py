@@ -23,9 +23,6 @@ def compact_trust_region(matrix: CompactMap, gradient: PyTree, radius: Scalar) -
         gradient: g, a pytree with the map's structure.
         radius: A positive number.
 
-    Returns:
-        A ``TrustRegionStep``.
-
     Example:
         >>> B = curvax.compact_map(1.0, jnp.array([[1.0, 0.0, 0.0]]), jnp.array([[-0.5]]))     # diag(-1, 1, 1)
         >>> solution = curvax.solvers.compact_trust_region(B, jnp.array([0.0, 4.0, 0.0]), 3.0)

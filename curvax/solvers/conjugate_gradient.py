@@ -101,9 +101,6 @@ def cg(
             iterate is kept in any case. Memory is one copy of b for each. None: nothing is stored.
         monitor: A rule of the caller's own that sees every iterate and can stop the run; see ``Monitor``.
 
-    Returns:
-        A ``CGResult``.
-
     Raises:
         TypeError: A leaf of b is not real floating-point.
         ValueError: ``x0`` or a product differs from b in structure or shape, or an iteration count is out of range.

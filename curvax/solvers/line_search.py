@@ -51,9 +51,6 @@ def backtracking_line_search(
         initial: a_0.
         first: f(a_0), where it is known.
 
-    Returns:
-        A ``LineSearch``.
-
     Example:
         >>> search = curvax.solvers.backtracking_line_search(lambda a: (a - 0.2) ** 2, 0.04, jnp.array(-0.4))
         >>> search.step_size.item(), search.found.item()                                    # 1 and 1/2 lead too far up

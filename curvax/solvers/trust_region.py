@@ -41,9 +41,6 @@ def dense_trust_region(matrix: Array, gradient: Array, radius: Scalar) -> TrustR
         gradient: g, shape (n,).
         radius: A positive number.
 
-    Returns:
-        A ``TrustRegionStep``.
-
     Raises:
         ValueError: The shapes do not fit each other.
 
