@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-PyTree = Any
+from curvax.types import PyTree
 
 
 class Functional(NamedTuple):

@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
-PyTree = Any
-Scalar = Any
+from curvax.types import PyTree, Scalar
 
 
 def vdot(left: PyTree, right: PyTree) -> jax.Array:
@@ -136,6 +135,11 @@ def unravel(vector: jax.Array, like: PyTree) -> PyTree:
         parts.append(vector[start : start + leaf.size].reshape(leaf.shape).astype(leaf.dtype))
         start += leaf.size
     return jax.tree.unflatten(treedef, parts)
+
+
+def expand_right(array: jax.Array, ndim: int) -> jax.Array:
+    """The array with axes of length one behind its own, ``ndim`` in all: it then scales the leading axes of another."""
+    return array.reshape(array.shape + (1,) * (ndim - array.ndim))
 
 
 def wide_dtype(*leaves: Any) -> Any:

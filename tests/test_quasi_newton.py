@@ -187,6 +187,51 @@ def test_probing_for_negative_curvature_ends_where_there_is_none():
     np.testing.assert_allclose(result.gradient_norm, 0, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("bowl", "last", "accepted", "tried", "reach"),
+    [
+        (4.0, 0.5, True, 1 / 8, 1 / 8),  # from (1, 1) along -g = -(8, 8): 1, 1/2 and 1/4 lead to where f is no lower
+        (4.0, 0.01, True, 0.02, 0.02),  # the first step of the search, twice the last
+        (None, 0.5, False, 1 / 8, 1 / 4),  # f rises whatever the gradient says: half the last, not what was tried
+    ],
+)
+def test_the_next_search_starts_from_what_this_one_found(bowl, last, accepted, tried, reach):
+    def evaluate(step):
+        x = 1 + step
+        return (jnp.linalg.norm(step) if bowl is None else bowl * jnp.sum(x**2)), 8.0 * x
+
+    @jax.jit
+    def search(last, most, decrease):
+        loss, gradient = evaluate(jnp.zeros(2))
+        options = {"sufficient_decrease": decrease, "most_halvings": most, "scale": jnp.ones(())}
+        taken = quasi_newton.line_search_step(evaluate, loss, gradient, sr1_memory(gradient), last, **options)
+        return taken.accepted, taken.step, taken.reach
+
+    got = search(jnp.asarray(last), 3, jnp.float32(1e-4))
+    assert got[0] == accepted
+    np.testing.assert_allclose(got[1], np.full(2, -8 * tried), rtol=1e-12)
+    np.testing.assert_allclose(got[2], reach, rtol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["trust_region", "line_search"])
+def test_options_may_be_traced_and_no_rank_is_promoted(method):
+    start = {"a": jnp.full(2, -1.2), "b": jnp.ones(2)}
+
+    def run(options):
+        return minimize(rosenbrock, start, method=method, **options)
+
+    options = {"max_iterations": 7, "tolerance": 1e-6, "scale": 2.0, "initial_radius": 0.5}
+    traced = {
+        name: np.asarray(value, np.int32 if name == "max_iterations" else np.float32) for name, value in options.items()
+    }
+    options = {name: value.item() for name, value in traced.items()}
+    expected = jax.jit(lambda: run(options))()
+    assert expected.iterations == 7
+    with jax.numpy_rank_promotion("raise"):
+        got = jax.jit(run)(traced)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), got, expected)
+
+
 def test_results_say_why_they_ended():
     at_start = minimize(lambda x: jnp.sum(x**2), jnp.zeros(2))
     assert MinimizeReason(int(at_start.reason)).text == "the gradient is within the tolerance"
@@ -197,9 +242,9 @@ def test_results_say_why_they_ended():
     assert MinimizeReason(int(infinite.reason)) is MinimizeReason.NON_FINITE
     kink = minimize(lambda x: jnp.abs(x[0] - 1 / 3), jnp.array([0.0]), tolerance=0.0)
     assert MinimizeReason(int(kink.reason)) is MinimizeReason.SMALL_STEP
-    with pytest.raises(ValueError, match="'trust_region' or 'line_search'"):
+    with pytest.raises(ValueError, match="method must be one of 'trust_region', 'line_search', got 'newton'"):
         minimize(rosenbrock, jnp.zeros(2), method="newton")
-    with pytest.raises(ValueError, match="one pair at least"):
+    with pytest.raises(ValueError, match="size is 0; it must be at least 1"):
         quasi_newton.sr1_memory(jnp.zeros(2), 0)
 
 

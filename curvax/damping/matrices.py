@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +14,8 @@ from curvax.estimators.chapelle_erhan import chapelle_erhan_diagonal
 from curvax.matrices.curvature import Curvature
 from curvax.matrices.linear_map import DenseMap, Diagonal, LeafScalars, LinearMap, Sum
 from curvax.objectives.point import CurvaturePoint
+from curvax.types import PyTree, Scalar
 
-PyTree = Any
-Scalar = Any
 DiagonalEstimate = Callable[[LinearMap, jax.Array], PyTree]
 
 

@@ -15,12 +15,9 @@ rule                 tests                             good                   ba
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-
-Scalar = Any
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +15,10 @@ from curvax.layers.taps import LayerOutputs
 from curvax.matrices.curvature import Curvature, Fisher, GaussNewton
 from curvax.matrices.linear_map import LinearMap
 from curvax.objectives.loss import OutputLoss
+from curvax.objectives.losses import SquaredError
 from curvax.objectives.output_matrix import OutputMatrix
 from curvax.objectives.point import CurvaturePoint, Packed, linearize_term
-from curvax.objectives.standard_losses import SquaredError
-
-PyTree = Any
-Scalar = Any
+from curvax.types import PyTree, Scalar
 
 
 def structural(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -13,9 +11,7 @@ from curvax.objectives.output_matrix import OutputMatrix
 from curvax.objectives.point import CurvaturePoint
 from curvax.objectives.term import scale_cases
 from curvax.programs.record import BILINEAR, SELECTIONS, Step, pull_back, record_term
-
-PyTree = Any
-Array = jax.Array
+from curvax.types import Array, PyTree
 
 
 def becker_lecun_diagonal(at: CurvaturePoint, *, hessian: bool = False) -> PyTree:

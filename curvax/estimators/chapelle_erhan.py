@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 
 from curvax import trees
@@ -12,8 +10,7 @@ from curvax.layers.find import Layers
 from curvax.layers.taps import tap
 from curvax.matrices.curvature import Pullback
 from curvax.matrices.linear_map import Diagonal, LeafScalars, LinearMap, Noise, Sum
-
-PyTree = Any
+from curvax.types import PyTree
 
 
 def chapelle_erhan_diagonal(

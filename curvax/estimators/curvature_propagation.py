@@ -12,7 +12,6 @@ have E[s t^T] = H, at the cost of a backward pass each: noise is added wherever 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +24,7 @@ from curvax.objectives.penalty import Penalty
 from curvax.objectives.point import CurvaturePoint
 from curvax.objectives.term import scale_cases
 from curvax.programs.record import Step, found, pull_back, record_term
-
-PyTree = Any
-Array = jax.Array
+from curvax.types import Array, PyTree
 
 
 def propagate_curvature(at: CurvaturePoint, key: Array) -> tuple[PyTree, PyTree]:

@@ -2,41 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from curvax import trees
-from curvax.estimators import _blocks as blocks
-from curvax.estimators.lanczos import check_at_least
-from curvax.estimators.traces import sampler
-from curvax.matrices.linear_map import LinearMap
-
-PyTree = Any
+from curvax.checks import check_at_least
+from curvax.estimators import _wide as wide
+from curvax.matrices.linear_map import LinearMap, Noise
+from curvax.types import Array, PyTree
 
 
 def hutchinson_diagonal(
-    linear_map: LinearMap, key: jax.Array, *, num_samples: int, distribution: str = "rademacher"
+    linear_map: LinearMap, key: Array, *, num_samples: int, distribution: Noise = trees.random_rademacher
 ) -> PyTree:
     r"""An unbiased estimate of diag A: sum_s v_s * (A v_s) / sum_s v_s * v_s, elementwise, over random v_s.
 
     Exact for diagonal maps. Otherwise the variance of entry i is sum_{j != i} A_ij^2 / num_samples for Rademacher
-    vectors, and with ``num_samples - 2`` in place of ``num_samples`` for normal ones, which need three at least.
+    vectors, and with ``num_samples - 2`` in place of ``num_samples`` for normal ones: it is infinite below three.
     Samples are taken one after another in the memory of one; ``jax.vmap`` over keys takes several together.
 
     Args:
         linear_map: A, symmetric.
         key: A PRNG key.
         num_samples: How many v to draw, each for one product.
-        distribution: ``"rademacher"`` (entries -1 or +1) or ``"normal"``.
+        distribution: The noise; ``curvax.trees.random_rademacher`` or ``random_normal``.
 
     Returns:
         The estimate, in the structure and dtypes of the map.
 
     Raises:
-        ValueError: If ``num_samples`` is too small (less than one, or three for normal vectors), or the distribution is
-            unknown.
+        ValueError: If ``num_samples`` is less than one.
 
     Example:
         >>> A = curvax.Diagonal({"w": jnp.array([1.0, 2.0]), "b": jnp.array([3.0])})
@@ -45,13 +40,13 @@ def hutchinson_diagonal(
 
     Source: Bekas, Kokiopoulou and Saad 2007.
     """
-    draw, dtype = sampler(distribution), blocks.dtype_of(linear_map)
-    check_at_least("num_samples", num_samples, 3 if distribution == "normal" else 1)
+    dtype = wide.dtype_of(linear_map)
+    check_at_least("num_samples", num_samples, 1)
 
     def add_sample(sums, sample_key):
-        drawn = draw(sample_key, linear_map.structure)
-        vector = blocks.cast(drawn, dtype)
-        terms = trees.multiply(vector, blocks.product(linear_map, drawn)), trees.multiply(vector, vector)
+        drawn = distribution(sample_key, linear_map.structure)
+        vector = wide.cast(drawn, dtype)
+        terms = trees.multiply(vector, wide.product(linear_map, drawn)), trees.multiply(vector, vector)
         return trees.add(sums, terms), None
 
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), linear_map.structure)

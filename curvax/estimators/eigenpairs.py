@@ -3,38 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from curvax import trees
-from curvax.estimators import _blocks as blocks
-from curvax.estimators.lanczos import check_at_least
+from curvax import blocks, trees
+from curvax.checks import check_at_least, check_choice
+from curvax.estimators import _wide as wide
 from curvax.matrices.linear_map import LinearMap
-
-PyTree = Any
-Scalar = Any
+from curvax.types import Array, PyTree, Scalar
 
 
 class Eigenpairs(NamedTuple):
     """Eigenvalues and eigenvectors, in the order asked for, and how good they are."""
 
-    values: jax.Array
+    values: Array
     """lambda, shape (num_pairs,)."""
     vectors: PyTree
     """Orthonormal eigenvectors along the leading axis of every leaf; in float32 or wider."""
-    residuals: jax.Array
+    residuals: Array
     """|A x - lambda x| / |A|, shape (num_pairs,), computed from A x; |A| is the largest Ritz value in magnitude."""
-    converged: jax.Array
+    converged: Array
     """Which residuals are within the tolerance, booleans of shape (num_pairs,)."""
-    restarts: jax.Array
+    restarts: Array
     """How often the basis was filled up again, an integer."""
 
 
 def top_eigenpairs(
     linear_map: LinearMap,
-    key: jax.Array,
+    key: Array,
     *,
     num_pairs: int,
     num_steps: int | None = None,
@@ -80,9 +78,9 @@ def top_eigenpairs(
     """
     dimension = trees.size(linear_map.structure)
     size = _basis_size(dimension, num_pairs, num_steps)
-    check_at_least("max_restarts", max_restarts, 0)
+    most = check_at_least("max_restarts", max_restarts, 0)
     order = _order(which)
-    dtype = blocks.dtype_of(linear_map)
+    dtype = wide.dtype_of(linear_map)
     bound = jnp.asarray(_default_tolerance(linear_map) if tolerance is None else tolerance, dtype)
     kept = num_pairs + (size - num_pairs) // 2
 
@@ -111,7 +109,7 @@ def top_eigenpairs(
 
     initial = _State(
         key=jax.random.fold_in(key, 0),
-        basis=blocks.zeros(linear_map, size + 1),
+        basis=blocks.zeros(linear_map.structure, size + 1, dtype),
         drawn=jnp.array(False),
         values=jnp.zeros((size,), dtype),
         held=jnp.zeros((), jnp.int32),
@@ -120,20 +118,20 @@ def top_eigenpairs(
         done=jnp.array(False),
         cycles=jnp.zeros((), jnp.int32),
     )
-    state = jax.lax.while_loop(lambda state: ~state.done & (state.cycles <= max_restarts), cycle, initial)
+    state = jax.lax.while_loop(lambda state: ~state.done & (state.cycles <= most), cycle, initial)
     return _result(linear_map, state, num_pairs, bound)
 
 
 class _State(NamedTuple):
-    key: jax.Array
+    key: Array
     basis: PyTree  # num_steps + 1 vectors: `held` Ritz vectors, the next direction, and zeros
-    drawn: jax.Array  # whether that direction is there; if not it is zero, and a random one is to be taken
-    values: jax.Array  # all Ritz values of the last cycle, best first
-    held: jax.Array
-    norm: jax.Array  # the largest Ritz value in magnitude or length of a product so far
-    settled_values: jax.Array  # the wanted values when they last converged
-    done: jax.Array
-    cycles: jax.Array
+    drawn: Array  # whether that direction is there; if not it is zero, and a random one is to be taken
+    values: Array  # all Ritz values of the last cycle, best first
+    held: Array
+    norm: Array  # the largest Ritz value in magnitude or length of a product so far
+    settled_values: Array  # the wanted values when they last converged
+    done: Array
+    cycles: Array
 
 
 def _fill(linear_map, state):
@@ -153,7 +151,7 @@ def _fill(linear_map, state):
             lambda: _random_direction(linear_map, jax.random.fold_in(state.key, index), basis),
         )
         basis = blocks.with_row(basis, index, direction)
-        product = blocks.product(linear_map, direction)
+        product = wide.product(linear_map, direction)
         norm = jnp.maximum(norm, trees.norm(product))
         coefficients, rest, length = blocks.expanded(basis, product)
         following, drawn = blocks.unit(rest, length, norm)
@@ -185,7 +183,7 @@ def _restarted(rotation, basis, kept, held, probe):
 
 def _random_direction(linear_map, key, basis):
     """A random unit vector orthogonal to the basis, which may be padded with zeros."""
-    vector = blocks.cast(trees.random_normal(key, linear_map.structure), blocks.dtype_of(linear_map))
+    vector = wide.cast(trees.random_normal(key, linear_map.structure), wide.dtype_of(linear_map))
     _, rest, length = blocks.expanded(basis, vector)
     return blocks.unit(rest, length, trees.norm(vector))[0]
 
@@ -204,7 +202,7 @@ def _runner_up_is_behind(values, residuals, num_pairs, resolution):
 def _result(linear_map, state, num_pairs, bound):
     vectors = jax.tree.map(lambda leaf: leaf[:num_pairs], state.basis)
     values = state.values[:num_pairs]
-    errors = trees.sub(blocks.block_product(linear_map, vectors), jax.vmap(trees.scale)(values, vectors))
+    errors = trees.sub(wide.block_product(linear_map, vectors), jax.vmap(trees.scale)(values, vectors))
     residuals = jax.vmap(trees.norm)(errors) / jnp.where(state.norm == 0, 1, state.norm)
     return Eigenpairs(values, vectors, residuals, residuals <= bound, state.cycles - 1)
 
@@ -223,13 +221,8 @@ def _default_tolerance(linear_map):
     return max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(linear_map.structure)) ** (2 / 3)
 
 
-def _order(which) -> Callable[[jax.Array], jax.Array]:
+def _order(which) -> Callable[[Array], Array]:
     """The permutation that puts the wanted values first."""
-    orders = {
-        "largest": lambda values: jnp.argsort(-values),
-        "smallest": jnp.argsort,
-        "magnitude": lambda values: jnp.argsort(-jnp.abs(values)),
-    }
-    if which not in orders:
-        raise ValueError(f"which is {which!r}; it must be one of {', '.join(map(repr, orders))}")
-    return orders[which]
+    keys = {"largest": jnp.negative, "smallest": jnp.positive, "magnitude": lambda values: -jnp.abs(values)}
+    check_choice("which", which, keys)
+    return lambda values: jnp.argsort(keys[which](values))

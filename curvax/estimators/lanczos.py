@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from curvax import trees
-from curvax.estimators import _blocks as blocks
+from curvax import blocks, trees
+from curvax.checks import check_at_least
+from curvax.estimators import _wide as wide
 from curvax.matrices.linear_map import LinearMap
-
-PyTree = Any
+from curvax.types import Array, PyTree
 
 
 class LanczosResult(NamedTuple):
@@ -23,13 +23,13 @@ class LanczosResult(NamedTuple):
 
     basis: PyTree
     """Q: the orthonormal vectors, along the leading axis of every leaf; in float32 or wider."""
-    diagonal: jax.Array
+    diagonal: Array
     """alpha, shape (k,): the diagonal of T."""
-    off_diagonal: jax.Array
+    off_diagonal: Array
     """beta, shape (k - 1,): the off-diagonal of T."""
     residual: PyTree
     """r, one vector: what the next step would normalise."""
-    num_valid: jax.Array
+    num_valid: Array
     """m, an integer: the number of steps made."""
 
 
@@ -61,15 +61,15 @@ def lanczos(linear_map: LinearMap, start: PyTree, *, num_steps: int) -> LanczosR
     """
     trees.check_like(start, linear_map.structure, "start", "the map's vectors")
     check_at_least("num_steps", num_steps, 1)
-    dtype = blocks.dtype_of(linear_map)
-    start = blocks.cast(start, dtype)
+    dtype = wide.dtype_of(linear_map)
+    start = wide.cast(start, dtype)
     length = trees.norm(start)
     first, _ = blocks.unit(start, length, length)
-    basis = blocks.with_row(blocks.zeros(linear_map, num_steps + 1), 0, first)
+    basis = blocks.with_row(blocks.zeros(linear_map.structure, num_steps + 1, dtype), 0, first)
 
     def body(index, carry):
         basis, diagonal, off_diagonal, largest = carry
-        product = blocks.product(linear_map, blocks.row(basis, index))
+        product = wide.product(linear_map, blocks.row(basis, index))
         largest = jnp.maximum(largest, trees.norm(product))
         coefficients, rest, length = blocks.expanded(basis, product)
         direction, new = blocks.unit(rest, length, largest)
@@ -92,7 +92,7 @@ def lanczos(linear_map: LinearMap, start: PyTree, *, num_steps: int) -> LanczosR
     )
 
 
-def gauss_quadrature(result: LanczosResult) -> tuple[jax.Array, jax.Array]:
+def gauss_quadrature(result: LanczosResult) -> tuple[Array, Array]:
     r"""The Gauss quadrature of k Lanczos steps: b^T f(A) b / |b|^2 ~ sum_j w_j f(theta_j).
 
     The nodes theta_j are the eigenvalues of T, the weights w_j the squared first entries of its eigenvectors. The sum
@@ -123,9 +123,3 @@ def gauss_quadrature(result: LanczosResult) -> tuple[jax.Array, jax.Array]:
     weights = jnp.where(valid, vectors[0] ** 2, 0)
     total = jnp.sum(weights)
     return jnp.where(valid, values, values[0]) * unit, weights / jnp.where(total > 0, total, 1)
-
-
-def check_at_least(name: str, value: int, least: int) -> None:
-    """Raises a ValueError for a count that is too small."""
-    if value < least:
-        raise ValueError(f"{name} is {value}; it must be at least {least}")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from curvax import trees
-from curvax.estimators.lanczos import check_at_least, gauss_quadrature, lanczos
+from curvax.checks import check_at_least
+from curvax.estimators.lanczos import gauss_quadrature, lanczos
 from curvax.matrices.linear_map import LinearMap
-
-Scalar = Any
+from curvax.types import Array, Scalar
 
 
 class SpectralDensity(NamedTuple):
@@ -20,12 +20,12 @@ class SpectralDensity(NamedTuple):
     It is the mean over the samples of sum_j w_j delta(t - theta_j).
     """
 
-    nodes: jax.Array
+    nodes: Array
     """theta, shape (num_samples, num_steps): the Ritz values, which are points of or between the eigenvalues."""
-    weights: jax.Array
+    weights: Array
     """w, of the same shape: non-negative, with sum one for each sample."""
 
-    def evaluate(self, grid: jax.Array, width: Scalar) -> jax.Array:
+    def evaluate(self, grid: Array, width: Scalar) -> Array:
         """The density smoothed by a Gaussian, at the points of ``grid``.
 
         Args:
@@ -36,21 +36,21 @@ class SpectralDensity(NamedTuple):
             The values, shaped like ``grid``; their integral over the real line is one.
         """
         width = jnp.asarray(width, self.nodes.dtype)
-        distances = (self._at(grid) - self.nodes) / width
-        return self._mean(jnp.exp(-0.5 * distances**2) / (width * jnp.sqrt(2 * jnp.pi).astype(width.dtype)))
+        height = width * jnp.sqrt(2 * jnp.pi).astype(width.dtype)
+        return self._mean(grid, lambda t: jnp.exp(-0.5 * ((t - self.nodes) / width) ** 2) / height)
 
-    def cumulative(self, grid: jax.Array) -> jax.Array:
+    def cumulative(self, grid: Array) -> Array:
         """The estimated share of eigenvalues that are at most t, for each t of ``grid``, an array of any shape."""
-        return self._mean((self.nodes <= self._at(grid)).astype(self.nodes.dtype))
+        return self._mean(grid, lambda t: (self.nodes <= t).astype(self.nodes.dtype))
 
-    def _at(self, grid):
-        return jnp.asarray(grid, self.nodes.dtype)[..., None, None]
+    def _mean(self, grid, function):
+        """The mean over the samples of sum_j w_j function(t)_j, for each t."""
+        grid = jnp.asarray(grid, self.nodes.dtype)
+        means = jax.vmap(lambda t: jnp.sum(self.weights * function(t)) / self.nodes.shape[0])(grid.reshape(-1))
+        return means.reshape(grid.shape)
 
-    def _mean(self, values):
-        return jnp.sum(self.weights * values, axis=(-2, -1)) / self.nodes.shape[0]
 
-
-def spectral_density(linear_map: LinearMap, key: jax.Array, *, num_steps: int, num_samples: int) -> SpectralDensity:
+def spectral_density(linear_map: LinearMap, key: Array, *, num_steps: int, num_samples: int) -> SpectralDensity:
     r"""The density of the eigenvalues of A by stochastic Lanczos quadrature.
 
     From each of ``num_samples`` random directions, ``num_steps`` Lanczos steps give the Gauss quadrature of the
@@ -62,9 +62,6 @@ def spectral_density(linear_map: LinearMap, key: jax.Array, *, num_steps: int, n
         key: A PRNG key.
         num_steps: Lanczos steps for each sample, and vectors held in memory.
         num_samples: Random directions, one after another.
-
-    Returns:
-        A ``SpectralDensity``.
 
     Raises:
         ValueError: If a count is less than one.

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from curvax import trees
-from curvax.estimators import _blocks as blocks
-from curvax.estimators.lanczos import check_at_least, gauss_quadrature, lanczos
-from curvax.matrices.linear_map import LinearMap
-
-Scalar = Any
+from curvax import blocks, trees
+from curvax.checks import check_at_least
+from curvax.estimators import _wide as wide
+from curvax.estimators.lanczos import gauss_quadrature, lanczos
+from curvax.matrices.linear_map import LinearMap, Noise
+from curvax.types import Array, Scalar
 
 
 class TraceEstimate(NamedTuple):
     """An unbiased estimate of a trace and what it may be off by."""
 
-    value: jax.Array
+    value: Array
     """The estimate, a scalar."""
-    standard_error: jax.Array
+    standard_error: Array
     """Its estimated standard deviation; infinite where one sample cannot tell."""
 
 
 def hutchinson_trace(
-    linear_map: LinearMap, key: jax.Array, *, num_samples: int, distribution: str = "rademacher"
+    linear_map: LinearMap, key: Array, *, num_samples: int, distribution: Noise = trees.random_rademacher
 ) -> TraceEstimate:
     r"""The mean of v^T A v over random v with E[v v^T] = I; the variance is 2 (|A|_F^2 - |diag A|^2) / num_samples.
 
@@ -37,14 +37,11 @@ def hutchinson_trace(
         linear_map: A, symmetric.
         key: A PRNG key.
         num_samples: How many v to draw.
-        distribution: ``"rademacher"`` (entries -1 or +1, the lowest variance) or ``"normal"``, whose variance is
-            2 |A|_F^2 / num_samples.
-
-    Returns:
-        A ``TraceEstimate``.
+        distribution: The noise; ``curvax.trees.random_rademacher`` (entries -1 or +1) has the lowest variance, and
+            ``random_normal`` 2 |A|_F^2 / num_samples.
 
     Raises:
-        ValueError: If ``num_samples`` is less than one or the distribution is unknown.
+        ValueError: If ``num_samples`` is less than one.
 
     Example:
         >>> A = curvax.Diagonal({"w": jnp.array([1.0, 2.0]), "b": jnp.array([3.0])})
@@ -54,15 +51,15 @@ def hutchinson_trace(
     Source: Hutchinson 1990; Avron and Toledo 2011 (the variances).
     """
     check_at_least("num_samples", num_samples, 1)
-    draw, dtype = sampler(distribution), blocks.dtype_of(linear_map)
+    dtype = wide.dtype_of(linear_map)
 
     def one(sample_key):
-        return linear_map.quadratic(draw(sample_key, linear_map.structure)).astype(dtype)
+        return linear_map.quadratic(distribution(sample_key, linear_map.structure)).astype(dtype)
 
     return _mean(jax.lax.map(one, jax.random.split(key, num_samples)))
 
 
-def hutch_plus_plus(linear_map: LinearMap, key: jax.Array, *, num_products: int) -> TraceEstimate:
+def hutch_plus_plus(linear_map: LinearMap, key: Array, *, num_products: int) -> TraceEstimate:
     r"""The trace on the range of a random sketch exactly, and Hutchinson's estimate of the rest.
 
     With Q an orthonormal basis of A S for random S, trace A = trace Q^T A Q + trace P A P, P = I - Q Q^T. The first
@@ -93,16 +90,16 @@ def hutch_plus_plus(linear_map: LinearMap, key: jax.Array, *, num_products: int)
     _check_products(linear_map, num_products, 3)
     sketch_key, rest_key = jax.random.split(key)
     basis, _ = blocks.orthonormalise(
-        blocks.block_product(linear_map, _draw_block(linear_map, sketch_key, width, "normal"))
+        wide.block_product(linear_map, _draw_block(linear_map, sketch_key, width, trees.random_normal))
     )
-    tests = _draw_block(linear_map, rest_key, num_products - 2 * width, "rademacher")
+    tests = _draw_block(linear_map, rest_key, num_products - 2 * width, trees.random_rademacher)
     tests = blocks.without(tests, basis)
-    exact = jnp.sum(blocks.row_dots(basis, blocks.block_product(linear_map, basis)))
-    rest = _mean(blocks.row_dots(tests, blocks.block_product(linear_map, tests)))
+    exact = jnp.sum(blocks.row_dots(basis, wide.block_product(linear_map, basis)))
+    rest = _mean(blocks.row_dots(tests, wide.block_product(linear_map, tests)))
     return TraceEstimate(exact + rest.value, rest.standard_error)
 
 
-def xtrace(linear_map: LinearMap, key: jax.Array, *, num_products: int) -> TraceEstimate:
+def xtrace(linear_map: LinearMap, key: Array, *, num_products: int) -> TraceEstimate:
     r"""The exchangeable estimator: every test vector serves in the sketch and, left out of it, in the estimate.
 
     With test vectors w_1 ... w_k, k = num_products / 2, and Q_i an orthonormal basis of the products A w_j, j != i, it
@@ -133,11 +130,11 @@ def xtrace(linear_map: LinearMap, key: jax.Array, *, num_products: int) -> Trace
         raise ValueError(f"num_products is {num_products}; it must be even and at least 4")
     count = num_products // 2
     _check_products(linear_map, num_products, 2)
-    tests = _draw_block(linear_map, key, count, "normal")
-    products = blocks.block_product(linear_map, tests)
+    tests = _draw_block(linear_map, key, count, trees.random_normal)
+    products = wide.block_product(linear_map, tests)
     basis, triangle = blocks.orthonormalise(products)
-    images = blocks.block_product(linear_map, basis)
-    overlaps = blocks.gram(basis, tests)
+    images = wide.block_product(linear_map, basis)
+    overlaps = blocks.inner_products(basis, tests)
     # The parts of the tests outside the sketch and their products: vectors, and not differences of inner products,
     # which would lose what is left when there are about as many tests as parameters.
     outside = trees.sub(tests, blocks.combine(overlaps.T, basis))
@@ -146,9 +143,9 @@ def xtrace(linear_map: LinearMap, key: jax.Array, *, num_products: int) -> Trace
         _leave_one_out(
             dimension=trees.size(linear_map.structure),
             triangle=triangle,
-            projected=blocks.gram(basis, images),
+            projected=blocks.inner_products(basis, images),
             overlaps=overlaps,
-            crossed=blocks.gram(images, outside),
+            crossed=blocks.inner_products(images, outside),
             quadratics=blocks.row_dots(outside, outside_images),
             squared_norms=blocks.row_dots(outside, outside),
         )
@@ -156,9 +153,9 @@ def xtrace(linear_map: LinearMap, key: jax.Array, *, num_products: int) -> Trace
 
 
 def slq_trace(
-    function: Callable[[jax.Array], jax.Array],
+    function: Callable[[Array], Array],
     linear_map: LinearMap,
-    key: jax.Array,
+    key: Array,
     *,
     num_steps: int,
     num_samples: int,
@@ -174,9 +171,6 @@ def slq_trace(
         key: A PRNG key.
         num_steps: Lanczos steps, and vectors held in memory.
         num_samples: Rademacher vectors v, one after another.
-
-    Returns:
-        A ``TraceEstimate``.
 
     Raises:
         ValueError: If a count is less than one.
@@ -200,7 +194,7 @@ def slq_trace(
 
 
 def slq_logdet(
-    linear_map: LinearMap, key: jax.Array, *, num_steps: int, num_samples: int, damping: Scalar = 0.0
+    linear_map: LinearMap, key: Array, *, num_steps: int, num_samples: int, damping: Scalar = 0.0
 ) -> TraceEstimate:
     r"""log det(A + damping I) = trace log(A + damping I), by stochastic Lanczos quadrature.
 
@@ -231,18 +225,9 @@ def slq_logdet(
     return slq_trace(function, linear_map, key, num_steps=num_steps, num_samples=num_samples)
 
 
-def sampler(distribution: str) -> Callable:
-    """The function of a key and a structure that draws a vector from the distribution of that name."""
-    samplers = {"rademacher": trees.random_rademacher, "normal": trees.random_normal}
-    if distribution not in samplers:
-        raise ValueError(f"distribution is {distribution!r}; it must be one of {', '.join(map(repr, samplers))}")
-    return samplers[distribution]
-
-
 def _draw_block(linear_map, key, count, distribution):
-    draw = sampler(distribution)
-    drawn = jax.vmap(lambda k: draw(k, linear_map.structure))(jax.random.split(key, count))
-    return blocks.cast(drawn, blocks.dtype_of(linear_map))
+    drawn = jax.vmap(lambda k: distribution(k, linear_map.structure))(jax.random.split(key, count))
+    return wide.cast(drawn, wide.dtype_of(linear_map))
 
 
 def _mean(samples):
@@ -263,6 +248,9 @@ def _leave_one_out(*, dimension, triangle, projected, overlaps, crossed, quadrat
     Given are n, R, H = Q^T A Q, W = Q^T Omega, the Q^T A v_i as columns, the v_i^T A v_i and the |v_i|^2.
     """
     left_out = _orthogonal_to_other_columns(triangle)
+    # Q_i Q_i^T = Q Q^T - (Q s_i)(Q s_i)^T loses the energy s_i^T H s_i from the trace, and what is outside of Q_i gains
+    # the direction Q s_i: u_i^T A u_i = v_i^T A v_i + 2 a s_i^T Q^T A v_i + a^2 s_i^T H s_i, a = s_i^T Q^T w_i. u_i is
+    # scaled to |u_i|^2 = n - k + 1, its mean square for normal w_i, which takes the noise of its length out.
     energies = jnp.sum(left_out * jnp.matmul(projected, left_out, precision="highest"), axis=0)
     along = jnp.sum(left_out * overlaps, axis=0)
     quadratics += 2 * along * jnp.sum(left_out * crossed, axis=0) + along**2 * energies
@@ -280,8 +268,8 @@ def _orthogonal_to_other_columns(triangle):
     left, values, right = jnp.linalg.svd(triangle)
     level = jnp.finfo(values.dtype).eps * values[0] * values.size
     raised = jnp.maximum(values, jnp.where(level > 0, level, 1))
-    inverse = jnp.matmul(left * (raised[-1] / raised), right, precision="highest")
-    return inverse / jnp.linalg.norm(inverse, axis=0)
+    inverse = jnp.matmul(left * (raised[-1] / raised)[None, :], right, precision="highest")
+    return inverse / jnp.linalg.norm(inverse, axis=0, keepdims=True)
 
 
 def _check_products(linear_map, num_products, multiple):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +14,7 @@ from curvax.layers.taps import Captured, TappedPoint
 from curvax.matrices.linear_map import Noise
 from curvax.objectives.output_matrix import OutputMatrix
 from curvax.objectives.point import CurvaturePoint, Piece
-
-PyTree = Any
-Array = jax.Array
+from curvax.types import Array, PyTree
 
 
 def empirical_fisher_diagonal(tapped: TappedPoint) -> PyTree:

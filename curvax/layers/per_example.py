@@ -9,9 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax.layers.taps import Captured, TappedPoint
-
-PyTree = Any
-Array = jax.Array
+from curvax.types import Array, PyTree
 
 
 def per_example_gradients(tapped: TappedPoint) -> PyTree:

@@ -9,7 +9,7 @@ layers are used once.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,7 @@ from curvax.layers.diagonals import num_columns, unit_vector
 from curvax.layers.per_example import check_whole_examples, inner_products, replicated, split_uses
 from curvax.layers.taps import TappedPoint
 from curvax.matrices.curvature import GaussNewton, OutputCurvature, check_curvature
-
-PyTree = Any
-Array = jax.Array
+from curvax.types import Array, PyTree, Scalar
 
 
 def gram(tapped: TappedPoint, *, curvature: OutputCurvature | None = None, key: Array | None = None) -> Array:
@@ -159,7 +157,7 @@ class SampleSpace:
         *,
         method: Literal["auto", "cholesky", "cg"] = "auto",
         max_iterations: int = 40,
-        tolerance: float = 1e-6,
+        tolerance: Scalar = 1e-6,
     ) -> tuple[PyTree, Array]:
         """((G + lambda I)^{-1} v, conjugate gradient steps); parameters without structure keep v.
 

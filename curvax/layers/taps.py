@@ -19,9 +19,7 @@ from curvax.objectives.point import CurvaturePoint, Linearization
 from curvax.objectives.term import Term, scale_cases, weighted_sum
 from curvax.programs.instrument import evaluate, evaluate_outputs
 from curvax.programs.views import places_given
-
-PyTree = Any
-Array = jax.Array
+from curvax.types import Array, PyTree
 
 
 def tap(layers: Layers, at: CurvaturePoint) -> TappedPoint:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
-from curvax import trees
+from curvax import blocks, trees
 from curvax.matrices.linear_map import LinearMap
-
-PyTree = Any
-Scalar = Any
-Array = jax.Array
+from curvax.types import Array, PyTree, Scalar
 
 
 def compact_map(scale: Scalar, vectors: PyTree, core: Array, used: Array | None = None) -> CompactMap:
@@ -29,9 +26,6 @@ def compact_map(scale: Scalar, vectors: PyTree, core: Array, used: Array | None 
         core: C, symmetric and not singular, shape (k, k).
         used: Which of the vectors count, shape (k,), for buffers that are not full; None for all.
 
-    Returns:
-        The map.
-
     Example:
         >>> B = curvax.compact_map(2.0, jnp.array([[1.0, 0.0, 0.0]]), jnp.array([[-1.0]]))
         >>> B.to_dense()
@@ -41,7 +35,7 @@ def compact_map(scale: Scalar, vectors: PyTree, core: Array, used: Array | None 
     """
     dtype = trees.wide_dtype(*jax.tree.leaves(vectors))
     used = jnp.ones(core.shape[0], bool) if used is None else used
-    gram = jax.vmap(lambda v: inner_products(vectors, v))(vectors).astype(dtype)
+    gram = blocks.inner_products(vectors, vectors).astype(dtype)
     return CompactMap(jnp.asarray(scale, dtype), vectors, core.astype(dtype), gram, used)
 
 
@@ -133,7 +127,7 @@ class CompactMap(LinearMap):
 
     def project(self, vector: PyTree) -> Array:
         """Psi^T v, zero for vectors that do not count; shape (k,)."""
-        return jnp.where(self.used, inner_products(self.vectors, vector).astype(self.scale.dtype), 0)
+        return jnp.where(self.used, blocks.inner_products(self.vectors, vector).astype(self.scale.dtype), 0)
 
     def solve_core(self, right: Array) -> Array:
         """C^{-1} right, for what belongs to the vectors that count; shape (k,) or (k, any)."""
@@ -141,20 +135,24 @@ class CompactMap(LinearMap):
 
     def combine(self, coefficients: Array) -> PyTree:
         """Psi c, a pytree like the map's vectors."""
-        return combination(self.vectors, jnp.where(self.used, coefficients, 0))
+        return trees.cast_like(blocks.combine(jnp.where(self.used, coefficients, 0), self.vectors), self.vectors)
 
     def spectrum(self) -> Spectrum:
         """The eigenvalues, and the eigenvectors that are not orthogonal to Psi, by matrices of k x k alone."""
+        # Psi^T Psi = V L^2 V^T makes Q = Psi V L^{-1} orthonormal, and in it Psi C^{-1} Psi^T is the small matrix
+        # R = L V^T C^{-1} V L. With R = U M U^T, eigenvectors are Q U = Psi T, T = V L^{-1} U, and values gamma + M.
         gram = self._own(self.gram, 0)
         squares, axes = jnp.linalg.eigh(gram)
+        # L^2 is known to eps of its largest only: what is below is no direction of Psi.
         kept = squares > 10 * squares.size * jnp.finfo(squares.dtype).eps * jnp.max(squares)
         lengths = jnp.sqrt(jnp.where(kept, squares, 0))
-        reduced = lengths[:, None] * (axes.T @ self.solve_core(axes * lengths))
+        reduced = lengths[:, None] * (axes.T @ self.solve_core(axes * lengths[None, :]))
         reduced = (reduced + reduced.T) / 2
-        # Directions that Psi does not have are moved away from all others, so that they stay apart.
+        # Directions that Psi does not have are zero rows of R. Moved away from all eigenvalues they do not mix with
+        # those near zero, and their columns of T are zero.
         far = 2 * jnp.max(jnp.abs(reduced)) + jnp.abs(self.scale)
         values, vectors = jnp.linalg.eigh(reduced + jnp.diag(jnp.where(kept, 0, far)))
-        basis = (axes * jnp.where(kept, 1 / jnp.where(kept, lengths, 1), 0)) @ vectors
+        basis = (axes * jnp.where(kept, 1 / jnp.where(kept, lengths, 1), 0)[None, :]) @ vectors
         values, rank = values + self.scale, jnp.sum(kept)
         rest = jnp.where(rank < trees.size(self.structure), self.scale, jnp.max(values))
         return Spectrum(values, basis, rest, rank)
@@ -173,27 +171,3 @@ class CompactMap(LinearMap):
         components = spectrum.basis.T @ self.project(vector)
         change = self.combine(spectrum.basis @ ((function(spectrum.values) - rest) * components))
         return trees.add(trees.scale(rest, vector), change)
-
-
-def inner_products(vectors: PyTree, vector: PyTree) -> Array:
-    """Psi^T v for k vectors on leading axes, accumulated in float32 or wider; shape (k,)."""
-
-    def one(stack, leaf):
-        dtype = trees.wide_dtype(stack, leaf)
-        flat = stack.reshape(stack.shape[0], -1).astype(dtype)
-        return jnp.matmul(flat, leaf.reshape(-1).astype(dtype), precision=jax.lax.Precision.HIGHEST)
-
-    parts = jax.tree.leaves(jax.tree.map(one, vectors, vector))
-    dtype = trees.wide_dtype(*parts)
-    return sum(part.astype(dtype) for part in parts)  # pyright: ignore[reportReturnType]
-
-
-def combination(vectors: PyTree, coefficients: Array) -> PyTree:
-    """Psi c, in the dtypes of the vectors."""
-
-    def one(stack):
-        dtype = trees.wide_dtype(stack, coefficients)
-        product = jnp.tensordot(coefficients.astype(dtype), stack.astype(dtype), 1, precision=jax.lax.Precision.HIGHEST)
-        return product.astype(stack.dtype)
-
-    return jax.tree.map(one, vectors)

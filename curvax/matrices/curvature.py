@@ -26,8 +26,7 @@ from curvax.objectives.objective import Objective, compiled_if_eager
 from curvax.objectives.output_matrix import OutputMatrix, RankOneOutputs
 from curvax.objectives.point import CurvaturePoint, Piece
 from curvax.objectives.term import scale_cases
-
-PyTree = Any
+from curvax.types import PyTree
 
 
 def hessian(at: CurvaturePoint) -> LinearMap:

@@ -6,16 +6,14 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
 from curvax import trees
+from curvax.types import PyTree, Scalar
 
-PyTree = Any
-Scalar = Any
 Noise = Callable[[jax.Array, PyTree], PyTree]
 
 _DENSE_LIMIT = 20_000

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +13,7 @@ from curvax.matrices.curvature import Curvature, GaussNewton
 from curvax.matrices.linear_map import LinearMap
 from curvax.objectives.point import CurvaturePoint
 from curvax.objectives.term import weighted_sum
-
-PyTree = Any
-Scalar = Any
+from curvax.types import PyTree, Scalar
 
 
 def quadratic_model(at: CurvaturePoint, *, curvature: Curvature | None = None, damping: Scalar = 0.0) -> QuadraticModel:

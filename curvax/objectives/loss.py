@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from curvax import trees
 from curvax.objectives.output_matrix import AutodiffOutputs, OutputMatrix
-
-PyTree = Any
+from curvax.types import PyTree
 
 
 class OutputLoss(abc.ABC):

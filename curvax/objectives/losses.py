@@ -10,60 +10,103 @@ outputs, and ``curvax.Objective`` sums over all but the examples and takes the m
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
+import jax.numpy as jnp
 
-from curvax.objectives.loss import OutputLoss
-from curvax.objectives.standard_losses import (
-    CurvatureOnly,
-    FunctionLoss,
-    Gaussian,
-    Poisson,
-    SigmoidBinaryCrossEntropy,
-    SoftmaxCrossEntropy,
-    SquaredError,
-)
-
-PyTree = Any
+from curvax.checks import check_choice
+from curvax.objectives.loss import OutputLoss, check_array, check_targets, described
+from curvax.objectives.output_matrix import AutodiffOutputs, DiagonalOutputs, SoftmaxOutputs
+from curvax.types import PyTree
 
 
-def squared_error() -> OutputLoss:
+class Elementwise(OutputLoss):
+    """A loss on each entry of one array, with targets of that shape that its Hessian does not depend on."""
+
+    natural = True
+    floating_targets: bool = False
+
+    def hessian(self, outputs, targets):
+        return self.fisher(outputs)
+
+    def check(self, outputs, targets):
+        self.check_outputs(outputs)
+        check_targets(self, targets, outputs.shape, floating=self.floating_targets)
+
+    def check_outputs(self, outputs):
+        check_array(self, outputs)
+
+    def negative_log_density(self, outputs, targets):
+        return self.value(outputs, targets)
+
+
+@dataclasses.dataclass(frozen=True)
+class SquaredError(Elementwise):
     r"""Half the squared error, L = 1/2 ||z - y||^2; y given z is N(z, I).
 
     The gradient is z - y and the Hessian I (the half is ours: some papers leave it out, which doubles both).
     Outputs and targets are floating-point arrays of one shape. Martens 2016, table 4.1.
-
-    Returns:
-        The loss.
 
     Example:
         >>> loss = curvax.losses.squared_error()
         >>> loss.value(jnp.array([[1.0, 2.0]]), jnp.array([[0.0, 0.0]]))
         Array([[0.5, 2. ]], dtype=float...)
     """
-    return SquaredError()
+
+    floating_targets = True
+
+    def value(self, outputs, targets):
+        return (outputs - targets.astype(outputs.dtype)) ** 2 / 2
+
+    def fisher(self, outputs, targets=None):
+        return DiagonalOutputs(jnp.ones_like(outputs))
+
+    def sample(self, key, output):
+        return output + jax.random.normal(key, output.shape, output.dtype)
+
+    def negative_log_density(self, outputs, targets):
+        return self.value(outputs, targets) + math.log(2 * math.pi) / 2
+
+    def squared_newton_decrement(self, outputs, targets):
+        return 2 * self.value(outputs, targets)
 
 
-def sigmoid_binary_cross_entropy() -> OutputLoss:
+@dataclasses.dataclass(frozen=True)
+class SigmoidBinaryCrossEntropy(Elementwise):
     r"""Binary cross-entropy of logits z, L = log(1 + exp(z)) - y z; y given z is Bernoulli(sigmoid(z)).
 
     Targets have the shape of the outputs; bool, integer or probabilities. Hessian diag(p (1 - p)), p = sigmoid(z).
     Martens 2016, table 4.1.
-
-    Returns:
-        The loss.
 
     Example:
         >>> loss = curvax.losses.sigmoid_binary_cross_entropy()
         >>> loss.value(jnp.array([0.0]), jnp.array([1.0]))
         Array([0.6931...], dtype=float...)
     """
-    return SigmoidBinaryCrossEntropy()
+
+    def value(self, outputs, targets):
+        # Not softplus(z) - y z, in which a small loss cancels away.
+        y = targets.astype(outputs.dtype)
+        return y * jax.nn.softplus(-outputs) + (1 - y) * jax.nn.softplus(outputs)
+
+    def fisher(self, outputs, targets=None):
+        return DiagonalOutputs(jax.nn.sigmoid(outputs) * jax.nn.sigmoid(-outputs))
+
+    def sample(self, key, output):
+        return jax.random.bernoulli(key, jax.nn.sigmoid(output)).astype(output.dtype)
+
+    def squared_newton_decrement(self, outputs, targets):
+        # (p - y)^2 / (p (1 - p)) with the odds exp(z) of p, so that a saturated unit does not divide zero by zero.
+        y = targets.astype(outputs.dtype)
+        return (_times_exp(1 - y, outputs / 2) - _times_exp(y, -outputs / 2)) ** 2
 
 
-def softmax_cross_entropy() -> OutputLoss:
+@dataclasses.dataclass(frozen=True)
+class SoftmaxCrossEntropy(OutputLoss):
     r"""Cross-entropy of logits z over the last axis, L = -sum_i y_i log p_i with p = softmax(z).
 
     Targets are integers with the shape of the outputs less the last axis, or floating-point probabilities with the
@@ -71,33 +114,96 @@ def softmax_cross_entropy() -> OutputLoss:
     use the objective's ``mask``. Hessian a (diag(p) - p p^T), where a = sum_i y_i is 1 for probabilities.
     Martens 2016, table 4.1.
 
-    Returns:
-        The loss.
-
     Example:
         >>> loss = curvax.losses.softmax_cross_entropy()
         >>> loss.value(jnp.zeros((1, 4)), jnp.array([2]))
         Array([1.3862...], dtype=float...)
     """
-    return SoftmaxCrossEntropy()
+
+    natural = True
+
+    def value(self, outputs, targets):
+        y, log_p = self._distribution(outputs, targets), _log_softmax(outputs)
+        excluded = (y == 0) & jnp.isneginf(log_p)
+        return -jnp.sum(y * jnp.where(excluded, 0, log_p), axis=-1)
+
+    def hessian(self, outputs, targets):
+        if targets is None:
+            return self.fisher(outputs)
+        return SoftmaxOutputs(_log_softmax(outputs), jnp.sum(self._distribution(outputs, targets), axis=-1))
+
+    def fisher(self, outputs, targets=None):
+        return SoftmaxOutputs(_log_softmax(outputs), jnp.ones_like(outputs[..., 0]))
+
+    def sample(self, key, output):
+        return jax.random.categorical(key, output)
+
+    def negative_log_density(self, outputs, targets):
+        return self.value(outputs, targets)
+
+    def squared_newton_decrement(self, outputs, targets):
+        # sum_i (a p_i - y_i)^2 / (a p_i) with a the mass, in a form that neither cancels nor divides zero by zero.
+        y, log_p = self._distribution(outputs, targets), _log_softmax(outputs)
+        mass = jnp.sum(y, axis=-1)
+        differences = mass[..., None] * jnp.exp(log_p / 2) - _times_exp(y, -log_p / 2)
+        return jnp.sum(differences**2, axis=-1) / jnp.where(mass > 0, mass, 1)
+
+    def check(self, outputs, targets):
+        self.check_outputs(outputs)
+        if hasattr(targets, "dtype") and jnp.issubdtype(targets.dtype, jnp.integer):
+            if targets.shape == outputs.shape:
+                raise TypeError(
+                    f"{self}: integer targets of the outputs' shape {outputs.shape} look one-hot; cast them to"
+                    " floating point to use them as probabilities"
+                )
+            check_targets(self, targets, outputs.shape[:-1], "integer targets")
+        else:
+            what = f"targets (integers of shape {outputs.shape[:-1]}, or else probabilities)"
+            check_targets(self, targets, outputs.shape, what, floating=True)
+
+    def check_outputs(self, outputs):
+        check_array(self, outputs)
+        if outputs.ndim < 2:
+            raise ValueError(f"{self}: outputs need a last axis of classes, got shape {outputs.shape}")
+
+    def _distribution(self, outputs, targets):
+        if not jnp.issubdtype(targets.dtype, jnp.integer):
+            return targets.astype(outputs.dtype)
+        # A comparison rather than a gather: it shards like the outputs do. Small integers may not count all classes.
+        labels = jnp.asarray(targets if targets.dtype.itemsize >= 4 else targets.astype(jnp.int32))
+        return (labels[..., None] == _classes(outputs, labels.dtype)).astype(outputs.dtype)
 
 
-def poisson() -> OutputLoss:
+@dataclasses.dataclass(frozen=True)
+class Poisson(Elementwise):
     r"""Poisson negative log-likelihood of log rates z, L = exp(z) - y z; y given z is Poisson(exp(z)).
 
     Targets have the shape of the outputs; integer or floating-point counts. Hessian diag(exp(z)).
-
-    Returns:
-        The loss.
 
     Example:
         >>> curvax.losses.poisson().value(jnp.array([0.0]), jnp.array([3]))
         Array([1.], dtype=float...)
     """
-    return Poisson()
+
+    def value(self, outputs, targets):
+        return jnp.exp(outputs) - targets.astype(outputs.dtype) * outputs
+
+    def fisher(self, outputs, targets=None):
+        return DiagonalOutputs(jnp.exp(outputs))
+
+    def sample(self, key, output):
+        return jax.random.poisson(key, jnp.exp(output)).astype(output.dtype)
+
+    def negative_log_density(self, outputs, targets):
+        return self.value(outputs, targets) + jax.scipy.special.gammaln(targets.astype(outputs.dtype) + 1)
+
+    def squared_newton_decrement(self, outputs, targets):
+        # (exp(z) - y)^2 / exp(z)
+        y = targets.astype(outputs.dtype)
+        return (jnp.exp(outputs / 2) - _times_exp(y, -outputs / 2)) ** 2
 
 
-def gaussian(curvature: Literal["fisher", "exact"] = "fisher") -> OutputLoss:
+def gaussian(curvature: Literal["fisher", "exact"] = "fisher") -> Gaussian:
     r"""Gaussian negative log-likelihood with learnt variance, L = 1/2 ((y - m)^2 exp(-s) + s) for outputs (m, s).
 
     The model returns the pair (mean, log variance), each of the shape of the targets. L is not convex in (m, s): its
@@ -107,9 +213,6 @@ def gaussian(curvature: Literal["fisher", "exact"] = "fisher") -> OutputLoss:
 
     Args:
         curvature: "fisher", or "exact" for the indefinite Hessian (products only: it has no square root).
-
-    Returns:
-        The loss.
 
     Raises:
         ValueError: ``curvature`` is neither.
@@ -121,8 +224,58 @@ def gaussian(curvature: Literal["fisher", "exact"] = "fisher") -> OutputLoss:
         >>> loss.curvature((jnp.array([0.0]), jnp.array([0.0])), jnp.array([2.0])).entries[1]
         Array([0.5], dtype=float...)
     """
-    _check_choice("curvature", curvature, ("fisher", "exact"))
+    check_choice("curvature", curvature, ("fisher", "exact"))
     return Gaussian(exact=curvature == "exact")
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaussian(OutputLoss):
+    """What ``gaussian`` makes."""
+
+    exact: bool = False
+    convex = False
+
+    def value(self, outputs, targets):
+        mean, log_variance = outputs
+        return (((targets.astype(mean.dtype) - mean) * jnp.exp(-log_variance / 2)) ** 2 + log_variance) / 2
+
+    def hessian(self, outputs, targets):
+        if targets is None:
+            raise ValueError(f"{self}: the exact Hessian depends on the targets, and they are None")
+        return super().hessian(outputs, targets)
+
+    def curvature(self, outputs, targets):
+        return self.hessian(outputs, targets) if self.exact else self.fisher(outputs)
+
+    def fisher(self, outputs, targets=None):
+        mean, log_variance = outputs
+        entries = jnp.exp(-log_variance), jnp.full_like(mean, 0.5)
+        return DiagonalOutputs(jax.tree.structure(outputs).unflatten(entries))
+
+    def sample(self, key, output):
+        mean, log_variance = output
+        return mean + jnp.exp(log_variance / 2) * jax.random.normal(key, mean.shape, mean.dtype)
+
+    def negative_log_density(self, outputs, targets):
+        return self.value(outputs, targets) + math.log(2 * math.pi) / 2
+
+    def squared_newton_decrement(self, outputs, targets):
+        mean, log_variance = outputs
+        if self.exact:  # indefinite for r != 0; for r = 0 a slope along s without curvature
+            return jnp.full_like(mean, jnp.inf)
+        squares = _times_exp(targets.astype(mean.dtype) - mean, -log_variance / 2) ** 2
+        return squares + (1 - squares) ** 2 / 2
+
+    def check(self, outputs, targets):
+        self.check_outputs(outputs)
+        check_targets(self, targets, outputs[0].shape, floating=True)
+
+    def check_outputs(self, outputs):
+        pair = isinstance(outputs, (tuple, list)) and len(outputs) == 2
+        if not (pair and all(hasattr(z, "shape") for z in outputs)):
+            raise TypeError(f"{self}: the model must return the pair (mean, log variance), got {described(outputs)}")
+        if outputs[0].shape != outputs[1].shape:
+            raise ValueError(f"{self}: mean {outputs[0].shape} and log variance {outputs[1].shape} differ in shape")
 
 
 def from_function(
@@ -132,7 +285,7 @@ def from_function(
     curvature: Literal["exact", "absolute", "clipped"] = "exact",
     natural: bool = False,
     sample: Callable[[jax.Array, PyTree], PyTree] | None = None,
-) -> OutputLoss:
+) -> FunctionLoss:
     r"""A loss from a plain function of one example's output and target; its curvature comes from differentiation.
 
     Products with the Hessian cost one differentiation; square root and pseudo-inverse form the m x m Hessian of each
@@ -148,9 +301,6 @@ def from_function(
         sample: (key, output) -> target, a draw from the predictive distribution of one example; for the Monte-Carlo
             Fisher matrix.
 
-    Returns:
-        The loss.
-
     Raises:
         ValueError: ``curvature`` is none of the three, or ``natural`` is set for a non-convex loss.
 
@@ -161,24 +311,57 @@ def from_function(
         >>> loss.value(jnp.zeros((2, 1)), jnp.zeros((2, 1)))
         Array([0., 0.], dtype=float...)
     """
-    _check_choice("curvature", curvature, ("exact", "absolute", "clipped"))
+    check_choice("curvature", curvature, ("exact", "absolute", "clipped"))
     if natural and not convex:
         raise ValueError("natural=True needs convex=True: a negative log-density is convex in natural parameters")
     return FunctionLoss(function, convex, curvature, natural, sample)
 
 
-def curvature_only(loss: OutputLoss) -> OutputLoss:
+@dataclasses.dataclass(frozen=True)
+class FunctionLoss(OutputLoss):
+    """What ``from_function`` makes."""
+
+    function: Callable[[PyTree, PyTree], jax.Array]
+    convex: bool
+    treatment: str = "exact"
+    natural: bool = False
+    sampler: Callable[[jax.Array, PyTree], PyTree] | None = None
+
+    def value(self, outputs, targets):
+        return jax.vmap(self.function)(outputs, targets)
+
+    def hessian(self, outputs, targets):
+        return AutodiffOutputs(self.function, outputs, targets, convex=self.convex)
+
+    def curvature(self, outputs, targets):
+        treatment = "exact" if self.convex else self.treatment
+        return dataclasses.replace(self.hessian(outputs, targets), treatment=treatment)
+
+    def fisher(self, outputs, targets=None):
+        return self.hessian(outputs, targets) if self.natural else super().fisher(outputs)
+
+    def sample(self, key, output):
+        return super().sample(key, output) if self.sampler is None else self.sampler(key, output)
+
+    def check(self, outputs, targets):
+        example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (outputs, targets))
+        loss = jax.eval_shape(self.function, *example)
+        if not isinstance(loss, jax.ShapeDtypeStruct) or loss.shape:
+            raise ValueError(
+                f"{self}: function(output, target) must return one scalar for one example, got {described(loss)}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class CurvatureOnly(OutputLoss):
     r"""``loss`` without its value: for methods whose gradient comes from elsewhere (policy gradients, energies).
 
     The Gauss-Newton and Fisher products work as ever, and asking for the loss or its gradient is an error. Targets may
     be None where the curvature does not depend on them: the losses with ``natural`` set, ``gaussian()``, and every
     Fisher matrix; a loss ``from_function`` is then given None.
 
-    Args:
+    Attributes:
         loss: The loss that defines the curvature.
-
-    Returns:
-        The loss without value.
 
     Example:
         >>> loss = curvax.losses.curvature_only(curvax.losses.squared_error())
@@ -188,9 +371,75 @@ def curvature_only(loss: OutputLoss) -> OutputLoss:
         Array([[0.5, 0. ],
                [0. , 0.5]], dtype=float...)
     """
-    return CurvatureOnly(loss)
+
+    loss: OutputLoss
+    has_value = False
+
+    @property
+    def convex(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.loss.convex
+
+    @property
+    def natural(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.loss.natural
+
+    def value(self, outputs, targets):
+        raise ValueError(
+            "this objective has curvature but no loss value (curvax.losses.curvature_only): take its gradient elsewhere"
+            " and use objective.linearize(params, batch) as at="
+        )
+
+    squared_newton_decrement = value
+
+    def hessian(self, outputs, targets):
+        return self.loss.hessian(outputs, targets)
+
+    def curvature(self, outputs, targets):
+        return self.loss.curvature(outputs, targets)
+
+    def fisher(self, outputs, targets=None):
+        return self.loss.fisher(outputs, targets)
+
+    def sample(self, key, output):
+        return self.loss.sample(key, output)
+
+    def gradient(self, outputs, targets):
+        # Monte-Carlo Fisher vectors are gradients at sampled targets, not of the missing value.
+        return self.loss.gradient(outputs, targets)
+
+    def check(self, outputs, targets):
+        if targets is None:
+            self.loss.check_outputs(outputs)
+        else:
+            self.loss.check(outputs, targets)
 
 
-def _check_choice(name, value, choices):
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+squared_error = SquaredError
+sigmoid_binary_cross_entropy = SigmoidBinaryCrossEntropy
+softmax_cross_entropy = SoftmaxCrossEntropy
+poisson = Poisson
+curvature_only = CurvatureOnly
+
+
+def _log_softmax(logits):
+    """The logarithm of softmax over the last axis.
+
+    It and its derivatives have small relative errors even where a probability is close to 1, because the largest logit
+    stays out of the sum.
+    """
+    index = jnp.argmax(logits, axis=-1, keepdims=True)
+    is_largest = index == _classes(logits, index.dtype)
+    largest = jnp.sum(jnp.where(is_largest, logits, 0), axis=-1, keepdims=True)
+    shifted = jnp.where(is_largest, 0, logits - largest)
+    others = jnp.sum(jnp.where(is_largest, 0, jnp.exp(shifted)), axis=-1, keepdims=True)
+    return shifted - jnp.log1p(others)
+
+
+def _classes(logits, dtype):
+    """The number of each class on the last axis, with as many axes as the logits, so that no rank is promoted."""
+    return jnp.arange(logits.shape[-1], dtype=dtype).reshape((1,) * (logits.ndim - 1) + (-1,))
+
+
+def _times_exp(factor, exponent):
+    """factor * exp(exponent), zero where the factor is zero even if the exponential overflows."""
+    return factor * jnp.exp(jnp.where(factor == 0, 0, exponent))

@@ -15,9 +15,7 @@ from curvax.objectives.loss import OutputLoss
 from curvax.objectives.penalty import Penalty
 from curvax.objectives.point import CurvaturePoint, curvature_point
 from curvax.objectives.term import Term, weighted_sum, weighting
-
-PyTree = Any
-Scalar = Any
+from curvax.types import PyTree, Scalar
 
 
 @jax.tree_util.register_pytree_node_class

@@ -11,15 +11,13 @@ import abc
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial, register_dataclass
 
 from curvax import trees
-
-PyTree = Any
+from curvax.types import PyTree
 
 
 class OutputMatrix(abc.ABC):
@@ -152,7 +150,7 @@ class RankOneOutputs(OutputMatrix):
 
     def sqrt_transpose_product(self, vector: PyTree) -> PyTree:
         def combine(g):
-            products = g.astype(vector.dtype) * _expand_right(vector, g.ndim)
+            products = g.astype(vector.dtype) * trees.expand_right(vector, g.ndim)
             return (self._root_weight() * jnp.sum(products, axis=self.case_axes)).astype(g.dtype)
 
         return jax.tree.map(combine, self.vectors)
@@ -231,7 +229,8 @@ class AutodiffOutputs(OutputMatrix):
 class EigenOutputs:
     """A dense matrix for each case by its eigenvalues (cases..., m) and eigenvectors (cases..., m, m).
 
-    The root is symmetric: S u is shaped like u, whatever its structure.
+    No ``OutputMatrix``: it has no ``root_structure``, as it takes vectors of any structure with m entries for each
+    case. The root is symmetric, so that S u is shaped like u.
     """
 
     values: jax.Array
@@ -309,7 +308,3 @@ def _project(vector, left, right):
     for _ in range(2):
         vector = vector - right * jnp.sum(left * vector, axis=-1, keepdims=True)
     return vector
-
-
-def _expand_right(array, ndim):
-    return array.reshape(array.shape + (1,) * (ndim - array.ndim))

@@ -11,9 +11,7 @@ import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
 from curvax import trees
-
-PyTree = Any
-Scalar = Any
+from curvax.types import PyTree, Scalar
 
 
 @register_dataclass

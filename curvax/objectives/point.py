@@ -15,8 +15,7 @@ from curvax import trees
 from curvax.objectives.loss import OutputLoss
 from curvax.objectives.penalty import Penalty
 from curvax.objectives.term import Term, located_examples, scale_cases, weighted_sum, weighting
-
-PyTree = Any
+from curvax.types import PyTree
 
 
 @register_dataclass

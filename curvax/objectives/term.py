@@ -12,10 +12,7 @@ from jax.tree_util import register_dataclass
 
 from curvax import trees
 from curvax.objectives.loss import OutputLoss
-
-PyTree = Any
-Scalar = Any
-
+from curvax.types import PyTree, Scalar
 
 _STATIC = {"static": True}
 

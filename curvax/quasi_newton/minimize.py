@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from curvax import trees
+from curvax.checks import check_at_least, check_choice
 from curvax.damping.rules import RadiusRule
 from curvax.quasi_newton.sr1 import SR1Memory, sr1_map, sr1_memory
 from curvax.quasi_newton.steps import line_search_step, trust_region_step
+from curvax.solvers.stop_reasons import Reason
+from curvax.types import Array, PyTree, Scalar
 
-PyTree = Any
-Array = jax.Array
 
-
-class MinimizeReason(enum.IntEnum):
+class MinimizeReason(Reason):
     """Why ``minimize`` stopped; ``MinimizeReason(int(reason)).text`` reads aloud."""
 
-    MAX_ITERATIONS = 0
-    GRADIENT = 1
-    SMALL_STEP = 2
-    NON_FINITE = 3
-
-    @property
-    def text(self) -> str:
-        """One sentence about the code."""
-        return {
-            MinimizeReason.MAX_ITERATIONS: "the maximum number of iterations was taken",
-            MinimizeReason.GRADIENT: "the gradient is within the tolerance",
-            MinimizeReason.SMALL_STEP: "no step that lowers the function is longer than rounding",
-            MinimizeReason.NON_FINITE: "the function or its gradient at the start is not finite",
-        }[self]
+    MAX_ITERATIONS = 0, "the maximum number of iterations was taken"
+    GRADIENT = 1, "the gradient is within the tolerance"
+    SMALL_STEP = 2, "no step that lowers the function is longer than rounding"
+    NON_FINITE = 3, "the function or its gradient at the start is not finite"
 
 
 class MinimizeResult(NamedTuple):
@@ -67,10 +56,10 @@ def minimize(
     *,
     method: Literal["trust_region", "line_search"] = "trust_region",
     memory_size: int = 5,
-    scale: float = 1.0,
-    initial_radius: float | None = None,
-    max_iterations: int = 1000,
-    tolerance: float = 1e-6,
+    scale: Scalar = 1.0,
+    initial_radius: Scalar | None = None,
+    max_iterations: Scalar = 1000,
+    tolerance: Scalar = 1e-6,
 ) -> MinimizeResult:
     r"""Minimises a plain function by L-SR1, in one ``while_loop``: inside ``jit``, ``vmap`` and on any device.
 
@@ -89,9 +78,6 @@ def minimize(
         max_iterations: The cap.
         tolerance: The norm of the gradient to stop at.
 
-    Returns:
-        A ``MinimizeResult``.
-
     Example:
         >>> def saddle(x):                                                    # stationary at 0, minima at x[1] = -1, 1
         ...     return x[0] ** 2 / 2 + x[1] ** 4 / 4 - x[1] ** 2 / 2
@@ -103,7 +89,8 @@ def minimize(
 
     Source: Ramamurthy and Duffy 2017, algorithms 1 and 2.
     """
-    _check_method(method)
+    check_choice("method", method, ("trust_region", "line_search"))
+    cap = check_at_least("max_iterations", max_iterations, 0)
     rule, dtype = RadiusRule(), trees.wide_dtype(*jax.tree.leaves(start))
     evaluate = jax.value_and_grad(function)
 
@@ -111,7 +98,7 @@ def minimize(
         value: PyTree
         loss: Array
         gradient: PyTree
-        strategy: Array  # the radius, or the last step size
+        reach: Array  # the radius, or the last step size
         memory: SR1Memory
         iterations: Array
         accepted: Array
@@ -119,23 +106,25 @@ def minimize(
         probes: Array  # steps since the gradient came within the tolerance
         reason: Array
 
+    def is_flat(gradient):
+        norm = trees.norm(gradient)
+        return norm <= jnp.asarray(tolerance, norm.dtype)
+
     def reason_at(loss, gradient, small_step, memory, probes):
-        indefinite = _has_negative_curvature(memory, scale) & (probes < 20)
-        indefinite = indefinite & (method == "trust_region")
+        indefinite = _has_negative_curvature(memory, scale) & (probes < 20) & (method == "trust_region")
         reason = jnp.where(small_step, MinimizeReason.SMALL_STEP.value, MinimizeReason.MAX_ITERATIONS.value)
-        flat = trees.norm(gradient) <= tolerance
-        reason = jnp.where(flat & ~indefinite, MinimizeReason.GRADIENT.value, reason)
+        reason = jnp.where(is_flat(gradient) & ~indefinite, MinimizeReason.GRADIENT.value, reason)
         return jnp.where(trees.all_finite(loss, gradient), reason, MinimizeReason.NON_FINITE.value).astype(jnp.int32)
 
     def running(carry):
-        return (carry.reason == MinimizeReason.MAX_ITERATIONS.value) & (carry.iterations < max_iterations)
+        return (carry.reason == MinimizeReason.MAX_ITERATIONS.value) & (carry.iterations < cap)
 
     def iterate(carry):
         def displaced(step):
             loss, gradient = evaluate(trees.add(carry.value, step))
             return loss.astype(dtype), gradient
 
-        here = (displaced, carry.loss, carry.gradient, carry.memory, carry.strategy)
+        here = (displaced, carry.loss, carry.gradient, carry.memory, carry.reach)
         if method == "trust_region":
             taken = trust_region_step(*here, scale=scale, rule=rule)
         else:
@@ -148,36 +137,19 @@ def minimize(
         # A long step from a saddle may end where the function curves upwards, which says nothing about the saddle.
         forget = (carry.probes > 0) & ~taken.accepted
         memory = trees.where(forget, carry.memory, taken.memory)
-        probes = jnp.where(trees.norm(gradient) <= tolerance, carry.probes + 1, 0)
-        return Carry(
-            value,
-            loss,
-            gradient,
-            taken.strategy,
-            memory,
-            carry.iterations + 1,
-            carry.accepted + taken.accepted.astype(jnp.int32),
-            carry.skipped + taken.skipped.astype(jnp.int32),
-            probes,
-            reason_at(loss, gradient, small, memory, probes),
-        )
+        probes = jnp.where(is_flat(gradient), carry.probes + 1, 0)
+        reason = reason_at(loss, gradient, small, memory, probes)
+        iterations, accepted = carry.iterations + 1, carry.accepted + taken.accepted.astype(jnp.int32)
+        skipped = carry.skipped + taken.skipped.astype(jnp.int32)
+        return Carry(value, loss, gradient, taken.reach, memory, iterations, accepted, skipped, probes, reason)
 
     loss, gradient = evaluate(start)
     loss = loss.astype(dtype)
     first = jnp.asarray(trees.norm(gradient) if initial_radius is None else initial_radius, dtype)
     zero, memory = jnp.zeros((), jnp.int32), sr1_memory(start, memory_size)
-    carry = Carry(
-        start,
-        loss,
-        gradient,
-        first if method == "trust_region" else jnp.full((), 0.5, dtype),
-        memory,
-        zero,
-        zero,
-        zero,
-        zero,
-        reason_at(loss, gradient, jnp.array(False), memory, zero),
-    )
+    reach = first if method == "trust_region" else jnp.full((), 0.5, dtype)
+    reason = reason_at(loss, gradient, jnp.array(False), memory, zero)
+    carry = Carry(start, loss, gradient, reach, memory, zero, zero, zero, zero, reason)
     end = jax.lax.while_loop(running, iterate, carry)
     norm = trees.norm(end.gradient).astype(dtype)
     return MinimizeResult(end.value, end.loss, norm, end.reason, end.iterations, end.accepted, end.skipped, end.memory)
@@ -186,8 +158,3 @@ def minimize(
 def _has_negative_curvature(memory, scale):
     values = sr1_map(memory, scale).spectrum().values
     return jnp.min(values) < -jnp.sqrt(jnp.finfo(values.dtype).eps) * jnp.max(jnp.abs(values))
-
-
-def _check_method(method):
-    if method not in ("trust_region", "line_search"):
-        raise ValueError(f"method must be 'trust_region' or 'line_search', got {method!r}")

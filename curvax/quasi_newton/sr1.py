@@ -10,17 +10,15 @@ scaled along with them, which leaves B as it is.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from curvax import trees
+from curvax import blocks, trees
+from curvax.checks import check_at_least
 from curvax.matrices.compact import CompactMap
-
-PyTree = Any
-Scalar = Any
-Array = jax.Array
+from curvax.types import Array, PyTree, Scalar
 
 
 class SR1Memory(NamedTuple):
@@ -59,17 +57,11 @@ def sr1_memory(params: PyTree, size: int = 5) -> SR1Memory:
     Args:
         params: A pytree with the shapes and dtypes of the parameters.
         size: m, how many pairs it keeps.
-
-    Returns:
-        The memory.
     """
-    if size < 1:
-        raise ValueError(f"the memory must hold one pair at least, got size={size}")
+    check_at_least("size", size, 1)
     dtype = trees.wide_dtype(*jax.tree.leaves(params))
-    vectors = jax.tree.map(lambda leaf: jnp.zeros((size, *leaf.shape), leaf.dtype), params)
-    return SR1Memory(
-        vectors, jnp.zeros((size, size), dtype), jnp.zeros((size, size), dtype), jnp.zeros(size, jnp.int32)
-    )
+    square = jnp.zeros((size, size), dtype)
+    return SR1Memory(blocks.zeros(params, size), square, square, jnp.zeros(size, jnp.int32))
 
 
 def sr1_map(memory: SR1Memory, scale: Scalar) -> CompactMap:
@@ -78,9 +70,6 @@ def sr1_map(memory: SR1Memory, scale: Scalar) -> CompactMap:
     Args:
         memory: The memory.
         scale: gamma, the number whose multiple of the identity the matrix grew from, as in ``sr1_update``.
-
-    Returns:
-        The map.
     """
     return CompactMap(jnp.asarray(scale, memory.core.dtype), memory.vectors, memory.core, memory.gram, memory.ages > 0)
 
@@ -90,7 +79,7 @@ def sr1_update(
     operand: PyTree,
     image: PyTree,
     scale: Scalar,
-    tolerance: float = 1e-8,
+    tolerance: Scalar = 1e-8,
     *,
     expected: PyTree | None = None,
     usable: Array | bool = True,
@@ -110,9 +99,6 @@ def sr1_update(
         expected: B a, if it is known.
         usable: False leaves the pair out whatever it is.
 
-    Returns:
-        A ``MemoryUpdate``.
-
     Example:
         >>> H = jnp.diag(jnp.array([1.0, -2.0, 3.0]))
         >>> memory = curvax.quasi_newton.sr1_memory(jnp.zeros(3), size=3)
@@ -126,6 +112,9 @@ def sr1_update(
     dtype = memory.core.dtype
     scale = jnp.asarray(scale, dtype)
     matrix = sr1_map(memory, scale)
+    # Until here B = gamma I + Psi C^{-1} Psi^T. The new pair adds the column psi = b - gamma a to Psi and the row
+    # a^T [Psi, psi] to C: with r = b - B a = psi - Psi C^{-1} Psi^T a, block elimination turns the Schur complement
+    # a^T psi - (Psi^T a)^T C^{-1} Psi^T a = r^T a into the recursion's B + r r^T / (r^T a).
     psi = trees.sub(image, trees.scale(scale, operand))
     along = matrix.project(operand)
     if expected is None:
@@ -133,9 +122,11 @@ def sr1_update(
     else:
         residual = trees.sub(image, expected)
     reach, size, rest = (trees.norm(x).astype(dtype) for x in (operand, image, residual))
-    curved = jnp.abs(trees.vdot(operand, _scaled(residual, rest))).astype(dtype) >= tolerance * reach
+    slant = jnp.abs(trees.vdot(operand, _scaled(residual, rest))).astype(dtype)
+    curved = slant >= jnp.asarray(tolerance, dtype) * reach
     news = rest > 10 * jnp.finfo(dtype).eps * size
-    # psi is kept at unit length, so that pairs of any size stand beside each other.
+    # psi is kept at unit length, so that pairs of any size stand beside each other: Psi D^{-1} and D^{-1} C D^{-1} are
+    # the same matrix for any diagonal D, here D_ii = ||psi_i||. The new row of C is a^T psi_i / (||psi_i|| ||psi||).
     length = trees.norm(psi).astype(dtype)
     unit = _scaled(psi, length)
     squares = matrix.project(unit)
@@ -146,9 +137,7 @@ def sr1_update(
 
     slot = jnp.argmin(memory.ages)
     here = jnp.arange(memory.ages.size) == slot
-    stored = jax.tree.map(
-        lambda stack, leaf: stack.at[slot].set(jnp.where(kept, leaf, stack[slot])), memory.vectors, unit
-    )
+    stored = blocks.with_row(memory.vectors, slot, trees.where(kept, unit, blocks.row(memory.vectors, slot)))
     used = (memory.ages > 0) | here
     ages = jnp.where(here, jnp.max(memory.ages) + 1, memory.ages)
     products = jnp.where(here, slope, along) / jnp.where(length > 0, length, 1)

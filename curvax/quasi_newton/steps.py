@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from curvax import trees
@@ -14,10 +12,9 @@ from curvax.damping.rules import RadiusRule
 from curvax.matrices.quadratic_model import reduction_ratio
 from curvax.quasi_newton.sr1 import SR1Memory, sr1_map, sr1_update
 from curvax.solvers.compact_trust_region import compact_trust_region
+from curvax.solvers.line_search import backtracking_line_search
+from curvax.types import Array, PyTree, Scalar
 
-PyTree = Any
-Scalar = Any
-Array = jax.Array
 Evaluate = Callable[[PyTree], tuple[Array, PyTree]]
 
 
@@ -33,10 +30,9 @@ class SR1Step:
         predicted_change: The change of the quadratic model.
         step_ratio: The actual over the predicted change.
         accepted: Whether the step shall be taken.
-        strategy: The radius, or the step size, for the next iteration.
+        reach: How far the next iteration goes: the radius, or the step size that the next search starts from.
         memory: The memory with the new pair, be the step taken or not.
         skipped: Whether the pair was left out.
-        dropped: Pairs dropped to repair the memory.
         hard_case: Whether the trust-region problem was in its hard case; for a line search, whether the direction
             pointed upwards and was turned round.
         finite: Whether loss, gradient and model are finite; the memory is as it was where not.
@@ -49,10 +45,9 @@ class SR1Step:
     predicted_change: Array
     step_ratio: Array
     accepted: Array
-    strategy: Array
+    reach: Array
     memory: SR1Memory
     skipped: Array
-    dropped: Array
     hard_case: Array
     finite: Array
 
@@ -67,7 +62,7 @@ def trust_region_step(
     scale: Scalar = 1.0,
     rule: RadiusRule | None = None,
     acceptance: Scalar = 1e-4,
-    skip_tolerance: float = 1e-8,
+    skip_tolerance: Scalar = 1e-8,
 ) -> SR1Step:
     """One iteration of algorithm 1: the exact step in the region, its judgement, the pair, the radius.
 
@@ -81,9 +76,6 @@ def trust_region_step(
         rule: How Delta adapts.
         acceptance: eta, the least ratio of a step that is taken.
         skip_tolerance: r of the skip rule.
-
-    Returns:
-        An ``SR1Step``.
     """
     rule, dtype = RadiusRule() if rule is None else rule, memory.core.dtype
     solution = compact_trust_region(sr1_map(memory, scale), gradient, radius)
@@ -104,11 +96,10 @@ def trust_region_step(
         new_gradient=new_gradient,
         predicted_change=predicted,
         step_ratio=ratio,
-        accepted=ratio > acceptance,
-        strategy=rule.adapt(radius, ratio, step_norm=solution.norm),
+        accepted=ratio > jnp.asarray(acceptance, dtype),
+        reach=rule.adapt(radius, ratio, step_norm=solution.norm),
         memory=updated.memory,
         skipped=updated.skipped,
-        dropped=updated.dropped,
         hard_case=solution.hard_case,
         finite=finite,
     )
@@ -124,7 +115,7 @@ def line_search_step(
     scale: Scalar = 1.0,
     sufficient_decrease: Scalar = 1e-4,
     most_halvings: int = 30,
-    skip_tolerance: float = 1e-8,
+    skip_tolerance: Scalar = 1e-8,
     loss_at: Callable[[PyTree], Array] | None = None,
 ) -> SR1Step:
     """One iteration of algorithm 2: the direction -H g, halved until the loss falls enough, and the pair.
@@ -143,9 +134,6 @@ def line_search_step(
         most_halvings: The cap on the search.
         skip_tolerance: r of the skip rule.
         loss_at: (step) -> loss, if that is cheaper than with the gradient.
-
-    Returns:
-        An ``SR1Step``.
     """
     dtype = memory.core.dtype
     loss_at = (lambda step: evaluate(step)[0]) if loss_at is None else loss_at
@@ -158,26 +146,18 @@ def line_search_step(
     direction = trees.where(upwards, trees.scale(-1.0, direction), direction)
     direction = trees.where(orthogonal, trees.scale(-1.0, gradient), direction)
     slope = jnp.where(orthogonal, -trees.vdot(gradient, gradient).astype(dtype), -jnp.abs(slope))
-    rounding = 10 * jnp.finfo(dtype).eps * jnp.abs(loss)
-
-    def sufficient(step_size, value):
-        return value <= loss + sufficient_decrease * step_size * slope + rounding
-
-    def searching(carry):
-        step_size, value, tries = carry
-        return ~sufficient(step_size, value) & (tries < most_halvings)
-
-    def halve(carry):
-        step_size, _, tries = carry
-        step_size = step_size / 2
-        return step_size, loss_at(trees.scale(step_size, direction)).astype(dtype), tries + 1
-
-    start = jnp.minimum(1, 2 * last_step_size).astype(dtype)
-    first = (start, loss_at(trees.scale(start, direction)).astype(dtype), jnp.zeros((), jnp.int32))
-    step_size, value, _ = jax.lax.while_loop(searching, halve, first)
+    search = backtracking_line_search(
+        lambda step_size: loss_at(trees.scale(step_size, direction)),
+        loss + 10 * jnp.finfo(dtype).eps * jnp.abs(loss),
+        slope,
+        sufficient_decrease=sufficient_decrease,
+        max_tries=most_halvings,
+        initial=jnp.minimum(1, 2 * last_step_size),
+    )
+    step_size = search.step_size
     step = trees.scale(step_size, direction)
     new_loss, new_gradient = evaluate(step)
-    accepted = sufficient(step_size, value) & trees.all_finite(new_gradient)
+    accepted = search.found & trees.all_finite(new_gradient)
     predicted = step_size * slope / 2
     finite = trees.all_finite(loss, gradient, predicted)
     change = trees.sub(new_gradient, gradient)
@@ -190,10 +170,9 @@ def line_search_step(
         predicted_change=predicted,
         step_ratio=reduction_ratio(loss, new_loss, predicted).astype(dtype),
         accepted=accepted,
-        strategy=jnp.where(accepted, step_size, last_step_size / 2),
+        reach=jnp.where(accepted, step_size, last_step_size / 2),
         memory=updated.memory,
         skipped=updated.skipped,
-        dropped=updated.dropped,
         hard_case=upwards,
         finite=finite,
     )

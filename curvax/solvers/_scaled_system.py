@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from curvax import trees
-
-PyTree = Any
+from curvax.types import Array, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +26,8 @@ class ScaledSystem:
     preconditioner: Callable[[PyTree], PyTree] | None
     like: PyTree
     right: PyTree
-    unit: jax.Array
-    preconditioner_unit: jax.Array
+    unit: Array
+    preconditioner_unit: Array
 
     def multiply(self, direction: PyTree) -> PyTree:
         return product(self.matvec, direction, self.like, "matvec")
@@ -50,7 +49,7 @@ class ScaledSystem:
         preconditioned = product(self.preconditioner, residual, self.like, "preconditioner")
         return trees.scale(1 / self.preconditioner_unit, preconditioned)
 
-    def descent(self, preconditioned: PyTree, factor: jax.Array, direction: PyTree) -> PyTree:
+    def descent(self, preconditioned: PyTree, factor: Array, direction: PyTree) -> PyTree:
         """-y + factor * p, in the dtypes of b."""
         return narrow(trees.add_scaled(trees.scale(-1.0, preconditioned), factor, direction), self.like)
 
@@ -66,9 +65,9 @@ class Probe(NamedTuple):
     """
 
     unit_product: PyTree
-    norm: jax.Array
-    slope: jax.Array
-    flat: jax.Array
+    norm: Array
+    slope: Array
+    flat: Array
 
 
 def scaled_system(matvec, b, x0, preconditioner) -> tuple[ScaledSystem, PyTree, PyTree]:
@@ -113,7 +112,7 @@ def wide(tree: PyTree) -> PyTree:
 narrow = trees.cast_like
 
 
-def power_of_two(value: jax.Array) -> jax.Array:
+def power_of_two(value: Array) -> Array:
     """The power of two just below a positive number; 1 for zero and for what is not finite."""
     unsigned = jnp.dtype(f"uint{8 * value.dtype.itemsize}")
     bits = jax.lax.bitcast_convert_type(value, unsigned)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from curvax.solvers.conjugate_gradient import StoredIterates
-
-PyTree = Any
+from curvax.types import Array, PyTree
 
 
 class BacktrackResult(NamedTuple):
@@ -25,13 +24,13 @@ class BacktrackResult(NamedTuple):
     """
 
     value: PyTree
-    iteration: jax.Array
-    model_value: jax.Array
-    objective: jax.Array
-    evaluations: jax.Array
+    iteration: Array
+    model_value: Array
+    objective: Array
+    evaluations: Array
 
 
-def backtrack(stored: StoredIterates, objective: Callable[[PyTree], jax.Array]) -> BacktrackResult:
+def backtrack(stored: StoredIterates, objective: Callable[[PyTree], Array]) -> BacktrackResult:
     """Goes from the last stored iterate backwards for as long as the objective improves.
 
     Along a run of conjugate gradients the quadratic model always improves, but the objective may have been best long
@@ -75,15 +74,12 @@ def backtrack(stored: StoredIterates, objective: Callable[[PyTree], jax.Array]) 
     return _chosen(stored, best, value, evaluations)
 
 
-def best_stored(stored: StoredIterates, objective: Callable[[PyTree], jax.Array]) -> BacktrackResult:
+def best_stored(stored: StoredIterates, objective: Callable[[PyTree], Array]) -> BacktrackResult:
     """The stored iterate with the lowest objective, all of them evaluated.
 
     Args:
         stored: ``CGResult.stored``.
         objective: x -> h, a scalar; on data that the curvature was not taken from, in Martens's second recipe.
-
-    Returns:
-        A ``BacktrackResult``.
 
     Source: Martens 2016, section 4.11.
     """
@@ -94,15 +90,12 @@ def best_stored(stored: StoredIterates, objective: Callable[[PyTree], jax.Array]
     return _chosen(stored, best, values[best], stored.used)
 
 
-def last_stored(stored: StoredIterates, objective: Callable[[PyTree], jax.Array]) -> BacktrackResult:
+def last_stored(stored: StoredIterates, objective: Callable[[PyTree], Array]) -> BacktrackResult:
     """The last iterate, with the objective there; no choice at all.
 
     Args:
         stored: ``CGResult.stored``.
         objective: x -> h, a scalar.
-
-    Returns:
-        A ``BacktrackResult``.
     """
     last = _last(stored)
     return _chosen(stored, last, _evaluated(stored, objective, last), jnp.ones((), jnp.int32))

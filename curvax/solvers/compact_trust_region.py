@@ -2,39 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
 
-from curvax import trees
+from curvax import blocks, trees
 from curvax.matrices.compact import CompactMap
-from curvax.solvers.trust_region import diagonal_trust_region
-
-PyTree = Any
-Scalar = Any
-Array = jax.Array
+from curvax.solvers.trust_region import TrustRegionStep, diagonal_trust_region
+from curvax.types import PyTree, Scalar
 
 
-class CompactTrustRegionStep(NamedTuple):
-    """The solution of a trust-region problem.
-
-    Attributes:
-        step: p, a pytree like the gradient.
-        norm: ||p||.
-        multiplier: sigma >= 0 with (B + sigma I) p = -g.
-        hard_case: Whether g has no component along the lowest eigenvectors of an indefinite B.
-        model_value: g^T p + 1/2 p^T B p.
-    """
-
-    step: PyTree
-    norm: Array
-    multiplier: Array
-    hard_case: Array
-    model_value: Array
-
-
-def compact_trust_region(matrix: CompactMap, gradient: PyTree, radius: Scalar) -> CompactTrustRegionStep:
+def compact_trust_region(matrix: CompactMap, gradient: PyTree, radius: Scalar) -> TrustRegionStep:
     r"""Minimises g^T p + 1/2 p^T B p over ||p|| <= radius exactly, for B = gamma I + Psi C^{-1} Psi^T, definite or not.
 
     In an orthonormal basis of the range of Psi and one direction outside of it B is diagonal, so the problem has k + 1
@@ -45,9 +22,6 @@ def compact_trust_region(matrix: CompactMap, gradient: PyTree, radius: Scalar) -
         matrix: B, from ``curvax.compact_map`` or a quasi-Newton memory.
         gradient: g, a pytree with the map's structure.
         radius: A positive number.
-
-    Returns:
-        A ``CompactTrustRegionStep``.
 
     Example:
         >>> B = curvax.compact_map(1.0, jnp.array([[1.0, 0.0, 0.0]]), jnp.array([[-0.5]]))     # diag(-1, 1, 1)
@@ -60,7 +34,14 @@ def compact_trust_region(matrix: CompactMap, gradient: PyTree, radius: Scalar) -
     trees.check_like(gradient, matrix.structure, "gradient", "the map's vectors")
     spectrum = matrix.spectrum()
     dtype = matrix.scale.dtype
-    inside = spectrum.basis.T @ matrix.project(gradient)
+
+    def project(vector):
+        return spectrum.basis.T @ matrix.project(vector)
+
+    def expand(coefficients):
+        return matrix.combine(spectrum.basis @ coefficients)
+
+    inside = project(gradient)
     whole = trees.norm(gradient).astype(dtype)
     share = inside / jnp.where(whole > 0, whole, 1)
     length = whole * jnp.sqrt(jnp.maximum(1 - share @ share, 0))
@@ -69,12 +50,10 @@ def compact_trust_region(matrix: CompactMap, gradient: PyTree, radius: Scalar) -
     def as_difference():
         return length, gradient, inside
 
-    # ... unless the difference cancels; then it is formed, twice, as the basis is orthonormal to rounding only.
+    # ... unless the difference cancels; then it is formed.
     def formed():
-        outside = gradient
-        for _ in range(2):
-            outside = trees.sub(outside, matrix.combine(spectrum.basis @ (spectrum.basis.T @ matrix.project(outside))))
-        return trees.norm(outside).astype(dtype), outside, jnp.zeros_like(inside)
+        _, outside, length = blocks.split(gradient, project, expand)
+        return length.astype(dtype), outside, jnp.zeros_like(inside)
 
     length, vector, part = jax.lax.cond(length < 0.3 * whole, formed, as_difference)
     has_outside = spectrum.rank < trees.size(gradient)
@@ -86,7 +65,7 @@ def compact_trust_region(matrix: CompactMap, gradient: PyTree, radius: Scalar) -
     # In the hard case any direction outside of the range will do.
     def any_direction():
         drawn = trees.random_normal(jax.random.key(0), gradient)
-        drawn = trees.sub(drawn, matrix.combine(spectrum.basis @ (spectrum.basis.T @ matrix.project(drawn))))
+        drawn = trees.sub(drawn, expand(project(drawn)))
         return 1 / trees.norm(drawn).astype(dtype), drawn, jnp.zeros_like(inside)
 
     def own_direction():
@@ -95,7 +74,5 @@ def compact_trust_region(matrix: CompactMap, gradient: PyTree, radius: Scalar) -
     needed = (length == 0) & (small.step[-1] != 0)
     factor, vector, part = jax.lax.cond(needed, any_direction, own_direction)
     along = factor * small.step[-1]
-    step = trees.add(matrix.combine(spectrum.basis @ (small.step[:-1] - along * part)), trees.scale(along, vector))
-    return CompactTrustRegionStep(
-        step, trees.norm(small.step).astype(dtype), small.multiplier, small.hard_case, small.model_value
-    )
+    step = trees.add(expand(small.step[:-1] - along * part), trees.scale(along, vector))
+    return small._replace(step=step, norm=small.norm.astype(dtype))

@@ -6,18 +6,17 @@ Martens 2016, Algorithm 2 and sections 4.2, 4.6.7, 4.8 and 4.11.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from curvax import trees
+from curvax.checks import check_at_least
 from curvax.solvers._scaled_system import ScaledSystem, narrow, scaled_system
 from curvax.solvers.monitors import Monitor
 from curvax.solvers.stop_reasons import StopReason, first_reason
-
-PyTree = Any
-Scalar = Any
+from curvax.types import Array, PyTree, Scalar
 
 
 class StoredIterates(NamedTuple):
@@ -33,9 +32,9 @@ class StoredIterates(NamedTuple):
     """
 
     values: PyTree
-    iterations: jax.Array
-    model_values: jax.Array
-    used: jax.Array
+    iterations: Array
+    model_values: Array
+    used: Array
 
 
 class CGResult(NamedTuple):
@@ -47,7 +46,8 @@ class CGResult(NamedTuple):
         iterations: The number of steps taken. A run that ends in negative curvature has used one product more.
         residual_norm: |A x - b|, by the recurrence.
         model_value: q(x) = 1/2 x^T A x - b^T x.
-        model_trace: q(x_0), ..., q(x_max_iterations); the entries after the last step repeat its value.
+        model_trace: q(x_0), ..., q(x_max_iterations); the entries after the last step repeat its value. None where
+            ``max_iterations`` is traced.
         negative_curvature_direction: A descent direction p with p^T A p <= 0 (to rounding) where that is the reason,
             otherwise zero. Its length means nothing.
         stored: The iterates asked for by ``store_at``, else None.
@@ -55,11 +55,11 @@ class CGResult(NamedTuple):
     """
 
     value: PyTree
-    reason: jax.Array
-    iterations: jax.Array
-    residual_norm: jax.Array
-    model_value: jax.Array
-    model_trace: jax.Array
+    reason: Array
+    iterations: Array
+    residual_norm: Array
+    model_value: Array
+    model_trace: Array | None
     negative_curvature_direction: PyTree
     stored: StoredIterates | None
     monitor_state: PyTree
@@ -71,7 +71,7 @@ def cg(
     *,
     x0: PyTree | None = None,
     preconditioner: Callable[[PyTree], PyTree] | None = None,
-    max_iterations: int,
+    max_iterations: Scalar,
     tolerance: Scalar,
     progress_tolerance: Scalar | None = None,
     store_at: Sequence[int] | None = None,
@@ -93,16 +93,13 @@ def cg(
         x0: A warm start, shaped like b; None is zero and saves a product. Ignored where b is zero.
         preconditioner: r -> P^{-1} r with P symmetric positive definite, for instance a ``diagonal_preconditioner``.
             The scale of P does not matter.
-        max_iterations: The hard cap, a Python integer.
+        max_iterations: The hard cap. It may be traced, without ``progress_tolerance`` and ``store_at``.
         tolerance: Stop when |A x - b| <= tolerance * |b|.
         progress_tolerance: Stop at iteration j when (q_j - q_{j-k}) / q_j < progress_tolerance with k = max(10, j/10),
             tested once j > k and q_j < 0; a warm start may begin with q_0 > 0. Martens takes 1e-4. None: no such stop.
         store_at: The numbers of the iterates to keep, for instance ``geometric_iterations(max_iterations)``; the last
             iterate is kept in any case. Memory is one copy of b for each. None: nothing is stored.
         monitor: A rule of the caller's own that sees every iterate and can stop the run; see ``Monitor``.
-
-    Returns:
-        A ``CGResult``.
 
     Raises:
         TypeError: A leaf of b is not real floating-point.
@@ -116,28 +113,20 @@ def cg(
 
     Source: Martens 2016, Algorithm 2, eq. 4.2 (the progress rule) and section 4.6.7 (the stored iterates).
     """
-    if max_iterations < 1:
-        raise ValueError(f"max_iterations is {max_iterations}; it must be at least 1")
+    cap = check_at_least("max_iterations", max_iterations, 1)
+    if not isinstance(cap, int) and not (progress_tolerance is None and store_at is None):
+        raise ValueError("progress_tolerance= and store_at= need max_iterations as a Python integer, not a traced one")
     system, x, residual = scaled_system(matvec, b, x0, preconditioner)
     threshold = jnp.asarray(tolerance, system.unit.dtype) * trees.norm(system.right)
-    state = _start(system, x, residual, threshold, max_iterations, store_at, monitor)
+    state = _start(system, x, residual, threshold, cap, store_at, monitor)
 
     def running(state):
-        return (state.reason == StopReason.MAX_ITERATIONS) & (state.iteration < max_iterations)
+        return (state.reason == StopReason.MAX_ITERATIONS) & (state.iteration < cap)
 
     def step(state):
         return _step(system, state, threshold, progress_tolerance, monitor)
 
     return _result(system, jax.lax.while_loop(running, step, state))
-
-
-def every_iterations(period: int, max_iterations: int) -> tuple[int, ...]:
-    """The numbers period, 2 period, ... up to ``max_iterations``, for ``store_at``.
-
-    >>> every_iterations(4, 10)
-    (4, 8)
-    """
-    return tuple(range(period, max_iterations + 1, period))
 
 
 def geometric_iterations(max_iterations: int, ratio: float = 1.3) -> tuple[int, ...]:
@@ -156,25 +145,26 @@ def geometric_iterations(max_iterations: int, ratio: float = 1.3) -> tuple[int, 
 
 
 class _State(NamedTuple):
-    iteration: jax.Array
-    reason: jax.Array
+    iteration: Array
+    reason: Array
     x: PyTree
     residual: PyTree
     direction: PyTree
-    descent: jax.Array  # r^T P^{-1} r
-    residual_norm: jax.Array
-    trace: jax.Array
+    descent: Array  # r^T P^{-1} r
+    residual_norm: Array
+    model_value: Array
+    trace: Array | None  # the model values of all iterates
     stored: _Store | None
     monitor_state: PyTree
 
 
 class _Store(NamedTuple):
     values: PyTree
-    iterations: jax.Array
-    numbers: jax.Array
+    iterations: Array
+    numbers: Array
 
 
-def _start(system, x, residual, threshold, max_iterations, store_at, monitor):
+def _start(system, x, residual, threshold, cap, store_at, monitor):
     preconditioned = system.precondition(residual)
     descent = trees.vdot(residual, preconditioned)
     residual_norm = jnp.sqrt(trees.vdot(residual, residual))
@@ -193,8 +183,9 @@ def _start(system, x, residual, threshold, max_iterations, store_at, monitor):
         direction=narrow(trees.scale(-1.0, preconditioned), system.like),
         descent=descent,
         residual_norm=residual_norm,
-        trace=jnp.full((max_iterations + 1,), model_value),
-        stored=None if store_at is None else _empty_store(system, x, store_at, max_iterations),
+        model_value=model_value,
+        trace=jnp.full((cap + 1,), model_value) if isinstance(cap, int) else None,
+        stored=None if store_at is None else _empty_store(system, x, store_at, cap),
         monitor_state=None if monitor is None else monitor.state,
     )
 
@@ -203,6 +194,12 @@ def _model_value(system, x, residual):
     return 0.5 * trees.vdot(trees.sub(residual, system.right), x)
 
 
+# The textbook's run (Hestenes and Stiefel 1952), which jax.scipy.sparse.linalg.cg is, but for this:
+# - r = A x - b is the gradient of q, so q(x) = (r - b)^T x / 2 comes without a product; jax.scipy returns no figures.
+# - b is at unit scale, A p too when p^T A p is taken: jax.scipy squares |b|, and 1e-30 b in float32 is zero to it.
+# - p^T A p <= 0 ends the run, and p is returned; jax.scipy divides by it.
+# - x and r are wider than p in half precision: what is added to x is, to the bit, what was multiplied by A.
+# - A step that is not finite is not taken, so that the result is finite whatever A does.
 def _step(system: ScaledSystem, state: _State, threshold, progress_tolerance, monitor) -> _State:
     p = state.direction
     unit_product, product_norm, slope, flat = system.probe(p)
@@ -220,7 +217,9 @@ def _step(system: ScaledSystem, state: _State, threshold, progress_tolerance, mo
     taken = defect == StopReason.MAX_ITERATIONS
     x, residual = trees.where(taken, (x, residual), (state.x, state.residual))
     iteration = state.iteration + taken.astype(jnp.int32)
-    trace = jnp.where(taken & (jnp.arange(state.trace.size, dtype=jnp.int32) >= iteration), model_value, state.trace)
+    trace = state.trace
+    if trace is not None:
+        trace = jnp.where(taken & (jnp.arange(trace.size, dtype=jnp.int32) >= iteration), model_value, trace)
 
     preconditioned = system.precondition(residual)
     descent = trees.vdot(residual, preconditioned)
@@ -241,6 +240,7 @@ def _step(system: ScaledSystem, state: _State, threshold, progress_tolerance, mo
         direction=trees.where(taken, direction, p),
         descent=descent,
         residual_norm=jnp.where(taken, residual_norm, state.residual_norm),
+        model_value=jnp.where(taken, model_value, state.model_value),
         trace=trace,
         stored=_stored(state.stored, system, x, iteration),
         monitor_state=trees.where(taken, monitor_state, state.monitor_state),
@@ -292,10 +292,10 @@ def _stored(store, system, x, iteration):
 
 
 def _result(system, state):
-    trace = state.trace * system.unit * system.unit
+    trace = None if state.trace is None else state.trace * system.unit * system.unit
     negative = state.reason == StopReason.NEGATIVE_CURVATURE
     stored = None
-    if state.stored is not None:
+    if state.stored is not None and trace is not None:
         numbers = state.stored.iterations
         stored = StoredIterates(state.stored.values, numbers, trace[numbers], jnp.sum(numbers > 0, dtype=jnp.int32))
     return CGResult(
@@ -303,7 +303,7 @@ def _result(system, state):
         reason=state.reason,
         iterations=state.iteration,
         residual_norm=state.residual_norm * system.unit,
-        model_value=trace[-1],
+        model_value=state.model_value * system.unit * system.unit,
         model_trace=trace,
         negative_curvature_direction=trees.where(negative, state.direction, trees.zeros_like(state.direction)),
         stored=stored,

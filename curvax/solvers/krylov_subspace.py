@@ -6,17 +6,16 @@ Krylov subspace descent, Vinyals and Povey 2012.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from curvax import trees
+from curvax import blocks, trees
+from curvax.checks import check_at_least
 from curvax.solvers._scaled_system import narrow, scaled_system, wide
-
-PyTree = Any
-Scalar = Any
+from curvax.types import Array, PyTree, Scalar
 
 
 class KrylovSubspace(NamedTuple):
@@ -32,13 +31,13 @@ class KrylovSubspace(NamedTuple):
     """
 
     basis: PyTree
-    matrix: jax.Array
-    right: jax.Array
-    active: jax.Array
+    matrix: Array
+    right: Array
+    active: Array
 
-    def combine(self, coefficients: jax.Array) -> PyTree:
+    def combine(self, coefficients: Array) -> PyTree:
         """The vector sum_j c_j q_j, in the dtypes of b."""
-        return narrow(_combination(self.basis, coefficients), self.basis)
+        return narrow(blocks.combine(coefficients, self.basis), self.basis)
 
 
 def krylov_subspace(
@@ -79,24 +78,23 @@ def krylov_subspace(
 
     Source: Vinyals and Povey 2012, Algorithm 1.
     """
-    if num_vectors < 1:
-        raise ValueError(f"num_vectors is {num_vectors}; it must be at least 1")
+    check_at_least("num_vectors", num_vectors, 1)
     system, _, residual = scaled_system(matvec, b, None, preconditioner)
     like, count = system.like, num_vectors + (extra is not None)
     if extra is not None:
         trees.check_like(extra, like, "extra", "the entries of b")
         extra = jax.tree.map(jnp.asarray, extra)
-    basis = jax.tree.map(lambda leaf: jnp.zeros((count, *leaf.shape), leaf.dtype), like)
 
     def add_vector(index, carry):
         basis, matrix, active, candidate = carry
-        vector, independent = _orthonormalised(candidate, basis)
+        _, rest, length = blocks.expanded(basis, candidate)
+        vector, independent = blocks.unit(rest, length, trees.norm(candidate))
         vector = narrow(vector, like)
         product = system.multiply(vector)
         independent &= trees.all_finite(product)
         vector, product = trees.where(independent, (vector, product), trees.zeros_like((vector, product)))
-        basis = jax.tree.map(lambda leaf, new: jax.lax.dynamic_update_index_in_dim(leaf, new, index, 0), basis, vector)
-        column = _inner_products(basis, product)
+        basis = blocks.with_row(basis, index, vector)
+        column = blocks.inner_products(basis, product)
         matrix = matrix.at[:, index].set(column).at[index, :].set(column)
         candidate = system.precondition(product)
         if extra is not None:
@@ -105,9 +103,9 @@ def krylov_subspace(
 
     candidate = system.precondition(trees.scale(-1.0, residual))
     dtype = system.unit.dtype
-    start = (basis, jnp.zeros((count, count), dtype), jnp.zeros((count,), bool), candidate)
+    start = (blocks.zeros(like, count), jnp.zeros((count, count), dtype), jnp.zeros((count,), bool), candidate)
     basis, matrix, active, _ = jax.lax.fori_loop(0, count, add_vector, start)
-    return KrylovSubspace(basis, matrix, _inner_products(basis, system.right) * system.unit, active)
+    return KrylovSubspace(basis, matrix, blocks.inner_products(basis, system.right) * system.unit, active)
 
 
 class SubspaceMinimum(NamedTuple):
@@ -120,15 +118,15 @@ class SubspaceMinimum(NamedTuple):
     """
 
     value: PyTree
-    objective: jax.Array
-    iterations: jax.Array
+    objective: Array
+    iterations: Array
 
 
 def minimize_in_subspace(
-    objective: Callable[[PyTree], jax.Array],
+    objective: Callable[[PyTree], Array],
     subspace: KrylovSubspace,
     *,
-    max_iterations: int,
+    max_iterations: Scalar,
     tolerance: Scalar = 1e-4,
     max_linesearch_steps: int = 10,
 ) -> SubspaceMinimum:
@@ -158,6 +156,7 @@ def minimize_in_subspace(
 
     Source: Vinyals and Povey 2012, section 3.
     """
+    cap = check_at_least("max_iterations", max_iterations, 0)
     values, vectors = jnp.linalg.eigh(subspace.matrix)
     largest = jnp.max(jnp.abs(values))
     scales = jnp.maximum(jnp.abs(values), jnp.where(largest > 0, 1e-4 * largest, 1))
@@ -174,7 +173,7 @@ def minimize_in_subspace(
 
     def running(carry):
         iteration, _, _, gradient_norm, _, _ = carry
-        return (iteration < max_iterations) & (gradient_norm > threshold)
+        return (iteration < cap) & (gradient_norm > threshold)
 
     def step(carry):
         iteration, z, state, _, best, best_value = carry
@@ -187,36 +186,6 @@ def minimize_in_subspace(
         best, best_value = trees.where(better, (z, value), (best, best_value))
         return iteration + 1, z, state, trees.norm(gradient), best, best_value
 
-    start = (
-        jnp.zeros((), jnp.int32),
-        zero,
-        optimizer.init(zero),
-        trees.norm(first_gradient),
-        zero,
-        first_value,
-    )
+    start = jnp.zeros((), jnp.int32), zero, optimizer.init(zero), trees.norm(first_gradient), zero, first_value
     iterations, _, _, _, best, best_value = jax.lax.while_loop(running, step, start)
     return SubspaceMinimum(subspace.combine(vectors @ (best / jnp.sqrt(scales))), best_value, iterations)
-
-
-def _orthonormalised(candidate, basis):
-    """The candidate without its components in the basis, at length one, and whether anything but rounding was left."""
-    before = trees.norm(candidate)
-    vector = trees.scale(1 / jnp.where(before > 0, before, 1), candidate)
-    for _ in range(2):
-        vector = trees.sub(vector, _combination(basis, _inner_products(basis, vector)))
-    left = trees.norm(vector)
-    independent = left > 10 * jnp.finfo(left.dtype).eps
-    return trees.scale(1 / jnp.where(independent, left, 1), vector), independent
-
-
-def _inner_products(basis, vector):
-    return jax.vmap(lambda q: trees.vdot(q, vector))(basis)
-
-
-def _combination(basis, coefficients):
-    def one(leaf):
-        leaf = leaf.astype(trees.wide_dtype(leaf))
-        return jnp.tensordot(coefficients.astype(leaf.dtype), leaf, axes=1, precision=jax.lax.Precision.HIGHEST)
-
-    return jax.tree.map(one, basis)

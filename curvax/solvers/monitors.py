@@ -8,15 +8,13 @@ adapted by the reduction ratio: the length of the run, the ratio and the damping
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from curvax import trees
-
-PyTree = Any
-Scalar = Any
+from curvax.types import Array, PyTree, Scalar
 
 
 class Monitor(NamedTuple):
@@ -36,12 +34,12 @@ class Monitor(NamedTuple):
         1
     """
 
-    update: Callable[[PyTree, PyTree, jax.Array], tuple[PyTree, jax.Array]]
+    update: Callable[[PyTree, PyTree, Array], tuple[PyTree, Array]]
     state: PyTree
 
 
 def reduction_monitor(
-    objective: Callable[[PyTree], jax.Array], initial_value: Scalar, *, fraction: Scalar = 0.9, period: int = 1
+    objective: Callable[[PyTree], Array], initial_value: Scalar, *, fraction: Scalar = 0.9, period: int = 1
 ) -> Monitor:
     """Stops once the reduction h(0) - h(x) falls below a fraction of the largest one seen in this run.
 
@@ -71,7 +69,7 @@ def reduction_monitor(
 
 
 def lookback_monitor(
-    objective: Callable[[PyTree], jax.Array],
+    objective: Callable[[PyTree], Array],
     initial_value: Scalar,
     *,
     window: int = 10,

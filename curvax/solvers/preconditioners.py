@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from curvax import trees
 from curvax.matrices.linear_map import Diagonal
-
-PyTree = Any
-Scalar = Any
+from curvax.types import PyTree, Scalar
 
 
 def diagonal_preconditioner(diagonal: PyTree, *, offset: Scalar = 0.0, exponent: Scalar = 0.75) -> Diagonal:

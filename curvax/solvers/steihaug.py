@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from curvax import trees
+from curvax.checks import check_at_least
 from curvax.solvers._scaled_system import narrow, scaled_system
 from curvax.solvers.stop_reasons import StopReason, first_reason
-
-PyTree = Any
-Scalar = Any
+from curvax.types import Array, PyTree, Scalar
 
 
 class SteihaugResult(NamedTuple):
@@ -32,13 +31,13 @@ class SteihaugResult(NamedTuple):
     """
 
     value: PyTree
-    reason: jax.Array
-    iterations: jax.Array
-    on_boundary: jax.Array
-    negative_curvature: jax.Array
-    norm: jax.Array
-    residual_norm: jax.Array
-    model_value: jax.Array
+    reason: Array
+    iterations: Array
+    on_boundary: Array
+    negative_curvature: Array
+    norm: Array
+    residual_norm: Array
+    model_value: Array
 
 
 def steihaug(
@@ -47,7 +46,7 @@ def steihaug(
     *,
     radius: Scalar,
     preconditioner: Callable[[PyTree], PyTree] | None = None,
-    max_iterations: int,
+    max_iterations: Scalar,
     tolerance: Scalar,
 ) -> SteihaugResult:
     r"""Approximately minimises q(x) = 1/2 x^T A x - b^T x over ||x||_P <= radius by truncated conjugate gradients.
@@ -81,8 +80,7 @@ def steihaug(
 
     Source: Steihaug 1983; Martens 2016, section 4.6.6.
     """
-    if max_iterations < 1:
-        raise ValueError(f"max_iterations is {max_iterations}; it must be at least 1")
+    cap = check_at_least("max_iterations", max_iterations, 1)
     system, zero, residual = scaled_system(matvec, b, None, preconditioner)
     dtype, root = system.unit.dtype, jnp.sqrt(system.preconditioner_unit)
     threshold = jnp.asarray(tolerance, dtype) * trees.norm(system.right)
@@ -129,7 +127,7 @@ def steihaug(
         return trees.where(taken, after, state._replace(reason=verdict))
 
     def running(state):
-        return (state.reason == StopReason.MAX_ITERATIONS) & (state.iteration < max_iterations)
+        return (state.reason == StopReason.MAX_ITERATIONS) & (state.iteration < cap)
 
     state = jax.lax.while_loop(running, step, _start(system, zero, residual, threshold))
     negative = state.reason == StopReason.NEGATIVE_CURVATURE
@@ -146,17 +144,17 @@ def steihaug(
 
 
 class _State(NamedTuple):
-    iteration: jax.Array
-    reason: jax.Array
+    iteration: Array
+    reason: Array
     x: PyTree
     residual: PyTree
-    residual_norm: jax.Array
+    residual_norm: Array
     direction: PyTree
     image: PyTree  # P p, or None where P = I
-    descent: jax.Array  # r^T P^{-1} r
-    xx: jax.Array  # x^T P x
-    xp: jax.Array  # x^T P p
-    pp: jax.Array  # p^T P p
+    descent: Array  # r^T P^{-1} r
+    xx: Array  # x^T P x
+    xp: Array  # x^T P p
+    pp: Array  # p^T P p
 
 
 def _start(system, zero, residual, threshold):

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import enum
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 
+from curvax.types import Array
 
-class StopReason(enum.IntEnum):
+
+class Reason(enum.IntEnum):
+    """An integer code with one sentence about it."""
+
+    text: str
+
+    def __new__(cls, code: int, text: str = ""):
+        self = int.__new__(cls, code)
+        self._value_, self.text = code, text
+        return self
+
+
+class StopReason(Reason):
     """The codes in the ``reason`` field of the solvers' results; ``StopReason(int(reason)).text`` reads aloud.
 
     Example:
@@ -18,35 +29,17 @@ class StopReason(enum.IntEnum):
         'the residual is within the tolerance'
     """
 
-    MAX_ITERATIONS = 0
-    CONVERGED = 1
-    PROGRESS = 2
-    MONITOR = 3
-    NEGATIVE_CURVATURE = 4
-    BOUNDARY = 5
-    BREAKDOWN = 6
-    NON_FINITE = 7
-
-    @property
-    def text(self) -> str:
-        """One sentence about the code."""
-        return STOP_REASONS[self]
+    MAX_ITERATIONS = 0, "the maximum number of iterations was taken"
+    CONVERGED = 1, "the residual is within the tolerance"
+    PROGRESS = 2, "the relative progress of the quadratic model fell below the progress tolerance"
+    MONITOR = 3, "the monitor asked to stop"
+    NEGATIVE_CURVATURE = 4, "a search direction without positive curvature was met"
+    BOUNDARY = 5, "the boundary of the trust region was reached"
+    BREAKDOWN = 6, "r^T P^{-1} r was not positive: the preconditioner is not positive definite"
+    NON_FINITE = 7, "a product, a preconditioned residual or the right-hand side was not finite"
 
 
-STOP_REASONS: dict[Any, str] = {
-    StopReason.MAX_ITERATIONS: "the maximum number of iterations was taken",
-    StopReason.CONVERGED: "the residual is within the tolerance",
-    StopReason.PROGRESS: "the relative progress of the quadratic model fell below the progress tolerance",
-    StopReason.MONITOR: "the monitor asked to stop",
-    StopReason.NEGATIVE_CURVATURE: "a search direction without positive curvature was met",
-    StopReason.BOUNDARY: "the boundary of the trust region was reached",
-    StopReason.BREAKDOWN: "r^T P^{-1} r was not positive: the preconditioner is not positive definite",
-    StopReason.NON_FINITE: "a product, a preconditioned residual or the right-hand side was not finite",
-}
-"""The text of each ``StopReason``, by code."""
-
-
-def first_reason(*cases: tuple[jax.Array, StopReason]) -> jax.Array:
+def first_reason(*cases: tuple[Array, StopReason]) -> Array:
     """The reason of the first case whose condition holds, or MAX_ITERATIONS, the code of a run that goes on."""
     conditions = [condition for condition, _ in cases]
     codes = [jnp.array(reason.value, jnp.int32) for _, reason in cases]

@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from curvax import trees
-
-Scalar = Any
+from curvax.types import Array, PyTree, Scalar
 
 
 class TrustRegionStep(NamedTuple):
     """The solution of a trust-region problem.
 
     Attributes:
-        step: p, shape (n,).
+        step: p, like the gradient.
+        norm: ||p||.
         multiplier: sigma >= 0 with (B + sigma I) p = -g; zero where p is inside the region.
         hard_case: Whether g has no component along the lowest eigenvectors of an indefinite B, so that the equation for
             sigma leaves p short of the boundary and a lowest eigenvector fills the rest: one solution of several.
         model_value: g^T p + 1/2 p^T B p.
     """
 
-    step: jax.Array
-    multiplier: jax.Array
-    hard_case: jax.Array
-    model_value: jax.Array
+    step: PyTree
+    norm: Array
+    multiplier: Array
+    hard_case: Array
+    model_value: Array
 
 
-def dense_trust_region(matrix: jax.Array, gradient: jax.Array, radius: Scalar) -> TrustRegionStep:
+def dense_trust_region(matrix: Array, gradient: Array, radius: Scalar) -> TrustRegionStep:
     r"""Minimises g^T p + 1/2 p^T B p over ||p|| <= radius exactly, for any symmetric B, definite or not.
 
     The solution is the one with (B + sigma I) p = -g, B + sigma I positive semi-definite, sigma >= 0 and
@@ -39,9 +40,6 @@ def dense_trust_region(matrix: jax.Array, gradient: jax.Array, radius: Scalar) -
         matrix: B, symmetric, shape (n, n).
         gradient: g, shape (n,).
         radius: A positive number.
-
-    Returns:
-        A ``TrustRegionStep``.
 
     Raises:
         ValueError: The shapes do not fit each other.
@@ -65,7 +63,7 @@ def dense_trust_region(matrix: jax.Array, gradient: jax.Array, radius: Scalar) -
     return solution._replace(step=jnp.matmul(vectors, solution.step, precision=precision))
 
 
-def diagonal_trust_region(eigenvalues: jax.Array, gradient: jax.Array, radius: Scalar) -> TrustRegionStep:
+def diagonal_trust_region(eigenvalues: Array, gradient: Array, radius: Scalar) -> TrustRegionStep:
     r"""``dense_trust_region`` for a diagonal B, in which every structured B that can be diagonalised ends.
 
     sigma is the root of 1/||p(sigma)|| = 1/radius with p_i(sigma) = -g_i / (lambda_i + sigma). It is sought as
@@ -94,10 +92,16 @@ def diagonal_trust_region(eigenvalues: jax.Array, gradient: jax.Array, radius: S
     values, slopes = eigenvalues.astype(dtype) / unit, gradient.astype(dtype) / unit / radius
     rounding = 10 * eigenvalues.size * jnp.finfo(dtype).eps
 
+    # With s = sigma + lambda_min the denominators are gap_i + s, so that s keeps its digits where sigma is close to
+    # -lambda_min. Were they lambda_i + sigma, the step along the lowest eigenvectors would cancel there.
     lowest = jnp.min(values)
     gaps = values - lowest
     in_lowest = gaps <= rounding
     rest = _solved(jnp.where(in_lowest, 0, slopes), jnp.where(in_lowest, 1, gaps))
+    # Nothing of g along the lowest eigenvectors and p(s = 0) short of the boundary: the secular equation has no root
+    # s > 0. If lambda_min < 0, p = p(0) + tau z with any lowest z and tau^2 = 1 - ||p(0)||^2 solves the problem with
+    # sigma = -lambda_min, for either sign of tau; the one chosen goes down what slope rounding has left. If
+    # lambda_min = 0, p(0) does, with sigma = 0.
     lowest_slope = trees.norm(jnp.where(in_lowest, slopes, 0))
     degenerate = (lowest <= rounding) & (lowest_slope <= rounding * trees.norm(slopes)) & (trees.norm(rest) < 1)
     hard_case = degenerate & (lowest < -rounding)
@@ -113,7 +117,8 @@ def diagonal_trust_region(eigenvalues: jax.Array, gradient: jax.Array, radius: S
     step = jnp.where(inside, newton_step, jnp.where(degenerate, degenerate_step, boundary_step))
     sigma = jnp.where(inside, 0, jnp.where(degenerate, jnp.maximum(-lowest, 0), shift - lowest))
     model_value = jnp.sum(slopes * step) + 0.5 * jnp.sum(values * step**2)
-    return TrustRegionStep(step * radius, sigma * unit, hard_case & ~inside, model_value * unit * radius * radius)
+    norm, model_value = trees.norm(step) * radius, model_value * unit * radius * radius
+    return TrustRegionStep(step * radius, norm, sigma * unit, hard_case & ~inside, model_value)
 
 
 def _solved(slopes, curvatures):
@@ -123,6 +128,9 @@ def _solved(slopes, curvatures):
 
 def _boundary_shift(slopes, gaps, least):
     """The s >= ``least`` with ||g / (gaps + s)|| = 1, from a lower bound upwards."""
+    # ||p(s)|| >= |g_lowest| / s. Newton's method goes for 1/||p(s)|| = 1, which is nearly linear where ||p(s)|| has a
+    # pole: s+ = s + (||p|| - 1) / (d^T (D + s)^{-1} d), d = p / ||p||. The left side is concave: no step leads past the
+    # root from below, and the first that does not lead upwards is rounding.
     lower = jnp.maximum(least, trees.norm(jnp.where(gaps == 0, slopes, 0)))
 
     def improve(carry):
@@ -130,7 +138,7 @@ def _boundary_shift(slopes, gaps, least):
         step = _solved(slopes, gaps + shift)
         length = trees.norm(step)
         direction = step / jnp.where(length > 0, length, 1)
-        change = (length - 1) / jnp.sum(direction * _quotient(direction, gaps + shift))
+        change = (1 - length) / jnp.sum(direction * _solved(direction, gaps + shift))
         raised = shift + change
         return count + 1, jnp.where(raised > shift, raised, shift), raised > shift
 
@@ -139,7 +147,3 @@ def _boundary_shift(slopes, gaps, least):
         return raised & (count < 100)
 
     return jax.lax.while_loop(running, improve, (0, lower, jnp.array(True)))[1]
-
-
-def _quotient(numerator, denominator):
-    return -_solved(numerator, denominator)

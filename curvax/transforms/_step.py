@@ -28,10 +28,7 @@ from jax.core import Tracer
 
 from curvax import trees
 from curvax.objectives.point import CurvaturePoint
-
-PyTree = Any
-Scalar = Any
-Array = jax.Array
+from curvax.types import Array, PyTree, Scalar
 
 
 class StepInfo(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,8 @@ from curvax.matrices.curvature import hessian
 from curvax.matrices.quadratic_model import reduction_ratio
 from curvax.objectives.objective import Objective
 from curvax.transforms._step import Given, Step, stepper
+from curvax.types import Array, PyTree, Scalar
 
-PyTree = Any
-Scalar = Any
-Array = jax.Array
 Scope = Literal["whole", "leaf", "variable"]
 
 

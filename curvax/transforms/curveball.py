@@ -13,9 +13,7 @@ from curvax.damping.rules import DampingRule, curveball_rule
 from curvax.matrices.quadratic_model import reduction_ratio
 from curvax.objectives.term import scale_cases
 from curvax.transforms._step import Given, Step, stepper
-
-PyTree = Any
-Array = jax.Array
+from curvax.types import Array, PyTree
 
 
 def curveball(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,6 @@ from curvax.layers.find import Layers
 from curvax.matrices.curvature import Curvature, GaussNewton, check_curvature
 from curvax.matrices.quadratic_model import reduction_ratio
 from curvax.transforms._step import Given, Step, static_count, stepper
-
-PyTree = Any
 
 RECIPE_A = MappingProxyType({"max_iterations": 250, "choice": "walk"})
 """Martens 2010: long runs that stop by relative progress, then CG-backtracking; a large gradient batch."""
@@ -160,13 +158,17 @@ def hessian_free(
         # A matrix that is not positive definite needs more damping, however well the part of the step fared.
         indefinite = result.reason == solvers.StopReason.NEGATIVE_CURVATURE
         ratio = jnp.where(indefinite, -jnp.inf, reduction_ratio(loss, new_loss, predicted).astype(dtype))
-        step_size = _backtracking_line_search(
+        # An ascent direction (possible from a warm start that was cut short) is not followed.
+        search = solvers.backtracking_line_search(
             lambda step_size: judged_loss(trees.scale(step_size, delta)),
             judged,
-            chosen.objective,
             trees.vdot(given.gradient, delta).astype(dtype),
-            given.number(sufficient_decrease),
+            sufficient_decrease=given.number(sufficient_decrease),
+            shrink=0.8,
+            max_tries=60,
+            first=chosen.objective,
         )
+        step_size = jnp.where(search.found, search.step_size, 0)
         figures = {
             "loss": loss,
             "new_loss": new_loss,
@@ -184,7 +186,7 @@ def hessian_free(
             figures,
             memory=best.value,
             strength=rule.adapt(given.strength, ratio, count=given.steps + 1),
-            accepted=step_size > 0,
+            accepted=search.found,
             finite=trees.all_finite(loss, delta, predicted),
         )
 
@@ -220,27 +222,3 @@ def _named(argument, name, table):
     if name not in table:
         raise ValueError(f"hessian_free: {argument} must be one of {', '.join(map(repr, table))}, got {name!r}")
     return table[name]
-
-
-def _backtracking_line_search(loss_at, start, first, slope, sufficient_decrease, shrink=0.8, most=60):
-    """The first alpha of 1, shrink, shrink^2 ... with loss_at(alpha) <= start + c alpha g^T delta, else 0.
-
-    ``start`` is the loss at alpha = 0 and ``first`` that at alpha = 1; both are known.
-    """
-
-    def sufficient(step_size, value):
-        return value <= start + sufficient_decrease * step_size * slope
-
-    def searching(carry):
-        step_size, value, tries = carry
-        return ~sufficient(step_size, value) & (tries < most)
-
-    def shorten(carry):
-        step_size, _, tries = carry
-        step_size = jnp.asarray(shrink, step_size.dtype) * step_size
-        return step_size, loss_at(step_size), tries + 1
-
-    one = jnp.ones((), slope.dtype)
-    step_size, value, _ = jax.lax.while_loop(searching, shorten, (one, first, jnp.zeros((), jnp.int32)))
-    # An ascent direction (possible from a warm start that was cut short) is never followed, however little it rises.
-    return jnp.where(sufficient(step_size, value) & (slope <= 0), step_size, 0)

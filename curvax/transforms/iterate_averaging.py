@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,7 @@ import optax
 from jax.core import Tracer
 
 from curvax import trees
-
-PyTree = Any
+from curvax.types import PyTree
 
 
 class IterateAveragingState(NamedTuple):

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 import optax
 
 from curvax import solvers, trees
 from curvax.matrices.curvature import Curvature, GaussNewton, check_curvature
 from curvax.transforms._step import Given, Step, static_count, stepper
-
-PyTree = Any
 
 
 def krylov_subspace_descent(

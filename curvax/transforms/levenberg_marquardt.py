@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -15,9 +13,7 @@ from curvax.matrices.curvature import Curvature, GaussNewton, check_curvature
 from curvax.matrices.linear_map import DenseMap
 from curvax.matrices.quadratic_model import reduction_ratio
 from curvax.transforms._step import Given, Step, stepper
-
-PyTree = Any
-Array = jax.Array
+from curvax.types import Array
 
 
 def levenberg_marquardt(

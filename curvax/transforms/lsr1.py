@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -12,9 +10,7 @@ from curvax import trees
 from curvax.damping.rules import RadiusRule
 from curvax.quasi_newton import SR1Step, line_search_step, sr1_memory, trust_region_step
 from curvax.transforms._step import Given, Step, static_count, stepper
-
-PyTree = Any
-Array = jax.Array
+from curvax.types import Array, PyTree
 
 
 def lsr1(
@@ -153,7 +149,7 @@ def lsr1_linesearch(
             skip_tolerance=given.number(skip_tolerance),
             loss_at=given.at.loss_along,
         )
-        return _step(given, taken, {"loss": loss, "step_size": taken.strategy, "turned": taken.hard_case})
+        return _step(given, taken, {"loss": loss, "step_size": taken.reach, "turned": taken.hard_case})
 
     # The search of the first step starts from 1, twice this.
     return _transformation("lsr1_linesearch", step, memory_size, 0.5, "turned")
@@ -177,7 +173,7 @@ def _step(given: Given, taken: SR1Step, figures: dict[str, Array]) -> Step:
         "skipped_pairs": given.info.extra["skipped_pairs"] + taken.skipped.astype(jnp.int32),
     }
     # The memory of a step that is not finite is the old one already, and is the largest part of the state.
-    return Step(taken.step, figures, taken.memory, taken.strategy, taken.accepted, taken.finite, guarded=True)
+    return Step(taken.step, figures, taken.memory, taken.reach, taken.accepted, taken.finite, guarded=True)
 
 
 def _evaluate(given):

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 import optax
 
 from curvax import solvers, trees
 from curvax.matrices.curvature import Curvature, Fisher, check_curvature
 from curvax.transforms._step import Given, Step, stepper
-
-PyTree = Any
 
 
 def natural_gradient(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 import optax
 
@@ -12,8 +10,6 @@ from curvax.damping.rules import RadiusRule
 from curvax.matrices.curvature import Curvature, Hessian, check_curvature
 from curvax.matrices.quadratic_model import reduction_ratio
 from curvax.transforms._step import Given, Step, stepper
-
-PyTree = Any
 
 
 def newton_cg(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import optax
 
@@ -12,8 +12,6 @@ from curvax.layers.sample_space import SampleSpace
 from curvax.layers.taps import tap
 from curvax.matrices.curvature import GaussNewton, OutputCurvature, check_curvature
 from curvax.transforms._step import Given, Step, nothing, stepper
-
-PyTree = Any
 
 
 def scale_by_sample_space(

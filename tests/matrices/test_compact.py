@@ -90,3 +90,14 @@ def test_where_the_vectors_span_everything_the_scale_is_no_eigenvalue(scale, dam
     values, vectors = np.linalg.eigh(matrix.to_dense())
     truth = vectors @ (vectors.T @ v / np.sqrt(values))
     np.testing.assert_allclose(matrix.inverse_sqrt(v), truth, rtol=1e-10)
+
+
+def test_no_rank_is_promoted():
+    compact = matrix()
+    with jax.numpy_rank_promotion("raise"):
+        spectrum = jax.jit(lambda compact: compact.spectrum())(compact)
+        product = compact(one(7))
+        np.testing.assert_allclose(trees.ravel(compact.solve(product)), trees.ravel(one(7)), rtol=1e-9)
+    expected = np.linalg.eigvalsh(dense(compact))
+    got = np.sort(np.append(spectrum.values, np.full(7, spectrum.rest)))
+    np.testing.assert_allclose(got, expected, rtol=1e-10)

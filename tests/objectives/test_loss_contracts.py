@@ -251,6 +251,19 @@ def test_excluded_classes_of_logit_minus_infinity_do_not_matter():
         close(with_excluded[name], without[name])
 
 
+@every_loss
+def test_no_rank_is_promoted(name):
+    loss, outputs, targets = CASES[name]
+    expected = measure(loss, outputs, targets)
+    with jax.numpy_rank_promotion("raise"):
+        got = measure(loss, outputs, targets)
+        loss.curvature(outputs, targets).pinv_product(outputs)
+        if name != "gaussian_exact":
+            loss.fisher(outputs).sqrt_product(outputs)
+        loss.sample(jax.random.key(0), jax.tree.map(lambda z: jnp.asarray(z[0]), outputs))
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
 # jit and vmap
 
 

@@ -26,7 +26,7 @@ def solve(matrix, b, x0, inverse, tolerance, *, steps=N, precondition=False):
         preconditioner=(lambda r: inverse @ r) if precondition else None,
         max_iterations=steps,
         tolerance=tolerance,
-        store_at=solvers.every_iterations(1, steps),
+        store_at=tuple(range(1, steps + 1)),
     )
 
 

@@ -76,7 +76,7 @@ def test_ends_where_the_path_of_conjugate_gradients_leaves_the_region(preconditi
         preconditioner=lambda r: inverse @ r,
         max_iterations=N - 1,
         tolerance=0.0,
-        store_at=solvers.every_iterations(1, N - 1),
+        store_at=tuple(range(1, N)),
     ).stored.values
     path = np.vstack([np.zeros(N), path])
     norms = [norm_in(preconditioner, x) for x in path]
