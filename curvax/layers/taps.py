@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from jax.tree_util import Partial, register_dataclass
 
 from curvax import trees
-from curvax.layers.find import Layer, Layers, trace_term
-from curvax.layers.geometry import Geometry, geometry_of
+from curvax.layers.find import Layer, Layers
+from curvax.layers.geometry import Geometry
 from curvax.objectives.objective import Objective
 from curvax.objectives.point import Cases, CurvaturePoint, Linearization
 from curvax.objectives.term import Term, scale_cases, weighted_sum, weighting
 from curvax.programs.instrument import evaluate, evaluate_outputs
+from curvax.programs.trace import trace_term
 from curvax.programs.views import places_given
 
 PyTree = Any
@@ -63,7 +64,7 @@ def tap(objective: Objective, layers: Layers, params: PyTree, batch: PyTree) -> 
         scale, count = weighting(term, batch, tapped.outputs, targets)
         cases.append(Cases(inputs, targets, scale, count))
         taps.append(tapped)
-        zeros = [jnp.zeros(g.use.output_shape, g.use.variable.aval.dtype) for g in tapped.uses]
+        zeros = [geometry.use.zeros() for geometry in tapped.uses]
         along, back = Partial(_along_params, tapped.jvp, zeros), Partial(_to_params, tapped.transpose)
         linearizations.append(Linearization(tapped.outputs, along, back))
         aux.append(term_aux)
@@ -107,21 +108,17 @@ class LayerOutputs:
         The outputs are one array of shape (examples, all units at all positions).
         """
         chosen_layers = [self.layers[name] for name in self.names]
-        members = {m.use: m for layer in chosen_layers for m in layer.members if m.term == index}
-        if not members:
+        places = sorted(m.use for layer in chosen_layers for m in layer.members if m.term == index)
+        if not places:
             return None
 
         def model(params: PyTree, inputs: PyTree) -> tuple[PyTree, Array]:
-            program, out_tree, num_outputs = trace_term(term, params, inputs)
-            leaves = jax.tree.leaves(params)
-            uses = self.layers.uses_at(index, program, len(leaves), num_outputs)
-            flat = [*leaves, *jax.tree.leaves(inputs)]
-            chosen = [uses[i] for i in members]
-            results, outputs = evaluate_outputs(program, flat, chosen, self.layers.through_custom_rules)
-            arranged = [
-                geometry_of(use, member.elementwise).cotangents(raw).swapaxes(0, 1)
-                for use, member, raw in zip(chosen, members.values(), outputs, strict=True)
-            ]
+            program, out_tree, _ = trace_term(term, params, inputs)
+            geometries = self.layers.geometries_at(index, program)
+            chosen = [geometries[place] for place in places]
+            flat = [*jax.tree.leaves(params), *jax.tree.leaves(inputs)]
+            results, outputs = evaluate_outputs(program, flat, [geometry.use for geometry in chosen])
+            arranged = [g.cotangents(raw).swapaxes(0, 1) for g, raw in zip(chosen, outputs, strict=True)]
             flat_outputs = jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in arranged], axis=1)
             return jax.tree.unflatten(out_tree, results)[0], flat_outputs
 
@@ -363,21 +360,18 @@ class TappedPoint:
 
 
 def _tap_term(layers, index, term, params, inputs):
-    program, out_tree, num_outputs = trace_term(term, params, inputs)
-    leaves = jax.tree.leaves(params)
-    uses = layers.uses_at(index, program, len(leaves), num_outputs)
-    elementwise = {(member.term, member.use): member.elementwise for layer in layers for member in layer.members}
-    geometries = Geometries(geometry_of(use, elementwise.get((index, i), ((), True))) for i, use in enumerate(uses))
-
+    program, out_tree, _ = trace_term(term, params, inputs)
+    geometries = Geometries(layers.geometries_at(index, program))
+    uses = [geometry.use for geometry in geometries]
     places = sorted({n.place for geometry in geometries for n in places_given(geometry.base)})
 
     def model(params, perturbations):
         flat = [*jax.tree.leaves(params), *jax.tree.leaves(inputs)]
-        results, captured, given = evaluate(program, flat, uses, perturbations, layers.through_custom_rules, places)
+        results, captured, given = evaluate(program, flat, uses, perturbations, places)
         outputs, aux = jax.tree.unflatten(out_tree, results)
         return outputs, (captured, given, aux)
 
-    zeros = [jnp.zeros(use.output_shape, use.variable.aval.dtype) for use in uses]
+    zeros = [use.zeros() for use in uses]
     outputs, jvp, (captured, given, aux) = jax.linearize(model, params, zeros, has_aux=True)
     transpose = jax.linear_transpose(jvp, params, zeros)
     return TermTap(outputs, captured, given, jvp, transpose, geometries), aux
