@@ -10,7 +10,7 @@ from curvax.layers.diagonals import unit_vector, with_penalty
 from curvax.objectives.output_matrix import OutputMatrix
 from curvax.objectives.point import CurvaturePoint
 from curvax.objectives.term import scale_cases
-from curvax.programs.record import BILINEAR, SELECTIONS, Step, pull_back, record_term
+from curvax.programs.record import Step, pull_back, record_term
 from curvax.types import Array, PyTree
 
 
@@ -66,12 +66,12 @@ def _squares_backwards(step: Step, at_results: list[Array], cotangents: dict[int
     """(J * J)^T q for one operation, and the bend of an elementwise one times the loss's derivative at its result."""
     if step.elementwise:
         return [_through_elementwise(step, i, at_results, cotangents) for i in range(len(step.variables))]
-    if step.name in BILINEAR:
+    if step.bilinear:
         return [_through_product(step, i, at_results) for i in range(len(step.variables))]
-    if step.name in SELECTIONS:
+    if step.selects:
         return list(step.pull_back(at_results))
     raise ValueError(
-        f"becker_lecun_diagonal has no rule for the operation `{step.name}` of the model; use"
+        f"becker_lecun_diagonal has no rule for the operation `{step.site.name}` of the model; use"
         " curvax.estimators.chapelle_erhan_diagonal or sampled_hessian_diagonal, which take any model"
     )
 
@@ -98,7 +98,7 @@ def _through_product(step, index, at_results):
     squares = [jnp.square(x.array) for x in step.inputs]
 
     def product(x):
-        return step.eqn.primitive.bind(*squares[:place], x, *squares[place + 1 :], **step.eqn.params)
+        return step.product(*squares[:place], x, *squares[place + 1 :])
 
     return jax.linear_transpose(product, step.inputs[place].array)(at_results[0])[0]
 

@@ -12,6 +12,7 @@ have E[s t^T] = H, at the cost of a backward pass each: noise is added wherever 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -123,11 +124,12 @@ def _layer_products(tapped, scales, key):
     """One draw of sum_i scale_i s_i * t_i, without the penalty."""
     point = tapped.point
     whole_key, *keys = jax.random.split(key, len(point.terms) + 1)
+    layers_of = Counter(leaf for layer in tapped.layers for leaf in layer.leaves)
     single = {
         (member.term, member.use)
         for layer in tapped.layers
         for member in layer.members
-        if len(layer.members) == 1 and _is_used_once(tapped, layer, member)
+        if len(layer.members) == 1 and all(layers_of[leaf] == 1 for leaf in layer.leaves) and _is_plain(tapped, member)
     }
     raw = ([], [])
     for index, (term, cases, piece) in enumerate(zip(point.terms, point.cases, point.pieces(), strict=True)):
@@ -141,9 +143,7 @@ def _layer_products(tapped, scales, key):
         for side, arrived in zip(raw, pair, strict=True):
             side.append(
                 [
-                    found(arrived, recorded.program.roots[use.address])
-                    if (index, i) in single
-                    else jnp.zeros(use.output_shape, use.variable.aval.dtype)
+                    found(arrived, recorded.program.roots[use.address]) if (index, i) in single else use.zeros()
                     for i, use in enumerate(uses)
                 ]
             )
@@ -218,7 +218,6 @@ def _noise(step: Step, cotangents: list[Array], key: Array) -> tuple[list[Array]
     return [v * balance.astype(v.dtype) for v in signs], [x / balance.astype(x.dtype) for x in bend(*signs)]
 
 
-def _is_used_once(tapped, layer, member):
+def _is_plain(tapped, member):
     use = tapped.taps[member.term].uses[member.use].use
-    elsewhere = any(set(other.leaves) & set(layer.leaves) for other in tapped.layers if other is not layer)
-    return not use.scans and use.side is not None and not elsewhere
+    return not use.scans and use.side is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections import Counter
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -11,15 +11,16 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 
 from curvax import trees
-from curvax.layers.geometry import Geometry, elementwise_axes, geometry_of
+from curvax.layers.geometry import Geometry, geometry_of
 from curvax.objectives.objective import Objective
 from curvax.objectives.point import CurvaturePoint
-from curvax.objectives.term import Term
-from curvax.programs.analysis import analyse
+from curvax.programs.analysis import analyse, uses_in
+from curvax.programs.trace import trace_twins
 from curvax.programs.uses import Use
-from curvax.programs.views import Leaf, ancestors, leaf_indices, places_given, signature
+from curvax.programs.views import Signatures
+from curvax.programs.walk import Address
+from curvax.types import PyTree
 
-PyTree = Any
 Fallback = Literal["error", "diagonal", "gradient"]
 
 
@@ -84,32 +85,27 @@ def _find(objective, params, inputs, fallback, through_custom_rules):
     trees.check_floating(params, "params")
     paths, leaves = trees.leaf_paths(params), jax.tree.leaves(params)
     structs = tuple(jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
-    found, given, reasons, touched, coupled = [], [], {}, set(), False
-    for term, term_inputs in zip(objective.terms, inputs, strict=True):
-        analysis = _analyse_term(term, params, term_inputs, through_custom_rules)
-        coupled |= analysis.couples_examples
-        touched |= analysis.touched
-        for leaf, reason in analysis.reasons.items():
-            reasons.setdefault(leaf, reason)
-        found.append(analysis.uses)
-        given.append(analysis.given)
-    for uses in found:  # a leaf with one use that has no structure has none altogether
-        for use in uses:
-            if any(leaf in reasons for leaf in leaf_indices(use.operand)) and use.unfit is None:
-                others = [leaf for leaf in leaf_indices(use.operand) if leaf not in reasons]
-                use.unfit = "another use of the parameter has no structure"
-                reasons |= dict.fromkeys(others, "is joined with a parameter without structure")
+    twins = [trace_twins(term, params, x) for term, x in zip(objective.terms, inputs, strict=True)]
+    found = [analyse(pair, len(leaves), through_custom_rules) for pair in twins]
+    reasons: dict[int, str] = {}
+    for analysis in found:
+        reasons = analysis.reasons | reasons
+    _drop_with_their_leaves([analysis.uses for analysis in found], reasons)
+    touched = {leaf for analysis in found for leaf in analysis.touched}
     reasons |= {i: "is not used" for i in range(len(leaves)) if i not in touched}
+    geometries = tuple(
+        tuple(geometry_of(use, structs) for use in analysis.uses if use.unfit is None) for analysis in found
+    )
     layers = Layers(
         tuple(paths),
         structs,
-        tuple(_collect(found, structs, paths)),
-        tuple(tuple(use.unfit is None for use in uses) for uses in found),
-        tuple(tuple((use.kind, leaf_indices(use.operand)) for use in uses) for uses in found),
-        tuple(tuple((use.input_axis, use.output_axis) for use in uses) for uses in found),
-        tuple(given),
+        tuple(_collect(geometries, paths)),
+        geometries,
+        tuple(_outline(analysis.uses) for analysis in found),
+        tuple(tuple(use.unfit is None for use in analysis.uses) for analysis in found),
+        tuple(analysis.given for analysis in found),
         reasons,
-        coupled,
+        any(analysis.couples_examples for analysis in found),
         fallback,
         through_custom_rules,
     )
@@ -122,20 +118,32 @@ def _find(objective, params, inputs, fallback, through_custom_rules):
     return layers
 
 
+def _drop_with_their_leaves(uses_of_terms: list[list[Use]], reasons: dict[int, str]) -> None:
+    """A leaf with one use that has no structure has none altogether, nor have those that are joined with it."""
+    for use in (use for uses in uses_of_terms for use in uses):
+        if use.unfit is None and any(leaf in reasons for leaf in use.operand.leaves):
+            use.unfit = "another use of the parameter has no structure"
+            for leaf in use.operand.leaves:
+                reasons.setdefault(leaf, "is joined with a parameter without structure")
+
+
+def _outline(uses: list[Use]) -> tuple[Any, ...]:
+    """What the uses of a program are known by again."""
+    return tuple((use.kind, use.operand.leaves) for use in uses)
+
+
 class Member(NamedTuple):
     """One use in a layer.
 
     Attributes:
         term: The term of the objective.
-        use: Its place among the term's uses.
-        elementwise: Of an elementwise use: along which axes the parameter varies, and whether it is only moved there.
+        use: Its place among the term's geometries.
         swapped: Whether its inputs and outputs are those of the layer exchanged, as in an output head that is tied to
             an embedding.
     """
 
     term: int
     use: int
-    elementwise: tuple[tuple[int, ...], bool]
     swapped: bool
 
 
@@ -174,9 +182,9 @@ class Layers:
         paths: The path of every leaf of the parameters.
         structs: Its shape and dtype.
         layers: The layers.
-        fit: For each term and each of its uses whether it has structure.
-        kinds: For each term and use its kind and leaves, by which its program is known again.
-        axes: For each term and use the axes of the examples in its input and output.
+        geometries: For each term those of its uses that have structure, in the program that was looked at.
+        outlines: For each term and use its kind and leaves, by which the program is known again.
+        fit: For each term and use whether it has structure.
         given: For each term the addresses of operations of a parameter and data that are the same for all examples.
         reasons: For each leaf without structure, by its place, why.
         couples_examples: Whether an example's output may depend on other examples, as with batch statistics in
@@ -188,10 +196,10 @@ class Layers:
     paths: tuple[str, ...]
     structs: tuple[jax.ShapeDtypeStruct, ...]
     layers: tuple[Layer, ...]
+    geometries: tuple[tuple[Geometry, ...], ...]
+    outlines: tuple[tuple[Any, ...], ...]
     fit: tuple[tuple[bool, ...], ...]
-    kinds: tuple[tuple[Any, ...], ...]
-    axes: tuple[tuple[Any, ...], ...]
-    given: tuple[frozenset[tuple[int, ...]], ...]
+    given: tuple[frozenset[Address], ...]
     reasons: dict[int, str]
     couples_examples: bool
     fallback: Fallback
@@ -246,169 +254,71 @@ class Layers:
             lines.append("The model couples examples (batch statistics): gradients of single examples are not defined.")
         return "\n".join(line.rstrip() for line in lines)
 
-    def uses_at(self, index: int, program: ClosedJaxpr, num_leaves: int, num_outputs: int) -> list[Use]:
-        """The uses with structure of the term of that index in a program traced now, with their axes of examples."""
-        analysis = analyse(
-            program,
-            num_leaves,
-            num_outputs,
-            through_custom_rules=self.through_custom_rules,
-            given=self.given[index],
-        )
-        if tuple((use.kind, leaf_indices(use.operand)) for use in analysis.uses) != self.kinds[index]:
+    def geometries_at(self, index: int, program: ClosedJaxpr) -> list[Geometry]:
+        """The geometries of the term of that index in a program traced now.
+
+        Everything is known from ``find_layers`` but where the uses are: that may change with the number of examples, as
+        with one example nothing is copied for each.
+        """
+        uses = uses_in(program, len(self.paths), self.given[index], self.through_custom_rules)
+        if _outline(uses) != self.outlines[index]:
             raise ValueError(
                 "the model's program is not the one that find_layers saw: it uses its parameters in other operations"
                 " or in another order; call find_layers with this model, and with parameters and a batch like these"
             )
-        kept = []
-        for use, fit, (input_axis, output_axis) in zip(analysis.uses, self.fit[index], self.axes[index], strict=True):
-            use.input_axis, use.output_axis = input_axis, output_axis
-            if fit:
-                kept.append(use)
-        return kept
+        kept = (use for use, fit in zip(uses, self.fit[index], strict=True) if fit)
+        return [geometry.at(use) for geometry, use in zip(self.geometries[index], kept, strict=True)]
 
 
-def trace_term(term: Term, params: PyTree, inputs: PyTree) -> tuple[ClosedJaxpr, Any, int]:
-    """(program, structure of (outputs, aux), how many of its results are outputs) of a term's model."""
-    treedef = jax.tree.structure(params)
-
-    def flat(leaves, inputs):
-        return term.apply(treedef.unflatten(leaves), inputs)
-
-    program, shapes = jax.make_jaxpr(flat, return_shape=True)(jax.tree.leaves(params), inputs)
-    return program, jax.tree.structure(shapes), len(jax.tree.leaves(shapes[0]))
-
-
-def _analyse_term(term, params, inputs, through_custom_rules):
-    axes = term.example_axes
-    axes = axes[0] if isinstance(axes, (tuple, list)) else axes
-    located = jax.tree.map(
-        lambda axis, part: jax.tree.map(lambda leaf: _Located((leaf, axis)), part), axes, inputs, is_leaf=_is_none
-    )
-    sizes = {leaf.shape[axis] for leaf, axis in jax.tree.leaves(located) if axis is not None and leaf.ndim > axis}
-    if len(sizes) != 1:
-        raise ValueError(
-            f"the leaves of the inputs have {sorted(sizes)} examples; say in example_axes where the examples are, and"
-            " None for what they share"
-        )
-
-    def with_examples(number):
-        def resized(pair):
-            leaf, axis = pair
-            if axis is None or leaf.ndim <= axis:
-                return leaf
-            return jax.ShapeDtypeStruct((*leaf.shape[:axis], number, *leaf.shape[axis + 1 :]), leaf.dtype)
-
-        return jax.tree.map(resized, located, is_leaf=lambda node: isinstance(node, _Located))
-
-    structs = jax.eval_shape(lambda tree: tree, params)
-    programs = []
-    for number in _PRIMES:
-        try:
-            programs.append(trace_term(term, structs, with_examples(number)))
-        except Exception as error:
-            raise ValueError(
-                f"the model cannot be traced with {number} examples, which shows where the examples are; does it hold"
-                " an array or a number that only fits one size of the batch? Move it into the inputs"
-            ) from error
-    (program, _, num_outputs), (twin, _, _) = programs
-    num_leaves = len(jax.tree.leaves(params))
-    return analyse(program, num_leaves, num_outputs, twin, _PRIMES, through_custom_rules)
-
-
-_PRIMES = (7, 11)
-
-
-class _Located(tuple):
-    """A leaf and its example axis."""
-
-
-def _is_none(node):
-    return node is None
-
-
-def _collect(found, structs, paths):
+def _collect(geometries, paths):
     """The uses grouped by the parameters they use, in the order of the leaves."""
+    signature = Signatures()
     groups: dict[Any, list[tuple[int, int, Geometry]]] = {}
-    riders: dict[int, Any] = {}
-    keys: dict[int, Any] = {}
-    for term, uses in enumerate(found):
-        fit = [use for use in uses if use.unfit is None]
-        for place, use in enumerate(fit):
-            elementwise = elementwise_of(use, structs)
-            geometry = geometry_of(use, elementwise)
-            key = (geometry.elementwise, signature(geometry.base) if not geometry.elementwise else _flat(geometry))
-            if geometry.elementwise and use.kind != "shift":
-                key = (use.kind, key)
+    keys: dict[Use, Any] = {}
+    for term, geometries_of_term in enumerate(geometries):
+        for place, geometry in enumerate(geometries_of_term):
+            key = _key(geometry, signature)
             groups.setdefault(key, []).append((term, place, geometry))
-            keys[id(use)] = key
+            keys[geometry.use] = key
     names = _names(groups, paths)
-    for key, group in groups.items():
-        for _, _, geometry in group:
-            ridden = geometry.use.rides_on
-            if ridden is not None and id(ridden[0]) in keys:
-                riders.setdefault(keys[id(ridden[0])], set()).add(names[key])
-    order = sorted(groups, key=lambda key: leaf_indices(groups[key][0][2].base))
-    for key in order:
-        group = groups[key]
-        first = group[0][2]
-        numbers = {n.place: jax.ShapeDtypeStruct(n.shape, structs[0].dtype) for n in places_given(first.base)}
-        base = jax.eval_shape(lambda leaves, given, first=first: first.base_value(leaves, given), structs, numbers)
-        shape = jax.eval_shape(first.matrices, base).shape
-        members, shared = [], 0
-        for term, place, geometry in group:
-            swapped = (
-                (geometry.in_axes, geometry.out_axes)
-                == (first.out_axes, first.in_axes)
-                != (
-                    first.in_axes,
-                    first.out_axes,
-                )
-            )
-            members.append(Member(term, place, (geometry.feature_axes, geometry.only_moves), swapped))
-            shared += _positions(geometry)
+    riders: dict[Any, set[str]] = {}
+    for use, key in keys.items():
+        if use.rides_on is not None and use.rides_on[0] in keys:
+            riders.setdefault(keys[use.rides_on[0]], set()).add(names[key])
+    for key in sorted(groups, key=lambda key: groups[key][0][2].base.leaves):
+        first = groups[key][0][2]
+        axes = first.in_axes, first.out_axes
+        members = tuple(
+            Member(term, place, (geometry.out_axes, geometry.in_axes) == axes != (geometry.in_axes, geometry.out_axes))
+            for term, place, geometry in groups[key]
+        )
         biases = riders.get(key, set())
         yield Layer(
             names[key],
             first.use.kind,
-            leaf_indices(first.base),
-            tuple(members),
-            shape,
+            first.base.leaves,
+            members,
+            first.shape,
             next(iter(biases)) if len(biases) == 1 else None,
             first.only_moves,
-            shared,
-            tuple(base.shape),
+            sum(geometry.shared for _, _, geometry in groups[key]),
+            first.base_shape,
         )
 
 
-def elementwise_of(use: Use, structs: tuple[jax.ShapeDtypeStruct, ...]) -> tuple[tuple[int, ...], bool]:
-    """What ``elementwise_axes`` gives for an elementwise use, with all leaves but its own left out."""
-    if use.kind not in ("scale", "shift"):
-        return (), True
-    own = leaf_indices(use.operand)
-    small = [s if i in own else jax.ShapeDtypeStruct((), s.dtype) for i, s in enumerate(structs)]
-    return elementwise_axes(use.operand, small, use.scans)
-
-
-def _flat(geometry):
-    """What tells elementwise uses apart: the leaves they use, once copies are taken away."""
-    return tuple(signature(n) for n in ancestors(geometry.use.operand) if isinstance(n, Leaf)), len(
-        geometry.feature_axes
-    )
+def _key(geometry, signature):
+    """What uses of the same parameters in the same way have in common."""
+    if not geometry.elementwise:
+        return False, signature(geometry.base)
+    # Elementwise uses are told apart by their leaves, copies taken away; a shift is so even from other kinds.
+    key = geometry.base.leaves, len(geometry.feature_axes)
+    return True, key if geometry.use.kind == "shift" else (geometry.use.kind, key)
 
 
 def _names(groups, paths):
-    names, counts = {}, {}
+    names, counts = {}, Counter()
     for key, group in groups.items():
-        name = "+".join(paths[i] for i in leaf_indices(group[0][2].base))
-        counts[name] = counts.get(name, 0) + 1
+        name = "+".join(paths[i] for i in group[0][2].base.leaves)
+        counts[name] += 1
         names[key] = name if counts[name] == 1 else f"{name}#{counts[name]}"
     return names
-
-
-def _positions(geometry):
-    """How many positions of an example share the parameters in one use."""
-    use = geometry.use
-    raw = jax.ShapeDtypeStruct(use.output_shape, jnp.float32)
-    shape = jax.eval_shape(geometry.cotangents, raw).shape
-    return math.prod(shape[2:3])

@@ -21,17 +21,16 @@ from jax.flatten_util import ravel_pytree
 from jax.tree_util import register_dataclass
 
 from curvax import trees
-from curvax.layers.find import Layers, trace_term
-from curvax.layers.geometry import Geometry, geometry_of
+from curvax.layers.find import Layers
+from curvax.layers.geometry import Geometry
 from curvax.layers.per_example import check_whole_examples
 from curvax.layers.taps import Captured, TappedPoint
 from curvax.matrices.curvature import with_penalty
 from curvax.matrices.linear_map import LinearMap
 from curvax.objectives.term import scale_cases
 from curvax.programs.instrument import evaluate
-
-PyTree = Any
-Array = jax.Array
+from curvax.programs.trace import trace_term
+from curvax.types import Array, PyTree
 
 
 def layer_hessian(tapped: TappedPoint) -> LinearMap:
@@ -76,12 +75,14 @@ def layer_hessian(tapped: TappedPoint) -> LinearMap:
         raise ValueError(f"layer_hessian: {missing} have no structure; print(layers) says why")
     if layers.couples_examples or any(tap.given for tap in tapped.taps):
         raise ValueError("layer_hessian: the model couples examples, or computes from all of them what each meets")
+    if any(geometry.use.cofactors for tap in tapped.taps for geometry in tap.uses):
+        raise ValueError("layer_hessian: a parameter is multiplied by another before it meets the data")
     terms = []
     for index, (term, cases) in enumerate(zip(point.terms, point.cases, strict=True)):
         if term.example_axes != 0:
             raise ValueError("layer_hessian: the examples must be on axis 0 of everything in inputs and targets")
         alone = jax.tree.map(lambda leaf: leaf[:1], cases.inputs)
-        parts = _Parts(layers, index, *trace_term(term, point.params, alone), len(layers.paths))
+        parts = _Parts(layers, index, *trace_term(term, point.params, alone)[:2])
 
         def one(inputs, targets, loss=term.loss, parts=parts):
             batch = jax.tree.map(lambda leaf: leaf[None], (inputs, targets))
@@ -181,25 +182,25 @@ class _Use(NamedTuple):
 class _Parts:
     """The uses of one term, equal to itself alone, so that it may be static to jax."""
 
-    def __init__(self, layers: Layers, index: int, program, out_tree, num_outputs: int, num_leaves: int):
-        self.program, self.out_tree, self.through = program, out_tree, layers.through_custom_rules
-        found = layers.uses_at(index, program, num_leaves, num_outputs)
+    def __init__(self, layers: Layers, index: int, program, out_tree):
+        self.program, self.out_tree = program, out_tree
+        found = layers.geometries_at(index, program)
         self.found, self.uses = [], []
         for layer in layers:
             for member in layer.members:
                 if member.term == index:
-                    self.found.append(found[member.use])
+                    self.found.append(found[member.use].use)
                     self.uses.append(_use_of(layer, member, found))
 
     def of_example(self, loss, params, inputs, targets):
         """(a, ds, K, A) of one example, whose batch axis has length one."""
-        zeros = [jnp.zeros(use.output_shape, use.variable.aval.dtype) for use in self.found]
+        zeros = [use.zeros() for use in self.found]
         flat_zeros, unravel = ravel_pytree(zeros)
         flat = [*jax.tree.leaves(params), *jax.tree.leaves(inputs)]
 
         def run(perturbations):
             epsilons = unravel(perturbations)
-            results, captured, _ = evaluate(self.program, flat, self.found, epsilons, self.through, every_order=True)
+            results, captured, _ = evaluate(self.program, flat, self.found, epsilons, every_order=True)
             outputs, _ = jax.tree.unflatten(self.out_tree, results)
             return jnp.sum(loss.value(outputs, targets)), captured
 
@@ -245,10 +246,10 @@ class _Parts:
 
 
 def _use_of(layer, member, found):
-    own = geometry_of(found[member.use], member.elementwise)
+    own = found[member.use]
     first = layer.members[0]
     if member.swapped and first.term != member.term:
         raise ValueError(f"layer_hessian: {layer.name} is tied across terms of the objective")
     # The matrices of a use that is swapped are those of the layer's first use.
-    matrices = geometry_of(found[first.use], first.elementwise) if member.swapped else own
+    matrices = found[first.use] if member.swapped else own
     return _Use(own, matrices, own.use.kind, member.swapped, member.term, layer)

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from jax.tree_util import Partial, register_dataclass
 
 from curvax import trees
-from curvax.layers.find import Layer, Layers, trace_term
-from curvax.layers.geometry import Geometry, geometry_of
+from curvax.layers.find import Layer, Layers
+from curvax.layers.geometry import Geometry
 from curvax.objectives.objective import compiled_if_eager
 from curvax.objectives.point import CurvaturePoint, Linearization
 from curvax.objectives.term import Term, scale_cases, weighted_sum
 from curvax.programs.instrument import evaluate, evaluate_outputs
+from curvax.programs.trace import trace_term
 from curvax.programs.views import places_given
 from curvax.types import Array, PyTree
 
@@ -62,7 +63,7 @@ def _tap(at, *, layers):
     for index, (term, cases) in enumerate(zip(at.terms, at.cases, strict=True)):
         tapped = _tap_term(layers, index, term, at.params, cases.inputs)
         taps.append(tapped)
-        zeros = [jnp.zeros(g.use.output_shape, g.use.variable.aval.dtype) for g in tapped.uses]
+        zeros = [geometry.use.zeros() for geometry in tapped.uses]
         along, back = Partial(_along_params, tapped.jvp, zeros), Partial(_to_params, tapped.transpose)
         linearizations.append(Linearization(tapped.outputs, along, back))
     return TappedPoint(dataclasses.replace(at, linearizations=tuple(linearizations)), tuple(taps), layers)
@@ -88,21 +89,17 @@ class LayerOutputs:
         The outputs are one array of shape (examples, all units at all positions).
         """
         chosen_layers = [self.layers[name] for name in self.names]
-        members = {m.use: m for layer in chosen_layers for m in layer.members if m.term == index}
-        if not members:
+        places = sorted(m.use for layer in chosen_layers for m in layer.members if m.term == index)
+        if not places:
             return None
 
         def model(params: PyTree, inputs: PyTree) -> tuple[PyTree, Array]:
-            program, out_tree, num_outputs = trace_term(term, params, inputs)
-            leaves = jax.tree.leaves(params)
-            uses = self.layers.uses_at(index, program, len(leaves), num_outputs)
-            flat = [*leaves, *jax.tree.leaves(inputs)]
-            chosen = [uses[i] for i in members]
-            results, outputs = evaluate_outputs(program, flat, chosen, self.layers.through_custom_rules)
-            arranged = [
-                geometry_of(use, member.elementwise).cotangents(raw).swapaxes(0, 1)
-                for use, member, raw in zip(chosen, members.values(), outputs, strict=True)
-            ]
+            program, out_tree, _ = trace_term(term, params, inputs)
+            geometries = self.layers.geometries_at(index, program)
+            chosen = [geometries[place] for place in places]
+            flat = [*jax.tree.leaves(params), *jax.tree.leaves(inputs)]
+            results, outputs = evaluate_outputs(program, flat, [geometry.use for geometry in chosen])
+            arranged = [g.cotangents(raw).swapaxes(0, 1) for g, raw in zip(chosen, outputs, strict=True)]
             flat_outputs = jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in arranged], axis=1)
             return jax.tree.unflatten(out_tree, results)[0], flat_outputs
 
@@ -343,21 +340,17 @@ class TappedPoint:
 
 
 def _tap_term(layers, index, term, params, inputs):
-    program, out_tree, num_outputs = trace_term(term, params, inputs)
-    leaves = jax.tree.leaves(params)
-    uses = layers.uses_at(index, program, len(leaves), num_outputs)
-    elementwise = {(member.term, member.use): member.elementwise for layer in layers for member in layer.members}
-    geometries = Geometries(geometry_of(use, elementwise.get((index, i), ((), True))) for i, use in enumerate(uses))
-
+    program, out_tree, _ = trace_term(term, params, inputs)
+    geometries = Geometries(layers.geometries_at(index, program))
+    uses = [geometry.use for geometry in geometries]
     places = sorted({n.place for geometry in geometries for n in places_given(geometry.base)})
 
     def model(leaves, perturbations):
         flat = [*leaves, *jax.tree.leaves(inputs)]
-        results, captured, given = evaluate(program, flat, uses, perturbations, layers.through_custom_rules, places)
+        results, captured, given = evaluate(program, flat, uses, perturbations, places)
         return jax.tree.unflatten(out_tree, results)[0], (captured, given)
 
-    zeros = [jnp.zeros(use.output_shape, use.variable.aval.dtype) for use in uses]
-    leaves = tuple(leaves)
+    leaves, zeros = tuple(jax.tree.leaves(params)), [use.zeros() for use in uses]
     outputs, jvp, (captured, given) = jax.linearize(model, leaves, zeros, has_aux=True)
     transpose = jax.linear_transpose(jvp, leaves, zeros)
     return TermTap(outputs, captured, given, jvp, transpose, geometries)

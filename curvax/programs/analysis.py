@@ -2,20 +2,25 @@
 
 The program is walked with an abstract value for each variable: something affine in the parameters (a ``Node``),
 something constant, or data. Where data and a parameter meet in an operation linear in both, that is a use; where a
-parameter enters anything else, it has no structure, and the reason is kept. Two traces of the same model at two prime
-batch sizes are walked side by side: the axis in which the shapes differ is the axis of the examples.
+parameter enters anything else, it has no structure, and the reason is kept. Two traces of the same model at two numbers
+of examples are compared on the way: the axis in which the shapes differ is the axis of the examples.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
+import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-from curvax.programs.uses import ExampleAxis, Scan, Use
-from curvax.programs.views import MOVES, Applied, Constant, Given, Leaf, Node, Sliced, leaf_indices
+from curvax.programs.trace import Twins
+from curvax.programs.uses import Axes, Convolution, Dense, Elementwise, ExampleAxis, Lookup, Use, operation_of
+from curvax.programs.views import MOVES, Applied, Constant, Given, Leaf, Node, Scan, Sliced, is_affine
+from curvax.programs.walk import DESCEND, Address, Site, called_program, is_scan, program_at, scan_parts, walk
 
 
 class Analysis(NamedTuple):
@@ -33,42 +38,36 @@ class Analysis(NamedTuple):
     reasons: dict[int, str]
     touched: set[int]
     couples_examples: bool
-    given: frozenset[tuple[int, ...]]
+    given: frozenset[Address]
 
 
-def analyse(
-    program: ClosedJaxpr,
-    num_leaves: int,
-    num_outputs: int,
-    twin: ClosedJaxpr | None = None,
-    batch_sizes: tuple[int, int] = (0, 0),
-    through_custom_rules: bool = False,
-    given: frozenset[tuple[int, ...]] = frozenset(),
-) -> Analysis:
-    """Walks a program.
+def analyse(twins: Twins, num_leaves: int, through_custom_rules: bool = False) -> Analysis:
+    """Walks a program of (params, inputs) -> (outputs, aux), and its twin for the axes of the examples.
 
     Args:
-        program: The jaxpr of (params, inputs) -> (outputs, aux), its arguments flattened.
-        num_leaves: How many of its arguments are leaves of the parameters.
-        num_outputs: How many of its results are outputs; the rest are auxiliary.
-        twin: The same traced with another number of examples; without it, axes of examples are not looked for.
-        batch_sizes: The numbers of examples of the two.
+        twins: The programs.
+        num_leaves: How many of their arguments are leaves of the parameters.
         through_custom_rules: Look into functions with custom derivative rules, as if the rules were those of their
             bodies.
-        given: What an earlier walk with a twin found, for a walk without one.
     """
-    walk = _Walk(twin is not None, batch_sizes, through_custom_rules, None if twin is not None else given)
-    arguments = [
-        Leaf(i) if i < num_leaves else _Data(reads_batch=True, coupled=False) for i in range(len(program.jaxpr.invars))
-    ]
-    frame = _Frame((), (), "")
-    results = walk.closed(program, twin, arguments, frame)
+    found = _Walk(through_custom_rules, twins)
+    results = found.run(twins.programs[0], num_leaves)
     for index, result in enumerate(results):
-        if isinstance(result, Node):
-            walk.consumed(result, "is returned by the model without meeting the data")
-        elif index < num_outputs and result.coupled:
-            walk.couples_examples = True
-    return Analysis(walk.uses, walk.reasons, walk.touched, walk.couples_examples, frozenset(walk.given))
+        if not isinstance(result, _Data):
+            found.consumed(result, "is returned by the model without meeting the data")
+        elif index < twins.num_outputs and result.coupled:
+            found.couples_examples = True
+    return Analysis(found.uses, found.reasons, found.touched, found.couples_examples, frozenset(found.given))
+
+
+def uses_in(
+    program: ClosedJaxpr, num_leaves: int, given: Collection[Address], through_custom_rules: bool = False
+) -> list[Use]:
+    """The uses in a program traced alone, without axes of examples; ``given`` is from ``analyse``."""
+    found = _Walk(through_custom_rules, None)
+    found.given.update(given)
+    found.run(program, num_leaves)
+    return found.uses
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,133 +82,152 @@ class _Data:
 
     reads_batch: bool
     coupled: bool
-    source: tuple[Use, tuple[int, ...]] | None = None
+    source: tuple[Use, Axes] | None = None
+    leaves = ()
 
 
-class _Frame(NamedTuple):
-    """Where in the nested programs the walk is."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Product:
+    """An entry-by-entry product of values affine in parameters: once it scales data, it is linear in each of them."""
 
-    address: tuple[int, ...]
-    scans: tuple[Scan, ...]
-    where: str
+    factors: tuple[Node, ...]
+
+    @property
+    def leaves(self):
+        return tuple(leaf for node in self.factors for leaf in node.leaves)
 
 
 class _Walk:
-    def __init__(self, has_twin, batch_sizes, through_custom_rules, known_given):
-        self.has_twin, self.batch_sizes, self.through = has_twin, batch_sizes, through_custom_rules
-        self.known_given = known_given
-        self.given: set[tuple[int, ...]] = set()
+    def __init__(self, through_custom_rules: bool, twins: Twins | None):
+        self.through, self.twins = through_custom_rules, twins
+        self.sizes = twins.sizes if twins is not None else (0, 0)
+        self.twin_programs: dict[Address, Jaxpr] = {}
+        self.given: set[Address] = set()
         self.uses: list[Use] = []
         self.reasons: dict[int, str] = {}
         self.touched: set[int] = set()
         self.couples_examples = False
         self.merges: dict[int, set[tuple[int, int]]] = {}
 
-    # --- programs ---------------------------------------------------------------------------------------------------
+    def run(self, program, num_leaves):
+        batch = [_Data(reads_batch=True, coupled=False)] * (len(program.jaxpr.invars) - num_leaves)
+        leaves = [Leaf(i) for i in range(num_leaves)]
+        return walk(program, [*leaves, *batch], functools.partial(self.equation, ()), Constant)
 
-    def closed(self, program, twin, arguments, frame):
-        consts = [Constant(c) for c in program.consts]
-        return self.open(program.jaxpr, twin.jaxpr if twin else None, consts, arguments, frame)
-
-    def open(self, program: Jaxpr, twin: Jaxpr | None, consts, arguments, frame):
-        environment: dict[Any, Any] = dict(zip(program.constvars, consts, strict=True))
-        environment.update(zip(program.invars, arguments, strict=True))
-
-        def read(atom):
-            return Constant(atom.val) if isinstance(atom, Literal) else environment[atom]
-
-        if twin is not None and [e.primitive for e in twin.eqns] != [e.primitive for e in program.eqns]:
+    def twin_of(self, site: Site) -> JaxprEqn | None:
+        """The equation in the twin program."""
+        if self.twins is None:
+            return None
+        around = site.address[:-1]
+        if around not in self.twin_programs:
+            self.twin_programs[around] = program_at(self.twins.programs[1], site.address)
+        eqns = self.twin_programs[around].eqns
+        if len(eqns) != len(site.program.eqns) or eqns[site.address[-1]].primitive is not site.eqn.primitive:
             raise ValueError(
                 "the model computes differently for different numbers of examples, so their axis cannot be found"
             )
-        for index, eqn in enumerate(program.eqns):
-            here = frame._replace(address=(*frame.address, index))
-            other = twin.eqns[index] if twin is not None else None
-            results = self.equation(program, eqn, other, [read(atom) for atom in eqn.invars], here)
-            environment.update(zip(eqn.outvars, results, strict=True))
-        return [read(atom) for atom in program.outvars]
+        return eqns[site.address[-1]]
 
-    def equation(self, program, eqn, twin, inputs, frame):
-        nodes = [x for x in inputs if isinstance(x, Node)]
-        affine = [x for x in nodes if leaf_indices(x)]
-        for x in affine:
-            self.touched.update(leaf_indices(x))
-        self.note_merges(eqn, twin)
-        name = eqn.primitive.name
-        body = body_of(eqn, self.through)
-        if body is not None and affine:
-            frame = frame._replace(where=_join(frame.where, _title(eqn)))
-            return self.closed(body, body_of(twin, self.through) if twin is not None else None, inputs, frame)
-        if name == "scan" and affine:
-            return self.scan(eqn, twin, inputs, frame)
-        if not affine:
-            if len(nodes) == len(inputs) and not eqn.effects:
-                return [Applied(program, eqn, tuple(inputs), i) for i in range(len(eqn.outvars))]
-            return self.data(eqn, twin, inputs)
-        if len(nodes) == len(inputs):
-            if name == "stop_gradient":
-                return self.data(eqn, twin, inputs)
-            if _is_affine(eqn, inputs):
-                return [Applied(program, eqn, tuple(inputs), i) for i in range(len(eqn.outvars))]
-            self.explain(name, affine)
-            return self.data(eqn, twin, inputs)
-        return self.meeting(program, eqn, twin, inputs, affine, frame)
+    def equation(self, scans: tuple[Scan, ...], site: Site, inputs: list[Any]) -> Any:
+        """What an equation makes of abstract values."""
+        twin, affine = self.twin_of(site), [x for x in inputs if x.leaves]
+        self.touched.update(leaf for x in affine for leaf in x.leaves)
+        self.note_merges(site.eqn, twin)
+        if affine and called_program(site.eqn, self.through) is not None:
+            return DESCEND
+        if affine and is_scan(site.eqn):
+            return self.scan(scans, site, twin, inputs)
+        if any(isinstance(x, _Data) for x in inputs):
+            return self.meeting(scans, site, twin, inputs, affine) if affine else self.data(site.eqn, twin, inputs)
+        return self.of_parameters(scans, site, inputs, affine)
 
-    def meeting(self, program, eqn, twin, inputs, affine, frame):
+    def of_parameters(self, scans, site, inputs, affine):
+        """An equation of parameters and constants alone."""
+        name, outputs = site.name, range(len(site.eqn.outvars))
+        if name == "stop_gradient" or (not affine and site.eqn.effects):
+            return self.data(site.eqn, None, inputs)
+        if not any(isinstance(x, _Product) for x in inputs):
+            if not affine or is_affine(site, inputs):
+                return [Applied(site, i, operands=tuple(inputs)) for i in outputs]
+            shapes = {atom.aval.shape for atom in (*site.eqn.invars, *site.eqn.outvars)}
+            # Products stay linear in each factor unless one leaf is in both.
+            apart = len(inputs) == 2 and not set(inputs[0].leaves) & set(inputs[1].leaves)
+            if name == "mul" and apart and len(shapes) == 1 and not scans:
+                return [_Product(tuple(inputs))]
+        elif len(inputs) == 1 and name in MOVES | {"broadcast_in_dim"}:
+            return [_Product(tuple(Applied(site, i, operands=(x,)) for x in inputs[0].factors)) for i in outputs]
+        self.explain(name, affine)
+        return self.data(site.eqn, None, inputs)
+
+    def meeting(self, scans, site, twin, inputs, affine):
         """A parameter meets data."""
-        name = eqn.primitive.name
-        result = self.data(eqn, twin, inputs)
-        if self.is_given(eqn, twin, affine, frame):
-            self.given.add(frame.address)
+        result = self.data(site.eqn, twin, inputs)
+        if self.is_given(scans, site, twin, affine):
+            self.given.add(site.address)
             operands = [
-                x if isinstance(x, Node) else Given((*frame.address, i), eqn.invars[i].aval.shape)
+                x if isinstance(x, Node) else Given((*site.address, i), _struct(site.eqn.invars[i]))
                 for i, x in enumerate(inputs)
             ]
-            return [Applied(program, eqn, tuple(operands), 0)]
-        side = next(i for i, x in enumerate(inputs) if isinstance(x, Node) and leaf_indices(x))
-        kind = _kind(eqn, side) if len(affine) == 1 else None
-        where = _join(frame.where, name)
-        if kind is None:
+            return [Applied(site, 0, operands=tuple(operands))]
+        side = next(i for i, x in enumerate(inputs) if x.leaves)
+        operation = operation_of(site.eqn, side) if len(affine) == 1 else None
+        if isinstance(affine[0], _Product) and operation != Elementwise("scale"):
+            operation = None
+        if operation is None:
             # Data that is added to nothing: the parameter, copied for each example, can be tapped where it is.
             for index, x in enumerate(inputs):
-                if isinstance(x, Node) and leaf_indices(x):
-                    self.tap_itself(program, eqn, twin, x, index, frame._replace(where=where), name)
+                if x.leaves:
+                    self.tap_itself(scans, site, twin, x, index, site.name)
             return result
-        use = Use(kind, inputs[side], side, program, eqn, frame.address, frame.scans, where)
-        other = inputs[1 - side]
-        if kind == "shift" and other.source is not None:
-            use.rides_on = other.source
-        self.uses.append(use)
-        if self.has_twin:
-            use.unfit = self.find_examples(use, eqn, twin, other, side)
-            if use.unfit is not None:
-                self.consumed(inputs[side], f"{use.unfit} ({where})")
-                return result
-        order = tuple(range(len(eqn.outvars[0].aval.shape)))
-        source = use.rides_on if kind == "shift" and use.rides_on else (use, order)
-        return [dataclasses.replace(result[0], source=source if kind != "shift" or use.rides_on else None)]
+        factors = affine[0].factors if isinstance(affine[0], _Product) else affine
+        for factor in factors:
+            cofactors = tuple(x for x in factors if x is not factor)
+            output = _struct(site.eqn.outvars[0])
+            shape = site.eqn.invars[side].aval.shape
+            use = Use(operation, factor, side, site.address, scans, site.path, shape, output, cofactors)
+            self.uses.append(use)
+            if twin is not None:
+                use.unfit = self.find_examples(use, site.eqn, twin, inputs[1 - side])
+                if use.unfit is not None:
+                    self.consumed(factor, f"{use.unfit} ({use.where})")
+        use = self.uses[-1]
+        if operation.kind == "shift":
+            use.rides_on = source = inputs[1 - side].source
+        else:
+            source = None if use.cofactors else (use, tuple(range(len(use.output.shape))))
+        return result if use.unfit else [dataclasses.replace(result[0], source=source)]
 
-    def is_given(self, eqn, twin, affine, frame):
+    def is_given(self, scans, site, twin, affine):
         """Whether the data that a parameter meets are the same for all examples, so that it stays affine."""
-        if len(affine) != 1 or frame.scans or eqn.primitive.name not in ("mul", "add", "sub", "add_any", "dot_general"):
+        name = site.name
+        if len(affine) != 1 or isinstance(affine[0], _Product) or scans:
             return False
-        if self.known_given is not None:
-            return frame.address in self.known_given
-        pairs = zip((*eqn.invars, *eqn.outvars), (*twin.invars, *twin.outvars), strict=True)
-        return all(isinstance(a, Literal) or a.aval.shape == b.aval.shape for a, b in pairs)
+        if name not in ("mul", "add", "sub", "add_any", "dot_general"):
+            return False
+        if twin is None:
+            return site.address in self.given
+        pairs = zip((*site.eqn.invars, *site.eqn.outvars), (*twin.invars, *twin.outvars), strict=True)
+        return not any(_varies(a, b) for a, b in pairs)
 
-    def tap_itself(self, program, eqn, twin, node, index, frame, name):
-        use = Use("shift", node, None, program, eqn, (*frame.address, index), frame.scans, frame.where)
+    def tap_itself(self, scans, site, twin, node, index, name):
+        if isinstance(node, _Product):
+            self.explain(name, [node])
+            return
+        output = _struct(site.eqn.invars[index])
+        address = (*site.address, index)
+        use = Use(Elementwise("shift"), node, None, address, scans, site.path, output.shape, output)
         self.uses.append(use)
-        if self.has_twin:
-            axis = self.axis(eqn.invars[index], twin.invars[index])
+        if twin is not None:
+            axis = self.axis(site.eqn.invars[index], twin.invars[index])
             if isinstance(axis, ExampleAxis):
                 use.output_axis = axis
             else:
                 use.unfit = f"enters {name}"
                 self.explain(name, [node])
 
-    def find_examples(self, use, eqn, twin, other, side):
+    # --- axes of examples -------------------------------------------------------------------------------------------
+
+    def find_examples(self, use, eqn, twin, other):
         """Sets the axes of the examples; returns why there are none."""
         if not other.reads_batch:
             return "meets what is computed from parameters alone"
@@ -217,31 +235,31 @@ class _Walk:
         if not isinstance(output, ExampleAxis):
             return output
         use.output_axis = output
-        if use.kind in ("dense", "conv", "embedding", "scale"):
-            incoming = self.axis(eqn.invars[1 - side], twin.invars[1 - side])
-            if not isinstance(incoming, ExampleAxis):
-                return incoming
-            use.input_axis = incoming
-            operand, operand_twin = eqn.invars[side].aval.shape, twin.invars[side].aval.shape
-            if use.kind in ("dense", "conv", "embedding") and operand != operand_twin:
-                return "is copied for each example"
-            if use.kind == "dense":
-                contract, batch = eqn.params["dimension_numbers"]
-                if incoming.axis in (*contract[1 - side], *batch[1 - side]):
-                    return "the examples are summed over"
-            if use.kind == "conv" and incoming.axis != eqn.params["dimension_numbers"].lhs_spec[0]:
-                return "the examples are not the batch of the convolution"
+        if use.kind == "shift":
+            return None
+        incoming = self.axis(eqn.invars[1 - use.side], twin.invars[1 - use.side])
+        if not isinstance(incoming, ExampleAxis):
+            return incoming
+        use.input_axis = incoming
+        operation = use.operation
+        if isinstance(operation, Dense | Convolution | Lookup) and _varies(eqn.invars[use.side], twin.invars[use.side]):
+            return "is copied for each example"
+        pairs = (*operation.contracted, *operation.batched) if isinstance(operation, Dense) else ()
+        if incoming.axis in (axis for _, axis in pairs):
+            return "the examples are summed over"
+        if isinstance(operation, Convolution) and incoming.axis != operation.input_axes[0]:
+            return "the examples are not the batch of the convolution"
         return None
 
     def axis(self, atom, twin):
         """The ``ExampleAxis`` of a variable, or why it has none."""
         shape, other = atom.aval.shape, twin.aval.shape
-        varying = [i for i, (a, b) in enumerate(zip(shape, other, strict=True)) if a != b]
+        varying = _varying(atom, twin)
         if not varying:
             return "the examples are not an axis of its result or input"
         if len(varying) > 1:
             return "two axes grow with the number of examples"
-        index, (first, second) = varying[0], self.batch_sizes
+        index, (first, second) = varying[0], self.sizes
         times, rest = divmod(shape[index], first)
         if rest or other[index] != times * second:
             return "an axis is not a multiple of the number of examples"
@@ -257,20 +275,18 @@ class _Walk:
         """Records in what order a reshape or a concatenation merges the examples with other axes."""
         if twin is None or eqn.primitive.name not in ("reshape", "concatenate"):
             return
-        first = self.batch_sizes[0]
+        first, new = self.sizes[0], eqn.outvars[0].aval.shape
+        target = _varying(eqn.outvars[0], twin.outvars[0])
         if eqn.primitive.name == "concatenate":
-            dimension, length = eqn.params["dimension"], eqn.outvars[0].aval.shape[eqn.params["dimension"]]
-            grows = length != twin.outvars[0].aval.shape[dimension]
-            if grows and all(v.aval.shape[dimension] == first for v in eqn.invars):
-                self.merges.setdefault(length // first, set()).add((length // first, 1))
+            axis = eqn.params["dimension"]
+            if axis in target and all(v.aval.shape[axis] == first for v in eqn.invars):
+                self.merges.setdefault(new[axis] // first, set()).add((new[axis] // first, 1))
             return
-        old, new = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
-        old_twin, new_twin = twin.invars[0].aval.shape, twin.outvars[0].aval.shape
-        source = [i for i, (a, b) in enumerate(zip(old, old_twin, strict=True)) if a != b]
-        target = [i for i, (a, b) in enumerate(zip(new, new_twin, strict=True)) if a != b]
+        old, source = eqn.invars[0].aval.shape, _varying(eqn.invars[0], twin.invars[0])
         if len(source) != 1 or len(target) != 1 or old[source[0]] != first or new[target[0]] == first:
             return
         times = new[target[0]] // first
+        # What lies before the examples in memory stays before them.
         before_old, before_new = math.prod(old[: source[0]]), math.prod(new[: target[0]])
         if before_new and before_old % before_new == 0 and times % (before_old // before_new) == 0:
             before = before_old // before_new
@@ -278,150 +294,89 @@ class _Walk:
 
     # --- loops ------------------------------------------------------------------------------------------------------
 
-    def scan(self, eqn, twin, inputs, frame):
-        params = eqn.params
-        num_consts, num_carry = params["num_consts"], params["num_carry"]
-        loop = Scan(params["length"])
-        consts, carry, xs = (
-            inputs[:num_consts],
-            inputs[num_consts : num_consts + num_carry],
-            inputs[num_consts + num_carry :],
-        )
+    def scan(self, scans, site, twin, inputs):
+        parts = scan_parts(site.eqn)
+        loop = Scan(site.address, parts.length)
+        for x in inputs:
+            if isinstance(x, _Product):
+                self.explain("scan", [x])
+        consts, carry, scanned = parts.operands([_carried(x) if isinstance(x, _Product) else x for x in inputs])
         for offset, x in enumerate(carry):
-            if isinstance(x, Node) and leaf_indices(x):
-                index = num_consts + offset
-                here = frame._replace(where=_join(frame.where, "scan"))
-                self.tap_itself(params["jaxpr"].jaxpr, eqn, twin, x, index, here, "the carry of scan")
-        body_carry = [self.carried(x) for x in carry]
-        sliced = [Sliced(x, loop) if isinstance(x, Node) and leaf_indices(x) else self.carried(x) for x in xs]
-        inner = frame._replace(scans=(*frame.scans, loop), where=_join(frame.where, "scan"))
-        body, body_twin = params["jaxpr"], twin.params["jaxpr"] if twin is not None else None
+            if x.leaves:
+                self.tap_itself(scans, site, twin, x, parts.num_consts + offset, "the carry of scan")
+        carry = [_carried(x) for x in carry]
+        sliced = [Sliced(loop, operands=(x,)) if x.leaves else _carried(x) for x in scanned]
         uses, reasons = len(self.uses), dict(self.reasons)
         while True:
-            results = self.closed(body, body_twin, [*consts, *body_carry, *sliced], inner)
-            after = [self.carried(x) for x in results[:num_carry]]
+            handle = functools.partial(self.equation, (*scans, loop))
+            results = walk(parts.body, [*consts, *carry, *sliced], handle, Constant, site.address, site.path)
             joined = [
                 _Data(a.reads_batch or b.reads_batch, a.coupled or b.coupled)
-                for a, b in zip(after, body_carry, strict=True)
+                for a, b in zip(map(_carried, parts.results(results)[0]), carry, strict=True)
             ]
-            flags = [[(x.reads_batch, x.coupled) for x in carry] for carry in (joined, body_carry)]
+            flags = [[(x.reads_batch, x.coupled) for x in values] for values in (joined, carry)]
             if flags[0] == flags[1]:
                 break
             # What a step makes of the carry is what the next starts from: walk again with both.
             del self.uses[uses:]
-            self.reasons, body_carry = dict(reasons), joined
+            self.reasons, carry = dict(reasons), joined
         for x in results:
-            if isinstance(x, Node):
+            if x.leaves:
                 self.consumed(x, "leaves a scan without meeting the data")
-        return [self.carried(x) for x in results]
-
-    def carried(self, x):
-        """What is known of a value behind the border of a loop."""
-        return _Data(False, False) if isinstance(x, Node) else _Data(x.reads_batch, x.coupled)
+        return [_carried(x) for x in results]
 
     # --- values -----------------------------------------------------------------------------------------------------
 
     def data(self, eqn, twin, inputs):
+        """Results that are data."""
         data = [x for x in inputs if isinstance(x, _Data)]
-        reads = any(x.reads_batch for x in data)
-        coupled = any(x.coupled for x in data)
-        results = []
-        for index in range(len(eqn.outvars)):
-            lost = reads and twin is not None and self.loses_examples(eqn, twin, data, inputs, index)
-            source = _moved_source(eqn, inputs) if index == 0 else None
-            results.append(_Data(reads, coupled or lost, source))
-        return results
-
-    def loses_examples(self, eqn, twin, data, inputs, index):
-        """Whether an input varies with the number of examples and the result does not: a sum over examples."""
-
-        def varies(atom, other):
-            return not isinstance(atom, Literal) and atom.aval.shape != other.aval.shape
-
-        incoming = any(
-            isinstance(x, _Data) and x.reads_batch and varies(a, b)
+        reads, coupled = any(x.reads_batch for x in data), any(x.coupled for x in data)
+        incoming = twin is not None and any(
+            isinstance(x, _Data) and x.reads_batch and _varies(a, b)
             for x, a, b in zip(inputs, eqn.invars, twin.invars, strict=True)
         )
-        out, other = eqn.outvars[index], twin.outvars[index]
-        return incoming and out.aval.shape == other.aval.shape
+        # An input that grows with the number of examples and a result that does not: a sum over examples.
+        stays = [twin is not None and not _varies(a, twin.outvars[i]) for i, a in enumerate(eqn.outvars)]
+        source = _moved_source(eqn, inputs)
+        return [_Data(reads, coupled or (incoming and flag), None if i else source) for i, flag in enumerate(stays)]
 
-    def consumed(self, node, reason):
-        for index in leaf_indices(node):
-            self.touched.add(index)
+    def consumed(self, value, reason):
+        """The value's leaves have no structure."""
+        self.touched.update(value.leaves)
+        for index in value.leaves:
             self.reasons.setdefault(index, reason)
 
-    def explain(self, name, nodes):
-        leaves = sorted({index for node in nodes for index in leaf_indices(node)})
-        if name in ("mul", "dot_general") and len(nodes) > 1:
+    def explain(self, name, values):
+        leaves = sorted({index for x in values for index in x.leaves})
+        if any(isinstance(x, _Product) for x in values) or (name in ("mul", "dot_general") and len(values) > 1):
             other = "another parameter" if len(leaves) > 1 else "itself"
             text = f"is multiplied by {other} before it meets the data"
-        elif name in ("custom_jvp_call", "custom_vjp_call"):
+        elif name.startswith("custom_"):
             text = f"is used inside a function with custom derivatives ({name}); see through_custom_rules"
         elif name in ("cond", "while"):
             text = f"is used inside `{name}`, whose body is not looked into"
         else:
             text = f"enters `{name}`"
-        for index in leaves:
-            self.touched.add(index)
-            self.reasons.setdefault(index, text)
+        for x in values:
+            self.consumed(x, text)
 
 
-_AFFINE = (MOVES - {"pad", "dynamic_slice"}) | {
-    "broadcast_in_dim",
-    "neg",
-    "add",
-    "sub",
-    "add_any",
-    "reduce_sum",
-    "name",
-}
+def _carried(x):
+    """What is known of a value behind the border of a loop."""
+    return _Data(x.reads_batch, x.coupled) if isinstance(x, _Data) else _Data(False, False)
 
 
-def _is_affine(eqn, inputs):
-    """Whether an equation of parameters and constants is affine in the parameters."""
-    name = eqn.primitive.name
-    with_leaves = [i for i, x in enumerate(inputs) if leaf_indices(x)]
-    if name in _AFFINE:
-        return _floating(eqn)
-    if name in ("mul", "dot_general", "conv_general_dilated"):
-        return len(with_leaves) == 1
-    if name in ("div", "gather", "dynamic_slice"):
-        return with_leaves == [0]
-    if name == "pad":
-        return 1 not in with_leaves
-    if name == "select_n":
-        return 0 not in with_leaves
-    return False
+def _struct(atom):
+    return jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype)
 
 
-def _floating(eqn):
-    return all(v.aval.dtype.kind == "f" or "float" in v.aval.dtype.name for v in eqn.outvars)
+def _varying(atom, twin) -> Sequence[int]:
+    """The axes whose lengths differ in the twin."""
+    return [i for i, (a, b) in enumerate(zip(atom.aval.shape, twin.aval.shape, strict=True)) if a != b]
 
 
-def _kind(eqn, side):
-    """What kind of use an operation of a parameter and data is, or None."""
-    name = eqn.primitive.name
-    if name == "dot_general":
-        return "dense"
-    if name == "conv_general_dilated":
-        return "conv" if side == 1 and eqn.params["batch_group_count"] == 1 else None
-    if name == "gather":
-        return "embedding" if side == 0 and _looks_up_rows(eqn) else None
-    if name == "mul":
-        return "scale"
-    if name in ("add", "add_any", "sub"):
-        return "shift"
-    return None
-
-
-def _looks_up_rows(eqn):
-    numbers, operand = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
-    return (
-        0 in numbers.start_index_map
-        and set(numbers.collapsed_slice_dims) <= {0}
-        and not numbers.operand_batching_dims
-        and tuple(eqn.params["slice_sizes"]) == (1, *operand[1:])
-    )
+def _varies(atom, twin):
+    return not isinstance(atom, Literal) and atom.aval.shape != twin.aval.shape
 
 
 def _moved_source(eqn, inputs):
@@ -431,31 +386,7 @@ def _moved_source(eqn, inputs):
         return None
     name, (use, order) = eqn.primitive.name, first.source
     if name in ("convert_element_type", "copy", "copy_p", "sharding_constraint", "reduce_precision", "name"):
-        return first.source if _floating(eqn) else None
+        return first.source if jax.numpy.issubdtype(eqn.outvars[0].aval.dtype, jax.numpy.floating) else None
     if name == "transpose":
         return use, tuple(order[i] for i in eqn.params["permutation"])
     return None
-
-
-def body_of(eqn: JaxprEqn, through_custom_rules: bool) -> ClosedJaxpr | None:
-    """The program that an equation calls once, if it may be looked into."""
-    name, params = eqn.primitive.name, eqn.params
-    if name in ("jit", "pjit", "closed_call", "core_call", "custom_lin", "remat2", "checkpoint", "remat", "remat_call"):
-        body = params.get("jaxpr", params.get("call_jaxpr"))
-        return None if body is None else _close(body)
-    if name in ("custom_jvp_call", "custom_vjp_call") and through_custom_rules:
-        return _close(params["call_jaxpr"])
-    return None
-
-
-def _close(body):
-    return body if isinstance(body, ClosedJaxpr) else ClosedJaxpr(body, ())
-
-
-def _title(eqn):
-    name = eqn.params.get("name")
-    return str(name) if name and name not in ("<lambda>", "fn") else eqn.primitive.name
-
-
-def _join(first, second):
-    return f"{first}/{second}" if first else second

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr
 
-from curvax.programs.analysis import body_of
 from curvax.programs.uses import Use
-from curvax.programs.views import apply_equation
-
-Array = jax.Array
+from curvax.programs.views import value
+from curvax.programs.walk import Address, apply_equation, inner_program, is_scan, rematerialised, scan_parts, walk
+from curvax.types import Array
 
 
 def evaluate(
@@ -21,10 +21,9 @@ def evaluate(
     arguments: Sequence[Any],
     uses: Sequence[Use],
     perturbations: Sequence[Any],
-    through_custom_rules: bool = False,
-    given: Sequence[tuple[int, ...]] = (),
+    given: Sequence[Address] = (),
     every_order: bool = False,
-) -> tuple[list[Any], list[Any], dict[tuple[int, ...], Any]]:
+) -> tuple[list[Any], list[Any], dict[Address, Any]]:
     """The results of a program, the input of each use, and further operands.
 
     Only programs that hold uses are entered; every other equation is evaluated as it is, with its custom rules, remat,
@@ -36,7 +35,6 @@ def evaluate(
         uses: The uses to tap.
         perturbations: For each use an array of the shape of its output (behind the axes of the scans around it), or
             None. It counts as zero: only derivatives with respect to it have a meaning.
-        through_custom_rules: As in ``analyse``.
         given: The places of further operands to return, see ``Given``.
         every_order: Whether the perturbations are added in earnest, which stores them, so that derivatives of all
             orders exist; else those of first order alone.
@@ -45,24 +43,18 @@ def evaluate(
         ``(results, inputs, operands)``; the input of a use is the other operand, stacked over the scans around it, and
         None where the use has none.
     """
-    results, found = _run(program, arguments, uses, perturbations, through_custom_rules, given, every_order)
+    tapper = _Tapper(arguments, uses, given, jnp.add if every_order else perturbed)
+    results, found = tapper.run(program, arguments, dict(enumerate(perturbations)))
     operands = {place: found[len(uses) + index] for index, place in enumerate(given)}
     return results, [found.get(index) for index in range(len(uses))], operands
 
 
 def evaluate_outputs(
-    program: ClosedJaxpr, arguments: Sequence[Any], uses: Sequence[Use], through_custom_rules: bool = False
+    program: ClosedJaxpr, arguments: Sequence[Any], uses: Sequence[Use]
 ) -> tuple[list[Any], list[Any]]:
     """The results of a program, and the output of each use, stacked over the scans around it."""
-    results, found = _run(program, arguments, uses, [None] * len(uses), through_custom_rules, ())
+    results, found = _Tapper(arguments, uses, (), perturbed).run(program, arguments, {})
     return results, [found[~index] for index in range(len(uses))]
-
-
-def _run(program, arguments, uses, perturbations, through_custom_rules, given, every_order=False):
-    tap = _Tapper(through_custom_rules, jnp.add if every_order else perturbed)
-    entries = [(index, use, use.address, perturbations[index]) for index, use in enumerate(uses)]
-    entries += [(len(uses) + index, None, place, None) for index, place in enumerate(given)]
-    return tap.run(program.jaxpr, program.consts, list(arguments), entries)
 
 
 @jax.custom_jvp
@@ -79,86 +71,77 @@ def _perturbed_jvp(primals, tangents):
 
 
 class _Tapper:
-    def __init__(self, through_custom_rules, perturb):
-        self.through, self.perturb = through_custom_rules, perturb
+    """Runs programs; what it finds is under the index of a use its input, under the index's complement its output.
 
-    def run(self, program: Jaxpr, consts, arguments, entries):
-        """(results, what was found); ``entries`` are (index, use, rest of its address, perturbation).
+    The indices behind those of the uses are of the further operands.
+    """
 
-        Found are under the index of a use its input, under the complement of the index its output.
-        """
-        environment: dict[Any, Any] = dict(zip(program.constvars, consts, strict=True))
-        environment.update(zip(program.invars, arguments, strict=True))
+    def __init__(self, leaves: Sequence[Any], uses: Sequence[Use], given: Sequence[Address], perturb: Callable):
+        self.leaves, self.uses, self.perturb = leaves, uses, perturb
+        self.at_results: dict[Address, list[int]] = defaultdict(list)
+        self.at_operands: dict[Address, list[tuple[int, int]]] = defaultdict(list)
+        self.places = [use.address if use.side is not None else use.address[:-1] for use in uses]
+        for index, (use, place) in enumerate(zip(uses, self.places, strict=True)):
+            if use.side is not None:
+                self.at_results[place].append(index)
+            else:
+                self.at_operands[place].append((~index, use.address[-1]))
+        for index, place in enumerate(given, len(uses)):
+            self.at_operands[place[:-1]].append((index, place[-1]))
+        tapped = (*self.at_results, *self.at_operands)
+        self.entered = {address[:depth] for address in tapped for depth in range(1, len(address))}
+
+    def run(self, program, arguments, eps, address=()):
+        """(results, what was found) with the perturbations of the uses inside, by index."""
         found: dict[int, Any] = {}
 
-        def read(atom):
-            return atom.val if isinstance(atom, Literal) else environment[atom]
-
-        for number, eqn in enumerate(program.eqns):
-            here = [(i, use, rest[1:], eps) for i, use, rest, eps in entries if rest[0] == number]
-            values = [read(atom) for atom in eqn.invars]
-            at_operands = [
-                entry for entry in here if (entry[1] is None or entry[1].side is None) and len(entry[2]) == 1
-            ]
-            for index, use, (operand,), eps in at_operands:
-                if use is None:
-                    found[index] = values[operand]
-                    continue
-                found[~index] = values[operand]
-                if eps is not None:
-                    values[operand] = self.perturb(values[operand], eps)
-            rest_of_them = [entry for entry in here if entry not in at_operands]
-            at_it = [entry for entry in rest_of_them if not entry[2]]
-            inside = [entry for entry in rest_of_them if entry[2]]
-            if inside:
-                results, inputs = self.enter(eqn, values, inside)
-                found.update(inputs)
+        def handle(site, values):
+            for key, operand in self.at_operands.get(site.address, ()):
+                found[key] = values[operand]
+                if eps.get(~key) is not None:
+                    values[operand] = self.perturb(values[operand], eps[~key])
+            if site.address in self.entered:
+                results, inner = self.enter(site, values, eps)
+                found.update(inner)
             else:
-                results = apply_equation(program, eqn, *values)
-            for index, use, _, eps in at_it:
-                if use.kind != "shift":
-                    found[index] = values[1 - use.side]
+                results = apply_equation(site.program, site.eqn, *values)
+            for index in self.at_results.get(site.address, ()):
+                if self.uses[index].kind != "shift":
+                    found[index] = self.input_of(self.uses[index], values)
                 found[~index] = results[0]
-                if eps is not None:
-                    results = [self.perturb(results[0], eps)]
-            environment.update(zip(eqn.outvars, results, strict=True))
-        return [read(atom) for atom in program.outvars], found
+                if eps.get(index) is not None:
+                    results = [self.perturb(results[0], eps[index])]
+            return results
 
-    def enter(self, eqn, values, entries):
-        if eqn.primitive.name == "scan":
-            return self.scan(eqn, values, entries)
-        body = body_of(eqn, self.through)
-        assert body is not None
-        eps = [entry[3] for entry in entries]
+        return walk(program, arguments, handle, address=address), found
 
-        def call(values, eps):
-            inner = [(i, use, rest, e) for (i, use, rest, _), e in zip(entries, eps, strict=True)]
-            return self.run(body.jaxpr, body.consts, values, inner)
+    def input_of(self, use, values):
+        """What the parameter is multiplied with: data, and other parameters that came with it."""
+        result = values[1 - use.side]
+        for factor in use.cofactors:
+            result = result * value(factor, self.leaves)
+        return result
 
-        if eqn.primitive.name in ("remat2", "checkpoint", "remat"):
-            call = jax.checkpoint(call, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
-        return call(values, eps)
+    def enter(self, site, values, eps):
+        depth = len(site.address)
+        own = {i: e for i, e in eps.items() if len(self.places[i]) > depth and self.places[i][:depth] == site.address}
+        if is_scan(site.eqn):
+            return self.scan(site, values, own)
 
-    def scan(self, eqn, values, entries):
-        params = eqn.params
-        body: ClosedJaxpr = params["jaxpr"]
-        num_consts, num_carry = params["num_consts"], params["num_carry"]
-        consts, carry = values[:num_consts], values[num_consts : num_consts + num_carry]
-        xs = values[num_consts + num_carry :]
+        def call(values, own):
+            return self.run(inner_program(site.eqn), values, own, site.address)
+
+        return rematerialised(site.eqn, call)(values, own)
+
+    def scan(self, site, values, eps):
+        parts = scan_parts(site.eqn)
+        consts, carry, xs = parts.operands(values)
 
         def step(carry, scanned):
             elements, eps = scanned
-            inner = [(i, use, rest, e) for (i, use, rest, _), e in zip(entries, eps, strict=True)]
-            results, inputs = self.run(body.jaxpr, body.consts, [*consts, *carry, *elements], inner)
-            return results[:num_carry], (results[num_carry:], inputs)
+            results, found = self.run(parts.body, [*consts, *carry, *elements], eps, site.address)
+            carry, ys = parts.results(results)
+            return carry, (ys, found)
 
-        eps = [entry[3] for entry in entries]
-        out, (ys, inputs) = jax.lax.scan(
-            step,
-            list(carry),
-            (list(xs), eps),
-            length=params["length"],
-            reverse=params["reverse"],
-            unroll=params["unroll"],
-        )
-        return [*out, *ys], inputs
+        out, (ys, found) = parts.run(step, carry, (xs, eps))
+        return [*out, *ys], found

@@ -14,22 +14,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.extend.core import ClosedJaxpr
 
-from curvax.layers.find import trace_term
 from curvax.objectives.term import Term
-from curvax.programs.analysis import body_of
-from curvax.programs.views import MOVES, apply_equation
-
-PyTree = Any
-Array = jax.Array
+from curvax.programs.trace import trace_term
+from curvax.programs.views import MOVES
+from curvax.programs.walk import DESCEND, Address, Site, apply_equation, called_program, is_scan, scan_parts, walk
+from curvax.types import Array, PyTree
 
 
 def record(
     program: ClosedJaxpr,
     arguments: Sequence[Any],
     varies: Sequence[bool],
-    roots: Collection[tuple[int, ...]] = (),
+    roots: Collection[Address] = (),
 ) -> tuple[list[Value], RecordedProgram]:
     """Runs a program and keeps every equation that depends on what varies.
 
@@ -47,13 +45,10 @@ def record(
         ``(results, recorded)``; the values of ``roots`` are in ``recorded.roots`` under their addresses.
     """
     recorded = RecordedProgram([], [Value(x, flag) for x, flag in zip(arguments, varies, strict=True)], {})
-    results = _run(recorded, program.jaxpr, [Value(c) for c in program.consts], recorded.arguments, (), roots)
-    return results, recorded
+    return _run(recorded, program, recorded.arguments, roots), recorded
 
 
-def record_term(
-    term: Term, params: PyTree, inputs: PyTree, roots: Collection[tuple[int, ...]] | None = None
-) -> RecordedTerm:
+def record_term(term: Term, params: PyTree, inputs: PyTree, roots: Collection[Address] | None = None) -> RecordedTerm:
     """Runs a term's model and keeps every equation that depends on the parameters, or else on ``roots`` alone."""
     program, _, num_outputs = trace_term(term, params, inputs)
     leaves, data = jax.tree.leaves(params), jax.tree.leaves(inputs)
@@ -112,7 +107,7 @@ class RecordedProgram:
 
     steps: list[Step]
     arguments: list[Value]
-    roots: dict[tuple[int, ...], Value]
+    roots: dict[Address, Value]
     chains: dict[int, tuple[Value, list[Step]]] = dataclasses.field(default_factory=dict)
 
     def append(self, step: Step) -> None:
@@ -125,7 +120,7 @@ class RecordedProgram:
         parts = [*dict.fromkeys(before), step]
         self.chains[id(step.outputs[0])] = origin, parts
         plain = len(parts) == 1
-        self.steps.append(step if plain else Chain(step.program, step.eqn, [origin], step.outputs, parts))
+        self.steps.append(step if plain else Chain(step.site, [origin], step.outputs, parts))
 
     def _origin(self, step):
         """The one value that an elementwise step's operands come from entry by entry."""
@@ -154,15 +149,9 @@ class RecordedProgram:
 class Step:
     """One equation that ran."""
 
-    program: Jaxpr
-    eqn: JaxprEqn
+    site: Site
     inputs: list[Value]
     outputs: list[Value]
-
-    @property
-    def name(self) -> str:
-        """The name of the primitive."""
-        return self.eqn.primitive.name
 
     @property
     def variables(self) -> list[Value]:
@@ -178,7 +167,7 @@ class Step:
         """The results that vary as a function of the operands that do."""
         given = iter(arrays)
         values = [next(given) if x.varies else x.array for x in self.inputs]
-        results = apply_equation(self.program, self.eqn, *values)
+        results = apply_equation(self.site.program, self.site.eqn, *values)
         return [y for y, out in zip(results, self.outputs, strict=True) if out.varies]
 
     @functools.cached_property
@@ -189,14 +178,27 @@ class Step:
     @property
     def elementwise(self) -> bool:
         """Whether an entry of the result depends on the entries there of its operands alone, some perhaps broadcast."""
-        return _is_elementwise(self.eqn)
+        return _is_elementwise(self.site.eqn)
+
+    @property
+    def bilinear(self) -> bool:
+        """Whether it is a product of its two operands."""
+        return self.site.name in ("mul", "dot_general", "conv_general_dilated")
+
+    @property
+    def selects(self) -> bool:
+        """Whether the results are sums of entries of the operands."""
+        return self.site.name in _SELECTIONS
 
     @property
     def linear(self) -> bool:
         """Whether the result is linear in all operands that vary together."""
-        if self.name in SELECTIONS or self.name in ("add", "add_any", "sub", "neg"):
-            return True
-        return self.name in BILINEAR and len(self.variables) == 1
+        sums = self.selects or self.site.name in ("add", "add_any", "sub", "neg")
+        return sums or (self.bilinear and len(self.variables) == 1)
+
+    def product(self, *operands: Array) -> Array:
+        """A bilinear equation of other operands."""
+        return self.site.eqn.primitive.bind(*operands, **self.site.eqn.params)
 
 
 @dataclasses.dataclass(eq=False)
@@ -224,9 +226,7 @@ class Chain(Step):
         return all(part.linear for part in self.parts)
 
 
-BILINEAR = frozenset({"mul", "dot_general", "conv_general_dilated"})
-
-SELECTIONS = MOVES | {
+_SELECTIONS = MOVES | {
     *("broadcast_in_dim", "reduce_sum", "gather", "scatter-add", "scatter_add", "dynamic_update_slice", "select_n"),
     *("reduce_max", "reduce_min", "cumsum", "stop_gradient", "name", "select_and_gather_add", "reduce_window_max"),
     *("reduce_window_sum", "reduce_window_min", "pvary", "sort", "tile"),
@@ -238,88 +238,71 @@ _ELEMENTWISE = frozenset(
         *("add", "sub", "mul", "div", "neg", "add_any", "max", "min", "pow", "integer_pow", "square", "sqrt", "rsqrt"),
         *("cbrt", "exp", "exp2", "expm1", "log", "log1p", "tanh", "tan", "sin", "cos", "asin", "acos", "atan", "atan2"),
         *("sinh", "cosh", "asinh", "acosh", "atanh", "logistic", "erf", "erfc", "erf_inv", "abs", "sign", "clamp"),
-        *("lgamma", "digamma", "select_n", "convert_element_type", "copy", "copy_p", "name", "stop_gradient"),
-        *("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "is_finite", "floor", "ceil", "round"),
+        *("log2", "lgamma", "digamma", "select_n", "convert_element_type", "copy", "copy_p", "name", "stop_gradient"),
+        *("one_minus_square", "is_finite", "floor", "ceil", "round", "eq", "ne", "lt", "le", "gt", "ge"),
+        *("and", "or", "not"),
     }
 )
 
 
-def _run(recorded, program, consts, arguments, address, roots):
-    environment = dict(zip(program.constvars, consts, strict=True))
-    environment.update(zip(program.invars, arguments, strict=True))
+def _run(recorded, program, arguments, roots=()):
+    """Runs a program on values and records it; those inside of loops have no addresses, so no roots."""
+    inside = {root[:depth] for root in roots for depth in range(1, len(root))}
 
-    def read(atom):
-        return Value(atom.val) if isinstance(atom, Literal) else environment[atom]
-
-    for number, eqn in enumerate(program.eqns):
-        here = (*address, number)
-        inputs = [read(atom) for atom in eqn.invars]
-        outputs = _run_equation(recorded, program, eqn, inputs, here, roots)
-        if here in roots:
-            outputs[0].varies, recorded.roots[here] = True, outputs[0]
+    def handle(site, inputs):
+        varies = any(x.varies for x in inputs)
+        if (varies or site.address in inside) and called_program(site.eqn) is not None:
+            return DESCEND
+        unrolled = varies and is_scan(site.eqn)
+        outputs = _unrolled(recorded, site.eqn, inputs) if unrolled else _run_equation(recorded, site, inputs, varies)
+        if site.address in roots:
+            outputs[0].varies, recorded.roots[site.address] = True, outputs[0]
             # What arrives at it is asked for, so no chain may pass it by.
             recorded.chains.pop(id(outputs[0]), None)
-        environment.update(zip(eqn.outvars, outputs, strict=True))
-    return [read(atom) for atom in program.outvars]
+        return outputs
+
+    return walk(program, arguments, handle, Value)
 
 
-def _run_equation(recorded, program, eqn, inputs, address, roots):
-    inside = any(root[: len(address)] == address and len(root) > len(address) for root in roots)
-    varies = any(x.varies for x in inputs)
-    body = body_of(eqn, through_custom_rules=False)
-    if body is not None and (varies or inside):
-        return _run(recorded, body.jaxpr, [Value(c) for c in body.consts], inputs, address, roots)
-    if eqn.primitive.name == "scan" and varies:
-        return _unrolled(recorded, eqn, inputs)
-    outputs = [Value(y) for y in apply_equation(program, eqn, *(x.array for x in inputs))]
-    if varies:
-        for out in outputs:
-            out.varies = jnp.issubdtype(jnp.result_type(out.array), jnp.inexact)
-        if any(out.varies for out in outputs):
-            # A number of another type, such as an index, takes part but has no derivative.
-            inputs = [x if _inexact(x.array) else Value(x.array) for x in inputs]
-            recorded.append(Step(program, eqn, inputs, outputs))
+def _run_equation(recorded, site, inputs, varies):
+    outputs = [Value(y) for y in apply_equation(site.program, site.eqn, *(x.array for x in inputs))]
+    for out in outputs:
+        out.varies = varies and _inexact(out.array)
+    if any(out.varies for out in outputs):
+        # A number of another type, such as an index, takes part but has no derivative.
+        recorded.append(Step(site, [x if _inexact(x.array) else Value(x.array) for x in inputs], outputs))
     return outputs
 
 
 def _unrolled(recorded, eqn, inputs):
-    params = eqn.params
-    body, length = params["jaxpr"], params["length"]
-    num_consts, num_carry = params["num_consts"], params["num_carry"]
-    consts, carry = inputs[:num_consts], inputs[num_consts : num_consts + num_carry]
-    scanned = [_taken_apart(recorded, x, length) for x in inputs[num_consts + num_carry :]]
-    results: list[Any] = [None] * length
-    for index in reversed(range(length)) if params["reverse"] else range(length):
-        own = [parts[index] for parts in scanned]
-        out = _run(recorded, body.jaxpr, [Value(c) for c in body.consts], [*consts, *carry, *own], (), ())
-        carry, results[index] = out[:num_carry], out[num_carry:]
-    stacks = [_stacked(recorded, parts) for parts in zip(*results, strict=True)]
-    return [*carry, *stacks]
+    parts = scan_parts(eqn)
+    consts, carry, scanned = parts.operands(inputs)
+    elements = [_taken_apart(recorded, x, parts.length) for x in scanned]
+    results: list[Any] = [None] * parts.length
+    for index in reversed(range(parts.length)) if parts.reverse else range(parts.length):
+        out = _run(recorded, parts.body, [*consts, *carry, *(x[index] for x in elements)])
+        carry, results[index] = parts.results(out)
+    return [*carry, *(_stacked(recorded, steps) for steps in zip(*results, strict=True))]
 
 
 def _taken_apart(recorded, value, length):
     if not value.varies:
         return [Value(value.array[i]) for i in range(length)]
-    program = jax.make_jaxpr(lambda x: [x[i] for i in range(length)])(value.array)
-    return _run(recorded, program.jaxpr, [Value(c) for c in program.consts], [value], (), ())
+    return _run(recorded, jax.make_jaxpr(lambda x: [x[i] for i in range(length)])(value.array), [value])
 
 
 def _stacked(recorded, parts):
     if not any(x.varies for x in parts):
         return Value(jnp.stack([x.array for x in parts]))
     program = jax.make_jaxpr(lambda *xs: jnp.stack(xs))(*(x.array for x in parts))
-    return _run(recorded, program.jaxpr, [Value(c) for c in program.consts], list(parts), (), ())[0]
+    return _run(recorded, program, list(parts))[0]
 
 
 def _is_elementwise(eqn):
-    name = eqn.primitive.name
-    if name in ("custom_jvp_call", "custom_vjp_call"):
-        body = body_of(eqn, through_custom_rules=True)
-        return body is not None and all(_is_elementwise(inner) for inner in body.jaxpr.eqns)
-    body = body_of(eqn, through_custom_rules=False)
+    body = called_program(eqn, through_custom_rules=True)
     if body is not None:
-        return all(_is_elementwise(inner) for inner in body.jaxpr.eqns)
-    return name in _ELEMENTWISE
+        return all(map(_is_elementwise, body.jaxpr.eqns))
+    return eqn.primitive.name in _ELEMENTWISE
 
 
 def _inexact(array):

@@ -8,22 +8,54 @@ function of the leaves; this module holds such functions, evaluates them, and sa
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
+
+from curvax.programs.walk import Address, Site, apply_equation
+from curvax.types import Array
 
 
+@dataclasses.dataclass(frozen=True)
+class Scan:
+    """One ``scan`` that a use stands in, by its address."""
+
+    address: Address
+    length: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Node:
-    """A value that depends on leaves and constants alone."""
+    """A value that depends on leaves and constants alone.
 
-    @property
-    def operands(self) -> tuple[Node, ...]:
-        """What it is computed from."""
-        return ()
+    What is asked of every node again and again is kept with it, so that graphs are walked once.
+
+    Attributes:
+        operands: What it is computed from.
+    """
+
+    operands: tuple[Node, ...] = dataclasses.field(default=(), kw_only=True)
+
+    @functools.cached_property
+    def leaves(self) -> tuple[int, ...]:
+        """The leaves that the node depends on."""
+        return _union(node.leaves for node in self.operands)
+
+    @functools.cached_property
+    def scans(self) -> tuple[Scan, ...]:
+        """The scans from one step of which to the next the node differs."""
+        return _union(node.scans for node in self.operands)
+
+    @functools.cached_property
+    def unknown(self) -> tuple[Node, ...]:
+        """The arrays in it that are not known before the program runs."""
+        return _union(node.unknown for node in self.operands)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,38 +64,20 @@ class Leaf(Node):
 
     index: int
 
+    @functools.cached_property
+    def leaves(self) -> tuple[int, ...]:
+        return (self.index,)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Constant(Node):
-    """An array that is known while tracing."""
+    """An array that the program holds."""
 
     value: Any
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Applied(Node):
-    """One output of an equation of a program."""
-
-    program: Jaxpr
-    eqn: JaxprEqn
-    inputs: tuple[Node, ...]
-    output: int
-
-    @property
-    def operands(self) -> tuple[Node, ...]:
-        return self.inputs
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Sliced(Node):
-    """What a ``scan`` hands to its body: one element along axis 0 of ``whole``."""
-
-    whole: Node
-    scan: Any
-
-    @property
-    def operands(self) -> tuple[Node, ...]:
-        return (self.whole,)
+    @functools.cached_property
+    def unknown(self) -> tuple[Node, ...]:
+        return (self,) if isinstance(self.value, Tracer) else ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,70 +87,91 @@ class Given(Node):
     It is an operand of an equation: ``place`` is the address of the equation and the number of the operand.
     """
 
-    place: tuple[int, ...]
-    shape: tuple[int, ...]
+    place: Address
+    value: Any  # its ShapeDtypeStruct
+
+    @functools.cached_property
+    def unknown(self) -> tuple[Node, ...]:
+        return (self,)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Applied(Node):
+    """One output of an equation of a program."""
+
+    site: Site
+    output: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sliced(Node):
+    """What a ``scan`` hands to its body: one element along axis 0 of ``operands[0]``."""
+
+    scan: Scan
+
+    @functools.cached_property
+    def scans(self) -> tuple[Scan, ...]:
+        return _union([self.operands[0].scans, (self.scan,)])
 
 
 def value(
     node: Node,
-    leaves: Sequence[jax.Array],
-    scans: Sequence[Any] = (),
-    given: Mapping[tuple[int, ...], jax.Array] | None = None,
-) -> jax.Array:
+    leaves: Sequence[Array] | Mapping[int, Array],
+    scans: Sequence[Scan] = (),
+    given: Mapping[Address, Array] | None = None,
+    known: Mapping[Node, Array] | None = None,
+) -> Array:
     """The node's value at these leaves, with one leading axis for each scan in ``scans`` that it takes slices of.
 
     Args:
         node: The node.
-        leaves: All leaves of the parameters.
+        leaves: The leaves of the parameters, at least those that the node depends on.
         scans: The scans around the node, outermost first.
         given: The values of ``Given`` nodes by their places.
+        known: Values to take for nodes whatever they are.
     """
-    known = {id(n): (given or {})[n.place] for n in ancestors(node) if isinstance(n, Given)}
-    return _value(node, leaves, tuple(scan for scan in scans if depends_on(node, scan)), known)
+    known = dict(known or {}) | {n: given[n.place] for n in places_given(node) if given}
+    return _value(node, leaves, tuple(scan for scan in scans if scan in node.scans), known)
 
 
 def places_given(node: Node) -> tuple[Given, ...]:
     """The values of the running program that the node is computed from."""
-    return tuple(n for n in ancestors(node) if isinstance(n, Given))
-
-
-def depends_on(node: Node, scan: Any) -> bool:
-    """Whether the node differs from one step of the scan to the next."""
-    return any(isinstance(n, Sliced) and n.scan is scan for n in ancestors(node))
-
-
-def leaf_indices(node: Node) -> tuple[int, ...]:
-    """The leaves that the node depends on."""
-    return tuple(sorted({n.index for n in ancestors(node) if isinstance(n, Leaf)}))
+    return tuple(n for n in node.unknown if isinstance(n, Given))
 
 
 def ancestors(node: Node) -> list[Node]:
     """The node and everything it is computed from, each once."""
-    seen: dict[int, Node] = {}
+    seen = {node: None}
     stack = [node]
     while stack:
-        current = stack.pop()
-        if id(current) not in seen:
-            seen[id(current)] = current
-            stack.extend(current.operands)
-    return list(seen.values())
+        new = [n for n in stack.pop().operands if n not in seen]
+        seen |= dict.fromkeys(new)
+        stack += new
+    return list(seen)
 
 
-def signature(node: Node) -> Any:
-    """A hashable description: nodes of the same signature have the same value."""
-    if isinstance(node, Leaf):
-        return ("leaf", node.index)
-    if isinstance(node, Constant):
-        scalar = jnp.ndim(node.value) == 0 and not isinstance(node.value, Tracer)
-        return ("constant", float(node.value) if scalar and jnp.isrealobj(node.value) else id(node.value))
-    if isinstance(node, Given):
-        return ("given", node.place)
-    if isinstance(node, Sliced):
-        return ("sliced", signature(node.whole))
-    assert isinstance(node, Applied)
-    name = node.eqn.primitive.name
-    params = tuple(sorted((key, str(entry)) for key, entry in node.eqn.params.items()))
-    return (name, params, tuple(map(signature, node.inputs)), node.output)
+class Signatures:
+    """Numbers nodes so that two of one number have the same value."""
+
+    def __init__(self):
+        self._numbers: dict[Any, int] = {}
+        self._of: dict[Node, int] = {}
+
+    def __call__(self, node: Node) -> int:
+        """The node's number."""
+        if node not in self._of:
+            self._of[node] = self._numbers.setdefault(self._description(node), len(self._numbers))
+        return self._of[node]
+
+    def _description(self, node):
+        operands = tuple(map(self, node.operands))
+        if isinstance(node, Applied):
+            params = tuple(sorted((key, str(entry)) for key, entry in node.site.eqn.params.items()))
+            return node.site.name, params, operands, node.output
+        if isinstance(node, Constant):
+            scalar = jnp.ndim(node.value) == 0 and not isinstance(node.value, Tracer)
+            return "constant", float(node.value) if scalar and jnp.isrealobj(node.value) else id(node.value)
+        return type(node), operands, node.leaves, node.place if isinstance(node, Given) else ()
 
 
 MOVES = frozenset(
@@ -148,53 +183,126 @@ MOVES = frozenset(
 )
 """Primitives that put every entry in at most one place, unchanged."""
 
+_AFFINE = (MOVES - {"pad", "dynamic_slice"}) | {
+    *("broadcast_in_dim", "neg", "add", "sub", "add_any", "reduce_sum", "name"),
+}
+
+
+def is_affine(site: Site, inputs: Sequence[Node]) -> bool:
+    """Whether an equation of parameters and constants is affine in the parameters."""
+    name = site.name
+    with_leaves = [i for i, x in enumerate(inputs) if x.leaves]
+    if name in _AFFINE:
+        return all(jnp.issubdtype(cast(Any, v.aval).dtype, jnp.floating) for v in site.eqn.outvars)
+    if name in ("mul", "dot_general", "conv_general_dilated"):
+        return len(with_leaves) == 1
+    if name in ("div", "gather", "dynamic_slice"):
+        return with_leaves == [0]
+    if name == "pad":
+        return 1 not in with_leaves
+    if name == "select_n":
+        return 0 not in with_leaves
+    return False
+
 
 def only_moves(node: Node) -> bool:
     """Whether every entry of the node is one entry of one leaf (or a constant zero), none of them twice."""
-    for n in ancestors(node):
-        if not isinstance(n, Applied):
-            continue
-        name = n.eqn.primitive.name
-        same_size = name == "broadcast_in_dim" and _size(n.eqn.invars[0]) == _size(n.eqn.outvars[0])
-        if not (name in MOVES or same_size) and leaf_indices(n):
-            return False
-    leaves = [n.index for n in ancestors(node) if isinstance(n, Leaf)]
-    return len(leaves) == len(set(leaves)) and not _diverges(node)
+    found = [n for n in ancestors(node) if n.leaves]
+    if not all(_moves(n) for n in found if isinstance(n, Applied)):
+        return False
+    # Whatever is used twice on the way to the node may be there twice.
+    used = [operand for n in found for operand in n.operands if operand.leaves]
+    leaves = [n.index for n in found if isinstance(n, Leaf)]
+    return len(used) == len(set(used)) and len(leaves) == len(set(leaves))
+
+
+def _moves(node):
+    eqn = node.site.eqn
+    same_size = node.site.name == "broadcast_in_dim" and eqn.invars[0].aval.size == eqn.outvars[0].aval.size
+    return node.site.name in MOVES or same_size
 
 
 def without_permutation(node: Node) -> tuple[Node, tuple[int, ...]]:
     """(base, order) with node = transpose(base, order), where base is not itself a transpose or a cast."""
-    permutation = None
+    permutation = ()
     while isinstance(node, Applied):
-        name = node.eqn.primitive.name
-        if name == "transpose":
-            step = tuple(node.eqn.params["permutation"])
-            permutation = step if permutation is None else tuple(step[i] for i in permutation)
-        elif name not in ("convert_element_type", "copy", "copy_p"):
+        if node.site.name == "transpose":
+            step = tuple(node.site.eqn.params["permutation"])
+            permutation = tuple(step[i] for i in permutation) if permutation else step
+        elif node.site.name not in ("convert_element_type", "copy", "copy_p"):
             break
-        node = node.inputs[0]
-    return node, permutation if permutation is not None else ()
+        (node,) = node.operands
+    return node, permutation
 
 
-def apply_equation(program: Jaxpr, eqn: JaxprEqn, *inputs: Any) -> list[Any]:
-    """The outputs of one equation, evaluated as a program of its own, so that custom rules and the like stay intact."""
-    pairs = zip(eqn.invars, inputs, strict=True)
-    given = {atom: value for atom, value in pairs if not isinstance(atom, Literal)}
-    atoms = list(given)
-    single = program.replace(constvars=[], invars=atoms, outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects)
-    return jaxpr_as_fun(ClosedJaxpr(single, ()))(*(given[atom] for atom in atoms))
+def varying_axes(
+    node: Node, structs: Sequence[jax.ShapeDtypeStruct], scans: Sequence[Scan]
+) -> tuple[tuple[int, ...], bool]:
+    """(axes along which a node's value depends on different entries of the parameters, whether it only moves them)."""
+    axes = _axes_of_leaf(node, structs)
+    if axes is not None:
+        return tuple(i for i, size in enumerate(axes) if size > 1), True
+    return _varying_by_numbers(node, {i: structs[i] for i in node.leaves}, scans)
+
+
+def _axes_of_leaf(node, structs):
+    """For a leaf that is cast, copied along new axes and given axes of length one, what length it has in each axis."""
+    if isinstance(node, Leaf):
+        return structs[node.index].shape
+    if not isinstance(node, Applied) or len(node.operands) != 1:
+        return None
+    axes, eqn = _axes_of_leaf(node.operands[0], structs), cast(Any, node.site.eqn)
+    old, new = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    if axes is None or node.site.name in ("convert_element_type", "copy", "copy_p"):
+        return axes
+    if node.site.name == "broadcast_in_dim":
+        places = dict(zip(eqn.params["broadcast_dimensions"], axes, strict=True))
+        return tuple(places.get(i, 1) for i in range(len(new)))
+    before, after = ([i for i, size in enumerate(shape) if size > 1] for shape in (old, new))
+    if node.site.name in ("reshape", "squeeze", "expand_dims") and [old[i] for i in before] == [new[i] for i in after]:
+        places = dict(zip(after, (axes[i] for i in before), strict=True))
+        return tuple(places.get(i, 1) for i in range(len(new)))
+    return None
+
+
+def _varying_by_numbers(node, structs, scans):
+    """The same for any node, by evaluating it with a number for each entry of its leaves."""
+    starts = dict(zip(structs, np.cumsum([1, *(math.prod(leaf.shape) for leaf in structs.values())]), strict=False))
+    total = sum(math.prod(leaf.shape) for leaf in structs.values())
+    with jax.ensure_compile_time_eval():
+        known = {n: _stand_in(n.value) for n in node.unknown}
+        zeros = {i: jnp.zeros(leaf.shape, leaf.dtype) for i, leaf in structs.items()}
+        low = np.asarray(value(node, zeros, scans, known=known), np.float64)
+        codes = np.zeros_like(low)
+        for place in range(math.ceil(math.log(total + 2, 64))):  # digits that every dtype holds exactly
+            digits = {
+                i: jnp.asarray((start + np.arange(leaf.size)) // 64**place % 64, leaf.dtype).reshape(leaf.shape)
+                for (i, leaf), start in zip(structs.items(), starts.values(), strict=True)
+            }
+            codes += 64**place * (np.asarray(value(node, digits, scans, known=known), np.float64) - low)
+    axes = tuple(i for i in range(codes.ndim) if codes.shape[i] > 1 and np.any(codes != np.take(codes, [0], axis=i)))
+    entries = codes[tuple(slice(None) if i in axes else 0 for i in range(codes.ndim))].ravel()
+    places = set(entries.tolist())
+    moved = len(places) == entries.size and places <= set(range(1, 1 + total))
+    return axes, moved and not node.unknown
+
+
+def _stand_in(array):
+    """Numbers for an array that is not known yet, all different: what is multiplied by them goes on to vary."""
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        return jnp.asarray(np.random.default_rng(0).uniform(1, 2, array.shape), array.dtype)
+    return jnp.arange(array.size, dtype=array.dtype).reshape(array.shape)
 
 
 def _value(node, leaves, scans, known):
     if not scans:
         return _plain_value(node, leaves, known)
     outer, inner = scans[0], scans[1:]
-    slices = [n for n in ancestors(node) if isinstance(n, Sliced) and n.scan is outer]
-    wholes = [_plain_value(n.whole, leaves, known) for n in slices]
+    slices = [n for n in ancestors(node) if isinstance(n, Sliced) and n.scan == outer]
+    wholes = [_plain_value(n.operands[0], leaves, known) for n in slices]
 
     def one(*parts):
-        here = known | {id(n): part for n, part in zip(slices, parts, strict=True)}
-        return _value(node, leaves, inner, here)
+        return _value(node, leaves, inner, known | dict(zip(slices, parts, strict=True)))
 
     return jax.vmap(one)(*wholes)
 
@@ -203,31 +311,20 @@ def _plain_value(node, leaves, known):
     found = dict(known)
 
     def evaluate(n):
-        if id(n) not in found:
+        if n not in found:
             if isinstance(n, Leaf):
-                found[id(n)] = leaves[n.index]
+                found[n] = leaves[n.index]
             elif isinstance(n, Constant):
-                found[id(n)] = n.value
+                found[n] = n.value
             else:
                 assert isinstance(n, Applied), "a slice of a scan outside of it"
-                found[id(n)] = apply_equation(n.program, n.eqn, *map(evaluate, n.inputs))[n.output]
-        return found[id(n)]
+                found[n] = apply_equation(n.site.program, n.site.eqn, *map(evaluate, n.operands))[n.output]
+        return found[n]
 
     return evaluate(node)
 
 
-def _diverges(node):
-    """Whether something with leaves in it is used twice on the way to the node."""
-    counts: dict[int, int] = {}
-    for n in ancestors(node):
-        for operand in n.operands:
-            if leaf_indices(operand):
-                counts[id(operand)] = counts.get(id(operand), 0) + 1
-    return any(count > 1 for count in counts.values())
-
-
-def _size(atom):
-    size = 1
-    for length in atom.aval.shape:
-        size *= length
-    return size
+def _union(parts):
+    """Every entry of the tuples once; leaves in their order, so that equal sets are equal tuples."""
+    entries = list(dict.fromkeys(entry for part in parts for entry in part))
+    return tuple(sorted(entries)) if entries and isinstance(entries[0], int) else tuple(entries)
