@@ -94,65 +94,50 @@ def minimize(
     rule, dtype = RadiusRule(), trees.wide_dtype(*jax.tree.leaves(start))
     evaluate = jax.value_and_grad(function)
 
-    class Carry(NamedTuple):
-        value: PyTree
-        loss: Array
-        gradient: PyTree
-        reach: Array  # the radius, or the last step size
-        memory: SR1Memory
-        iterations: Array
-        accepted: Array
-        skipped: Array
-        probes: Array  # steps since the gradient came within the tolerance
-        reason: Array
-
-    def is_flat(gradient):
-        norm = trees.norm(gradient)
-        return norm <= jnp.asarray(tolerance, norm.dtype)
-
-    def reason_at(loss, gradient, small_step, memory, probes):
+    def result_at(value, loss, gradient, small_step, counts: tuple[Array, Array, Array], memory, probes):
+        norm = trees.norm(gradient).astype(dtype)
+        flat = norm <= jnp.asarray(tolerance, dtype)
+        # How many steps it is since the gradient came within the tolerance.
+        probes = jnp.where(flat, probes + 1, 0)
         indefinite = _has_negative_curvature(memory, scale) & (probes < 20) & (method == "trust_region")
         reason = jnp.where(small_step, MinimizeReason.SMALL_STEP.value, MinimizeReason.MAX_ITERATIONS.value)
-        reason = jnp.where(is_flat(gradient) & ~indefinite, MinimizeReason.GRADIENT.value, reason)
-        return jnp.where(trees.all_finite(loss, gradient), reason, MinimizeReason.NON_FINITE.value).astype(jnp.int32)
+        reason = jnp.where(flat & ~indefinite, MinimizeReason.GRADIENT.value, reason)
+        reason = jnp.where(trees.all_finite(loss, gradient), reason, MinimizeReason.NON_FINITE.value)
+        return MinimizeResult(value, loss, norm, reason.astype(jnp.int32), *counts, memory), gradient, probes
 
     def running(carry):
-        return (carry.reason == MinimizeReason.MAX_ITERATIONS.value) & (carry.iterations < cap)
+        (at, _, _), _ = carry
+        return (at.reason == MinimizeReason.MAX_ITERATIONS.value) & (at.iterations < cap)
 
     def iterate(carry):
+        (at, gradient, probes), reach = carry
+
         def displaced(step):
-            loss, gradient = evaluate(trees.add(carry.value, step))
+            loss, gradient = evaluate(trees.add(at.value, step))
             return loss.astype(dtype), gradient
 
-        here = (displaced, carry.loss, carry.gradient, carry.memory, carry.reach)
+        here = (displaced, at.function_value, gradient, at.memory, reach)
         if method == "trust_region":
             taken = trust_region_step(*here, scale=scale, rule=rule)
         else:
             taken = line_search_step(*here, scale=scale)
-        value = trees.where(taken.accepted, trees.add(carry.value, taken.step), carry.value)
-        loss = jnp.where(taken.accepted, taken.new_loss, carry.loss)
-        gradient = trees.where(taken.accepted, taken.new_gradient, carry.gradient)
-        shortest = jnp.finfo(dtype).eps * (1 + trees.norm(carry.value).astype(dtype))
+        there = trees.add(at.value, taken.step), taken.new_loss, taken.new_gradient
+        value, loss, new_gradient = trees.where(taken.accepted, there, (at.value, at.function_value, gradient))
+        shortest = jnp.finfo(dtype).eps * (1 + trees.norm(at.value).astype(dtype))
         small = ~taken.accepted & (taken.step_norm <= shortest)
         # A long step from a saddle may end where the function curves upwards, which says nothing about the saddle.
-        forget = (carry.probes > 0) & ~taken.accepted
-        memory = trees.where(forget, carry.memory, taken.memory)
-        probes = jnp.where(is_flat(gradient), carry.probes + 1, 0)
-        reason = reason_at(loss, gradient, small, memory, probes)
-        iterations, accepted = carry.iterations + 1, carry.accepted + taken.accepted.astype(jnp.int32)
-        skipped = carry.skipped + taken.skipped.astype(jnp.int32)
-        return Carry(value, loss, gradient, taken.reach, memory, iterations, accepted, skipped, probes, reason)
+        forget = (probes > 0) & ~taken.accepted
+        memory = trees.where(forget, at.memory, taken.memory)
+        accepted, skipped = (flag.astype(jnp.int32) for flag in (taken.accepted, taken.skipped))
+        counts = at.iterations + 1, at.accepted + accepted, at.skipped_pairs + skipped
+        return result_at(value, loss, new_gradient, small, counts, memory, probes), taken.reach
 
     loss, gradient = evaluate(start)
-    loss = loss.astype(dtype)
     first = jnp.asarray(trees.norm(gradient) if initial_radius is None else initial_radius, dtype)
-    zero, memory = jnp.zeros((), jnp.int32), sr1_memory(start, memory_size)
     reach = first if method == "trust_region" else jnp.full((), 0.5, dtype)
-    reason = reason_at(loss, gradient, jnp.array(False), memory, zero)
-    carry = Carry(start, loss, gradient, reach, memory, zero, zero, zero, zero, reason)
-    end = jax.lax.while_loop(running, iterate, carry)
-    norm = trees.norm(end.gradient).astype(dtype)
-    return MinimizeResult(end.value, end.loss, norm, end.reason, end.iterations, end.accepted, end.skipped, end.memory)
+    zero, memory = jnp.zeros((), jnp.int32), sr1_memory(start, memory_size)
+    origin = result_at(start, loss.astype(dtype), gradient, jnp.array(False), (zero, zero, zero), memory, zero - 1)
+    return jax.lax.while_loop(running, iterate, (origin, reach))[0][0]
 
 
 def _has_negative_curvature(memory, scale):

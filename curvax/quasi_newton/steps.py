@@ -11,8 +11,8 @@ from curvax import trees
 from curvax.damping.rules import RadiusRule
 from curvax.matrices.quadratic_model import reduction_ratio
 from curvax.quasi_newton.sr1 import SR1Memory, sr1_map, sr1_update
-from curvax.solvers.compact_trust_region import compact_trust_region
 from curvax.solvers.line_search import backtracking_line_search
+from curvax.solvers.trust_region import compact_trust_region
 from curvax.types import Array, PyTree, Scalar
 
 Evaluate = Callable[[PyTree], tuple[Array, PyTree]]
@@ -79,30 +79,20 @@ def trust_region_step(
     """
     rule, dtype = RadiusRule() if rule is None else rule, memory.core.dtype
     solution = compact_trust_region(sr1_map(memory, scale), gradient, radius)
-    new_loss, new_gradient = evaluate(solution.step)
-    predicted = solution.model_value.astype(dtype)
-    # Where there is no gradient, as on a kink, the step has failed whatever the loss.
-    ratio = reduction_ratio(loss, new_loss, predicted).astype(dtype)
-    ratio = jnp.where(trees.all_finite(new_gradient), ratio, -jnp.inf)
-    finite = trees.all_finite(loss, gradient, predicted)
     # The multiplier says what B makes of the step, without another product: (B + sigma I) s = -g.
     expected = trees.scale(-1.0, trees.add_scaled(gradient, solution.multiplier, solution.step))
-    change = trees.sub(new_gradient, gradient)
-    updated = sr1_update(memory, solution.step, change, scale, skip_tolerance, expected=expected, usable=finite)
-    return SR1Step(
-        step=solution.step,
-        step_norm=solution.norm,
-        new_loss=new_loss.astype(dtype),
-        new_gradient=new_gradient,
-        predicted_change=predicted,
-        step_ratio=ratio,
-        accepted=ratio > jnp.asarray(acceptance, dtype),
-        reach=rule.adapt(radius, ratio, step_norm=solution.norm),
-        memory=updated.memory,
-        skipped=updated.skipped,
-        hard_case=solution.hard_case,
-        finite=finite,
-    )
+
+    def judge(ratio, has_gradient):
+        # Where there is no gradient, as on a kink, the step has failed whatever the loss.
+        ratio = jnp.where(has_gradient, ratio, -jnp.inf)
+        return ratio, ratio > jnp.asarray(acceptance, dtype), rule.adapt(radius, ratio, step_norm=solution.norm)
+
+    def remember(change, finite):
+        return sr1_update(memory, solution.step, change, scale, skip_tolerance, expected=expected, usable=finite)
+
+    predicted = solution.model_value.astype(dtype)
+    tried = solution.step, solution.norm, predicted, solution.hard_case
+    return _judged(evaluate, loss, gradient, *tried, judge, remember)
 
 
 def line_search_step(
@@ -154,25 +144,37 @@ def line_search_step(
         max_tries=most_halvings,
         initial=jnp.minimum(1, 2 * last_step_size),
     )
-    step_size = search.step_size
-    step = trees.scale(step_size, direction)
+    step = trees.scale(search.step_size, direction)
+
+    def judge(ratio, has_gradient):
+        accepted = search.found & has_gradient
+        return ratio, accepted, jnp.where(accepted, search.step_size, last_step_size / 2)
+
+    def remember(change, finite):
+        return sr1_update(memory, change, step, inverse_scale, skip_tolerance, usable=finite)
+
+    tried = step, trees.norm(step).astype(dtype), search.step_size * slope / 2, upwards
+    return _judged(evaluate, loss, gradient, *tried, judge, remember)
+
+
+def _judged(evaluate, loss, gradient, step, step_norm, predicted, hard_case, judge, remember):
+    """A step with what is behind it: ``judge`` gives ratio, acceptance and reach, ``remember`` the memory."""
     new_loss, new_gradient = evaluate(step)
-    accepted = search.found & trees.all_finite(new_gradient)
-    predicted = step_size * slope / 2
+    ratio = reduction_ratio(loss, new_loss, predicted).astype(predicted.dtype)
+    ratio, accepted, reach = judge(ratio, trees.all_finite(new_gradient))
     finite = trees.all_finite(loss, gradient, predicted)
-    change = trees.sub(new_gradient, gradient)
-    updated = sr1_update(memory, change, step, inverse_scale, skip_tolerance, usable=finite)
+    updated = remember(trees.sub(new_gradient, gradient), finite)
     return SR1Step(
         step=step,
-        step_norm=trees.norm(step).astype(dtype),
-        new_loss=new_loss.astype(dtype),
+        step_norm=step_norm,
+        new_loss=new_loss.astype(predicted.dtype),
         new_gradient=new_gradient,
         predicted_change=predicted,
-        step_ratio=reduction_ratio(loss, new_loss, predicted).astype(dtype),
+        step_ratio=ratio,
         accepted=accepted,
-        reach=jnp.where(accepted, step_size, last_step_size / 2),
+        reach=reach,
         memory=updated.memory,
         skipped=updated.skipped,
-        hard_case=upwards,
+        hard_case=hard_case,
         finite=finite,
     )

@@ -4,7 +4,6 @@ from curvax.solvers.backtracking import BacktrackResult as BacktrackResult
 from curvax.solvers.backtracking import backtrack as backtrack
 from curvax.solvers.backtracking import best_stored as best_stored
 from curvax.solvers.backtracking import last_stored as last_stored
-from curvax.solvers.compact_trust_region import compact_trust_region as compact_trust_region
 from curvax.solvers.conjugate_gradient import CGResult as CGResult
 from curvax.solvers.conjugate_gradient import StoredIterates as StoredIterates
 from curvax.solvers.conjugate_gradient import cg as cg
@@ -23,5 +22,6 @@ from curvax.solvers.steihaug import SteihaugResult as SteihaugResult
 from curvax.solvers.steihaug import steihaug as steihaug
 from curvax.solvers.stop_reasons import StopReason as StopReason
 from curvax.solvers.trust_region import TrustRegionStep as TrustRegionStep
+from curvax.solvers.trust_region import compact_trust_region as compact_trust_region
 from curvax.solvers.trust_region import dense_trust_region as dense_trust_region
 from curvax.solvers.trust_region import diagonal_trust_region as diagonal_trust_region

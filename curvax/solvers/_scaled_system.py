@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from curvax import trees
-from curvax.types import Array, PyTree
+from curvax.solvers.stop_reasons import StopReason, first_reason
+from curvax.types import Array, PyTree, Scalar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +96,20 @@ def scaled_system(matvec, b, x0, preconditioner) -> tuple[ScaledSystem, PyTree, 
         preconditioner_unit = power_of_two(trees.norm(image)) / power_of_two(trees.norm(residual))
     system = ScaledSystem(matvec, preconditioner, trees.structure_of(b), inward(right), unit, preconditioner_unit)
     return system, inward(start), residual
+
+
+def start_of_run(system: ScaledSystem, residual: PyTree, model_value: Scalar, threshold: Array):
+    """What a run begins with: |r_0|, r_0^T P^{-1} r_0, the direction -P^{-1} r_0, and the reason to end at once."""
+    preconditioned = system.precondition(residual)
+    descent = trees.vdot(residual, preconditioned)
+    residual_norm = jnp.sqrt(trees.vdot(residual, residual))
+    reason = first_reason(
+        (~jnp.isfinite(residual_norm + model_value), StopReason.NON_FINITE),
+        (residual_norm <= threshold, StopReason.CONVERGED),
+        (~jnp.isfinite(descent), StopReason.NON_FINITE),
+        (descent <= 0, StopReason.BREAKDOWN),
+    )
+    return residual_norm, descent, narrow(trees.scale(-1.0, preconditioned), system.like), reason
 
 
 def product(function, vector, like, name) -> PyTree:

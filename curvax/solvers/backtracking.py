@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from curvax import blocks
 from curvax.solvers.conjugate_gradient import StoredIterates
 from curvax.types import Array, PyTree
 
@@ -75,11 +76,9 @@ def backtrack(stored: StoredIterates, objective: Callable[[PyTree], Array]) -> B
 
 
 def best_stored(stored: StoredIterates, objective: Callable[[PyTree], Array]) -> BacktrackResult:
-    """The stored iterate with the lowest objective, all of them evaluated.
+    """The stored iterate with the lowest objective, all of them evaluated; arguments as for ``backtrack``.
 
-    Args:
-        stored: ``CGResult.stored``.
-        objective: x -> h, a scalar; on data that the curvature was not taken from, in Martens's second recipe.
+    In Martens's second recipe the objective is on data that the curvature was not taken from.
 
     Source: Martens 2016, section 4.11.
     """
@@ -91,12 +90,7 @@ def best_stored(stored: StoredIterates, objective: Callable[[PyTree], Array]) ->
 
 
 def last_stored(stored: StoredIterates, objective: Callable[[PyTree], Array]) -> BacktrackResult:
-    """The last iterate, with the objective there; no choice at all.
-
-    Args:
-        stored: ``CGResult.stored``.
-        objective: x -> h, a scalar.
-    """
+    """The last iterate, with the objective there; no choice at all. Arguments as for ``backtrack``."""
     last = _last(stored)
     return _chosen(stored, last, _evaluated(stored, objective, last), jnp.ones((), jnp.int32))
 
@@ -105,16 +99,16 @@ def _last(stored):
     return jnp.maximum(stored.used - 1, 0)
 
 
-def _at(stored, slot):
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, slot, keepdims=False), stored.values)
-
-
 def _evaluated(stored, objective, slot):
-    value = objective(_at(stored, slot))
+    value = objective(blocks.row(stored.values, slot))
     return jnp.where(jnp.isnan(value), jnp.inf, value)
 
 
 def _chosen(stored, slot, value, evaluations):
     return BacktrackResult(
-        _at(stored, slot), stored.iterations[slot], stored.model_values[slot], value, jnp.asarray(evaluations)
+        blocks.row(stored.values, slot),
+        stored.iterations[slot],
+        stored.model_values[slot],
+        value,
+        jnp.asarray(evaluations),
     )

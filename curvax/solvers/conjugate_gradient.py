@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from curvax import trees
 from curvax.checks import check_at_least
-from curvax.solvers._scaled_system import ScaledSystem, narrow, scaled_system
+from curvax.solvers._scaled_system import ScaledSystem, scaled_system, start_of_run
 from curvax.solvers.monitors import Monitor
 from curvax.solvers.stop_reasons import StopReason, first_reason
 from curvax.types import Array, PyTree, Scalar
@@ -165,22 +165,14 @@ class _Store(NamedTuple):
 
 
 def _start(system, x, residual, threshold, cap, store_at, monitor):
-    preconditioned = system.precondition(residual)
-    descent = trees.vdot(residual, preconditioned)
-    residual_norm = jnp.sqrt(trees.vdot(residual, residual))
     model_value = _model_value(system, x, residual)
-    reason = first_reason(
-        (~jnp.isfinite(residual_norm + model_value), StopReason.NON_FINITE),
-        (residual_norm <= threshold, StopReason.CONVERGED),
-        (~jnp.isfinite(descent), StopReason.NON_FINITE),
-        (descent <= 0, StopReason.BREAKDOWN),
-    )
+    residual_norm, descent, direction, reason = start_of_run(system, residual, model_value, threshold)
     return _State(
         iteration=jnp.zeros((), jnp.int32),
         reason=reason,
         x=x,
         residual=residual,
-        direction=narrow(trees.scale(-1.0, preconditioned), system.like),
+        direction=direction,
         descent=descent,
         residual_norm=residual_norm,
         model_value=model_value,

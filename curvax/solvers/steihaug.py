@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from curvax import trees
 from curvax.checks import check_at_least
-from curvax.solvers._scaled_system import narrow, scaled_system
+from curvax.solvers._scaled_system import narrow, scaled_system, start_of_run
 from curvax.solvers.stop_reasons import StopReason, first_reason
 from curvax.types import Array, PyTree, Scalar
 
@@ -158,24 +158,7 @@ class _State(NamedTuple):
 
 
 def _start(system, zero, residual, threshold):
-    preconditioned = system.precondition(residual)
-    descent = trees.vdot(residual, preconditioned)
-    residual_norm = trees.norm(residual)
-    return _State(
-        iteration=jnp.zeros((), jnp.int32),
-        reason=first_reason(
-            (~jnp.isfinite(residual_norm), StopReason.NON_FINITE),
-            (residual_norm <= threshold, StopReason.CONVERGED),
-            (~jnp.isfinite(descent), StopReason.NON_FINITE),
-            (descent <= 0, StopReason.BREAKDOWN),
-        ),
-        x=zero,
-        residual=residual,
-        residual_norm=residual_norm,
-        direction=narrow(trees.scale(-1.0, preconditioned), system.like),
-        image=None if system.preconditioner is None else trees.scale(-1.0, residual),
-        descent=descent,
-        xx=jnp.zeros_like(descent),
-        xp=jnp.zeros_like(descent),
-        pp=descent,
-    )
+    residual_norm, descent, direction, reason = start_of_run(system, residual, 0.0, threshold)
+    image = None if system.preconditioner is None else trees.scale(-1.0, residual)
+    none, iteration = jnp.zeros_like(descent), jnp.zeros((), jnp.int32)
+    return _State(iteration, reason, zero, residual, residual_norm, direction, image, descent, none, none, descent)
