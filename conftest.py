@@ -103,7 +103,7 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     calls = [r for kind in ("passed", "failed") for r in terminalreporter.getreports(kind) if r.when == "call"]
     for call in sorted(calls, key=lambda call: -call.duration)[: config.option.durations or None]:
-        count = dict(call.user_properties)["compilations"]
+        count = dict(call.user_properties).get("compilations", 0)
         terminalreporter.write_line(f"{call.duration:8.2f} s {count:4d} compilations {call.nodeid}")
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from curvax import losses
 from curvax.objectives.objective import Objective
@@ -57,10 +58,10 @@ def problem(name: str, seed: int = 0, dtype: Any = None) -> Problem:
     objective, params, batch = PROBLEMS[name](_Draw(seed))
     dtype = jnp.dtype(dtype or jnp.result_type(float))
 
-    def cast(leaf):
-        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+    def to_jax(leaf):
+        return jnp.asarray(leaf, dtype if np.issubdtype(leaf.dtype, np.floating) else None)
 
-    return Problem(name, objective, jax.tree.map(cast, params), jax.tree.map(cast, batch))
+    return Problem(name, objective, jax.tree.map(to_jax, params), jax.tree.map(to_jax, batch))
 
 
 def _mlp(draw):
@@ -81,7 +82,7 @@ def _convolution(draw):
 
     params = {"first": draw(3, 3, 2, 3) / 3, "bias": draw(3), "second": draw(2, 2, 3, 2) / 2, "head": draw(2, 3)}
     objective = Objective(model, losses.softmax_cross_entropy())
-    return objective, params, (draw(4, 5, 5, 2), jax.nn.softmax(draw(4, 3)))
+    return objective, params, (draw(4, 5, 5, 2), draw.probabilities(4, 3))
 
 
 def _recurrent(draw):
@@ -95,7 +96,7 @@ def _recurrent(draw):
 
     params = {"input": draw(2, 3), "recurrent": draw(3, 3) / 2, "bias": draw(3), "output": draw(3, 2)}
     objective = Objective(model, losses.sigmoid_binary_cross_entropy())
-    return objective, params, (draw(4, 5, 2), (draw(4, 5, 2) > 0).astype(jnp.int32))
+    return objective, params, (draw(4, 5, 2), (draw(4, 5, 2) > 0).astype(np.int32))
 
 
 def _deep_linear(draw):
@@ -115,7 +116,7 @@ def _tied(draw):
 
     params = {"weight": draw(5, 3) / 2, "hidden": draw(3), "visible": draw(5)}
     objective = Objective(model, losses.sigmoid_binary_cross_entropy())
-    return objective, params, (draw(6, 5), jax.nn.sigmoid(draw(6, 5)))
+    return objective, params, (draw(6, 5), 1 / (1 + np.exp(-draw(6, 5))))
 
 
 def _sequence(draw):
@@ -129,7 +130,7 @@ def _sequence(draw):
 
     params = {"embedding": draw(5, 3), "attention": draw(3, 3) / 3}
     tokens = draw.integers(5, 3, 5)
-    mask = jnp.arange(4) < jnp.array([[4], [2], [3]])
+    mask = np.arange(4) < np.array([[4], [2], [3]])
     objective = Objective(
         model, losses.softmax_cross_entropy(), mask=lambda batch: batch[0][1], example_axes=((0, 0), 0)
     )
@@ -175,8 +176,8 @@ def _weighted(draw):
     batch = {
         "x": draw(6, 3),
         "y": draw.integers(3, 6),
-        "weights": jnp.exp(draw(6)),
-        "mask": jnp.array([True, True, False, True, False, True]),
+        "weights": np.exp(draw(6)),
+        "mask": np.array([True, True, False, True, False, True]),
     }
     return objective, _dense_params(draw, 3, 4, 3), batch
 
@@ -222,17 +223,16 @@ def _dense_params(draw, *sizes):
 
 
 class _Draw:
-    """Successive random arrays from one seed."""
+    """Successive random arrays from one seed; numpy's, which compile nothing."""
 
     def __init__(self, seed):
-        self._key = jax.random.key(seed)
+        self._generator = np.random.default_rng(seed)
 
     def __call__(self, *shape):
-        return jax.random.normal(self._next(), shape)
+        return self._generator.normal(size=shape)
 
     def integers(self, stop, *shape):
-        return jax.random.randint(self._next(), shape, 0, stop)
+        return self._generator.integers(stop, size=shape)
 
-    def _next(self):
-        self._key, key = jax.random.split(self._key)
-        return key
+    def probabilities(self, *shape):
+        return self._generator.dirichlet(np.ones(shape[-1]), size=shape[:-1])
