@@ -190,8 +190,8 @@ def _expand(array, like):
 
 def _penalty(objective, params):
     """The diagonal of the penalty's Hessian."""
-    chosen = jax.tree.map(lambda _: True, params) if objective.l2_mask is None else objective.l2_mask(params)
-    l2 = 0.0 if objective.l2 is None else objective.l2
+    chosen = jax.tree.map(lambda _: True, params) if objective.penalty.mask is None else objective.penalty.mask(params)
+    l2 = 0.0 if objective.penalty.l2 is None else objective.penalty.l2
     return ravel(jax.tree.map(lambda on, leaf: jnp.full(leaf.shape, l2 if on else 0.0, leaf.dtype), chosen, params))
 
 

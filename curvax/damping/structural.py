@@ -11,14 +11,17 @@ from jax.tree_util import register_dataclass
 
 from curvax import trees
 from curvax.damping.matrices import Damping, Tikhonov
-from curvax.layers.taps import LayerOutputs
+from curvax.layers.find import Layers
 from curvax.matrices.curvature import Curvature, Fisher, GaussNewton
 from curvax.matrices.linear_map import LinearMap
 from curvax.objectives.loss import OutputLoss
 from curvax.objectives.losses import SquaredError
 from curvax.objectives.output_matrix import OutputMatrix
 from curvax.objectives.point import CurvaturePoint, Packed, linearize_term
-from curvax.types import PyTree, Scalar
+from curvax.objectives.term import Term
+from curvax.programs.instrument import evaluate_outputs
+from curvax.programs.trace import trace_term
+from curvax.types import Array, PyTree, Scalar
 
 
 def structural(
@@ -43,7 +46,7 @@ def structural(
 
     Args:
         intermediates: aux -> c, a pytree of floating-point arrays with the examples on axis 0; or
-            ``curvax.layers.LayerOutputs(layers, names)``.
+            ``curvax.damping.LayerOutputs(layers, names)``.
         strength: mu; Martens and Sutskever take 1/30 for recurrent networks. May be traced.
         relative: Whether mu is multiplied by lambda and so adapts with it, or stays as it is. The sources do not say
             which of the two they did; a fixed mu goes on holding the intermediate quantities in place once the model
@@ -105,7 +108,7 @@ class Structural(Damping):
             raise ValueError(
                 "structural damping reads the intermediate quantities off the model's auxiliary outputs: let the model"
                 " return (outputs, aux) and make the objective with has_aux=True; or name layers, with"
-                " curvax.layers.LayerOutputs"
+                " curvax.damping.LayerOutputs"
             )
         terms, all_cases, linearizations = [], [], []
         for index, (term, cases) in enumerate(zip(at.terms, at.cases, strict=True)):
@@ -134,6 +137,43 @@ class Structural(Damping):
             linearizations=tuple(linearizations) if at.chunk_size is None else None,
             packed_aux=(),
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerOutputs:
+    """The outputs of some layers as intermediate quantities, for ``structural``.
+
+    The output of a bias is the sum that it completes: name the bias of a layer to mean what goes into its activation.
+
+    Attributes:
+        layers: From ``curvax.find_layers``.
+        names: The names of layers.
+    """
+
+    layers: Layers
+    names: tuple[str, ...]
+
+    def extended(self, index: int, term: Term) -> Callable[[PyTree, PyTree], tuple[PyTree, Array]] | None:
+        """(params, inputs) -> (z, outputs of the layers) for the term of that index; None if it has none of them.
+
+        The outputs are one array of shape (examples, all units at all positions).
+        """
+        chosen_layers = [self.layers[name] for name in self.names]
+        places = sorted(m.use for layer in chosen_layers for m in layer.members if m.term == index)
+        if not places:
+            return None
+
+        def model(params: PyTree, inputs: PyTree) -> tuple[PyTree, Array]:
+            program, out_tree, _ = trace_term(term, params, inputs)
+            geometries = self.layers.geometries_at(index, program)
+            chosen = [geometries[place] for place in places]
+            flat = [*jax.tree.leaves(params), *jax.tree.leaves(inputs)]
+            results, outputs = evaluate_outputs(program, flat, [geometry.use for geometry in chosen])
+            arranged = [g.cotangents(raw).swapaxes(0, 1) for g, raw in zip(chosen, outputs, strict=True)]
+            flat_outputs = jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in arranged], axis=1)
+            return jax.tree.unflatten(out_tree, results)[0], flat_outputs
+
+        return model
 
 
 def _extended_model(intermediates, index, term):

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 
 from curvax import trees
 from curvax.layers.diagonals import products, with_penalty
-from curvax.layers.per_example import check_whole_examples
 from curvax.layers.taps import TappedPoint
 from curvax.objectives.penalty import Penalty
 from curvax.objectives.point import CurvaturePoint
@@ -104,7 +103,7 @@ def sampled_hessian_diagonal(tapped: TappedPoint, key: Array, *, num_samples: in
 
     Source: Martens, Sutskever and Swersky 2012; the products by layers as in Martens 2016, section 4.9.3.
     """
-    scales = check_whole_examples(tapped, "sampled_hessian_diagonal")
+    scales = tapped.example_scales("sampled_hessian_diagonal")
     if tapped.layers.couples_examples:
         raise ValueError(
             "sampled_hessian_diagonal: the model couples examples, as batch statistics do; use propagate_curvature"
@@ -155,7 +154,8 @@ def _layer_products(tapped, scales, key):
         if (layer.members[0].term, layer.members[0].use) in single
         for leaf in layer.leaves
     }
-    others = [i for i in range(len(tapped.layers.paths)) if i not in done]
+    left_alone = tapped.layers.unstructured if tapped.layers.fallback == "gradient" else ()
+    others = [i for i in range(len(tapped.layers.paths)) if i not in done and i not in left_alone]
     if not others:
         return estimate
     s, t = propagate_curvature(dataclasses.replace(point, penalty=Penalty()), whole_key)

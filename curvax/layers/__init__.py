@@ -1,5 +1,6 @@
 """Layer taps: the structure of any JAX model, found in its program, and what is worked out from it."""
 
+from curvax.layers.blocks import Block as Block
 from curvax.layers.diagonals import empirical_fisher_diagonal as empirical_fisher_diagonal
 from curvax.layers.diagonals import exact_ggn_diagonal as exact_ggn_diagonal
 from curvax.layers.diagonals import sampled_ggn_diagonal as sampled_ggn_diagonal
@@ -11,7 +12,6 @@ from curvax.layers.per_example import gradient_inner_products as gradient_inner_
 from curvax.layers.per_example import gradient_norms as gradient_norms
 from curvax.layers.per_example import per_example_gradients as per_example_gradients
 from curvax.layers.sample_space import gram as gram
-from curvax.layers.taps import Captured as Captured
-from curvax.layers.taps import LayerOutputs as LayerOutputs
 from curvax.layers.taps import TappedPoint as TappedPoint
 from curvax.layers.taps import tap as tap
+from curvax.layers.use import LayerUse as LayerUse

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from curvax import trees
-from curvax.layers.per_example import check_whole_examples, split_uses
-from curvax.layers.taps import Captured, TappedPoint
+from curvax.layers.per_example import split_uses
+from curvax.layers.taps import TappedPoint
+from curvax.layers.use import LayerUse
 from curvax.matrices.linear_map import Noise
 from curvax.objectives.output_matrix import OutputMatrix
 from curvax.objectives.point import CurvaturePoint, Piece
@@ -27,7 +28,8 @@ def empirical_fisher_diagonal(tapped: TappedPoint) -> PyTree:
         tapped: From ``curvax.tap``.
 
     Returns:
-        The diagonal, a pytree like the parameters, with the penalty's; zeros for parameters without structure.
+        The diagonal, a pytree like the parameters, with the penalty's; parameters without structure as their
+        ``fallback`` says.
 
     Raises:
         ValueError: Weights or a mask over the steps of sequences make the cases finer than examples.
@@ -40,9 +42,8 @@ def empirical_fisher_diagonal(tapped: TappedPoint) -> PyTree:
         Array([[ 5.],
                [10.]], dtype=float...)
     """
-    scales = check_whole_examples(tapped, "empirical_fisher_diagonal")
-    captured = tapped.pull_back(tapped.loss_cotangents())
-    return with_penalty(tapped.point, _squares(tapped, captured, scales))
+    scales = tapped.example_scales("empirical_fisher_diagonal")
+    return with_penalty(tapped.point, _squares(tapped, tapped.loss_cotangents(), scales))
 
 
 def sampled_ggn_diagonal(tapped: TappedPoint, key: Array, *, num_samples: int = 1) -> PyTree:
@@ -59,7 +60,8 @@ def sampled_ggn_diagonal(tapped: TappedPoint, key: Array, *, num_samples: int = 
         num_samples: Draws to average.
 
     Returns:
-        The estimate, a pytree like the parameters, with the penalty's part; zeros for parameters without structure.
+        The estimate, a pytree like the parameters, with the penalty's part; parameters without structure as their
+        ``fallback`` says.
 
     Raises:
         ValueError: As for ``empirical_fisher_diagonal``.
@@ -80,7 +82,7 @@ def sampled_squares(
     tapped: TappedPoint, matrices: Sequence[OutputMatrix], key: Array, num_samples: int, distribution: Noise
 ) -> PyTree:
     """The estimate for any matrices on the outputs, without the penalty's part."""
-    scales = check_whole_examples(tapped, "sampled diagonals by layers")
+    scales = tapped.example_scales("sampled diagonals by layers")
 
     def one(total, key):
         keys = jax.random.split(key, len(matrices))
@@ -88,7 +90,7 @@ def sampled_squares(
             matrix.sqrt_transpose_product(distribution(k, matrix.root_structure))
             for matrix, k in zip(matrices, keys, strict=True)
         )
-        return trees.add(total, _squares(tapped, tapped.pull_back(seeds), scales)), None
+        return trees.add(total, _squares(tapped, seeds, scales)), None
 
     zeros = trees.zeros_like(tapped.point.params)
     total, _ = jax.lax.scan(one, zeros, jax.random.split(key, num_samples))
@@ -105,7 +107,8 @@ def exact_ggn_diagonal(tapped: TappedPoint) -> PyTree:
         tapped: From ``curvax.tap``.
 
     Returns:
-        The diagonal, a pytree like the parameters, with the penalty's; zeros for parameters without structure.
+        The diagonal, a pytree like the parameters, with the penalty's; parameters without structure as their
+        ``fallback`` says.
 
     Raises:
         ValueError: As for ``empirical_fisher_diagonal``.
@@ -117,16 +120,17 @@ def exact_ggn_diagonal(tapped: TappedPoint) -> PyTree:
         >>> print(curvax.layers.exact_ggn_diagonal(tapped).round(3))
         [[1. 1.]]
     """
-    scales = check_whole_examples(tapped, "exact_ggn_diagonal")
+    scales = tapped.example_scales("exact_ggn_diagonal")
     matrices = output_matrices(tapped, _curvature)
 
     def one(total, column):
         seeds = tuple(matrix.sqrt_transpose_product(unit_vector(matrix.root_structure, column)) for matrix in matrices)
-        return trees.add(total, _squares(tapped, tapped.pull_back(seeds), scales)), None
+        captured = tapped.pull_back(seeds)
+        return trees.add(total, products(tapped, captured, captured, scales)), None
 
     zeros = trees.zeros_like(tapped.point.params)
     total, _ = jax.lax.scan(one, zeros, jnp.arange(max(map(num_columns, matrices))))
-    return with_penalty(tapped.point, total)
+    return with_penalty(tapped.point, trees.add(total, diagonal_without_structure(tapped, matrices, scales)))
 
 
 def output_matrices(tapped: TappedPoint, make: Callable[[Piece], OutputMatrix]) -> list[OutputMatrix]:
@@ -155,7 +159,7 @@ def _curvature(piece):
     return piece.loss.curvature(piece.outputs, piece.targets)
 
 
-def products(tapped: TappedPoint, left: list[Captured], right: list[Captured], scales: list[Array]) -> PyTree:
+def products(tapped: TappedPoint, left: list[LayerUse], right: list[LayerUse], scales: list[Array]) -> PyTree:
     """sum_i scale_i s_i * t_i over the examples of all terms, for the gradients s_i and t_i of two sweeps."""
     others = {id(use): other for use, other in zip(left, right, strict=True)}
     apart, together = split_uses(tapped, left)
@@ -175,9 +179,51 @@ def products(tapped: TappedPoint, left: list[Captured], right: list[Captured], s
     return total
 
 
-def _squares(tapped, captured, scales):
-    """sum_i scale_i sq(g_i) over the examples of all terms."""
-    return products(tapped, captured, captured, scales)
+def _squares(tapped, cotangents, scales):
+    """sum_i scale_i sq(g_i) over the examples of all terms, for the gradients that the cotangents pull back to."""
+    captured = tapped.pull_back(cotangents)
+    total = products(tapped, captured, captured, scales)
+
+    def squares(tangents):
+        parts = zip(scales, cotangents, tangents, strict=True)
+        return sum(jnp.sum(scale * jnp.square(example_vdot(u, t))) for scale, u, t in parts)
+
+    return trees.add(total, _without_structure(tapped, squares))
+
+
+def diagonal_without_structure(tapped: TappedPoint, matrices: Sequence[OutputMatrix], scales: list[Array]) -> PyTree:
+    """sum_i scale_i (J_i^T C_i J_i)_jj for parameters without structure, where ``fallback`` asks for it; else zeros."""
+
+    def quadratic(tangents):
+        parts = zip(scales, matrices, tangents, strict=True)
+        return sum(jnp.sum(scale * example_vdot(t, matrix.product(t))) for scale, matrix, t in parts)
+
+    return _without_structure(tapped, quadratic)
+
+
+def example_vdot(left: PyTree, right: PyTree) -> Array:
+    """The inner product of every example's outputs, (examples,)."""
+    return jax.vmap(trees.vdot)(left, right)
+
+
+def _without_structure(tapped, measure):
+    """With fallback "diagonal", ``measure(J e)`` for each entry e of a parameter without structure: a pass for each.
+
+    Parameters with structure, and all with fallback "gradient", have zeros.
+    """
+    leaves, treedef = jax.tree.flatten(trees.zeros_like(tapped.point.params))
+    places = tapped.layers.unstructured if tapped.layers.fallback == "diagonal" else ()
+    pieces = tapped.point.pieces()
+    for place in places:
+        zeros = leaves[place]
+
+        def entry(index, place=place, zeros=zeros):
+            unit = (jnp.arange(zeros.size) == index).astype(zeros.dtype).reshape(zeros.shape)
+            direction = treedef.unflatten([unit if i == place else jnp.zeros_like(x) for i, x in enumerate(leaves)])
+            return measure([piece.jvp(direction) for piece in pieces])
+
+        leaves[place] = jax.lax.map(entry, jnp.arange(zeros.size)).reshape(zeros.shape).astype(zeros.dtype)
+    return treedef.unflatten(leaves)
 
 
 def _weighted_products(weights, left, right):

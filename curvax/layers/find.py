@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 
 from curvax import trees
+from curvax.layers.blocks import Block, blocks_of
 from curvax.layers.geometry import Geometry, geometry_of
 from curvax.objectives.objective import Objective
 from curvax.objectives.point import CurvaturePoint
@@ -48,7 +50,8 @@ def find_layers(
         params: theta.
         batch: A batch; the number of its examples does not matter later.
         fallback: What those who use the layers do with parameters without structure: "error" refuses them here;
-            "diagonal" leaves them to diagonal curvature, "gradient" to the gradient alone.
+            "diagonal" gives them the diagonal of the curvature, by a forward pass for each of their entries;
+            "gradient" no curvature, so that they go along the gradient.
         through_custom_rules: Look for parameters inside functions with custom derivative rules. Their rules are then
             taken to be what differentiating their bodies gives.
 
@@ -217,6 +220,11 @@ class Layers:
 
     def __len__(self):
         return len(self.layers)
+
+    @functools.cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """The layers with their biases, each as one matrix: what Kronecker factors are for."""
+        return blocks_of(self)
 
     @property
     def structured(self) -> tuple[int, ...]:

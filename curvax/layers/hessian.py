@@ -23,8 +23,8 @@ from jax.tree_util import register_dataclass
 from curvax import trees
 from curvax.layers.find import Layers
 from curvax.layers.geometry import Geometry
-from curvax.layers.per_example import check_whole_examples
-from curvax.layers.taps import Captured, TappedPoint
+from curvax.layers.taps import TappedPoint
+from curvax.layers.use import LayerUse
 from curvax.matrices.curvature import with_penalty
 from curvax.matrices.linear_map import LinearMap
 from curvax.objectives.term import scale_cases
@@ -59,7 +59,7 @@ def layer_hessian(tapped: TappedPoint) -> LinearMap:
         >>> params = {"w": jnp.array([[1.0, -1.0], [2.0, 1.0]]), "u": jnp.array([[1.0], [3.0]])}
         >>> batch = (jnp.array([[1.0, 2.0], [0.5, -1.0]]), jnp.ones((2, 1)))
         >>> tapped = curvax.tap(curvax.find_layers(objective, params, batch), objective.linearize(params, batch))
-        >>> H = curvax.layer_hessian(tapped)
+        >>> H = jax.jit(curvax.layer_hessian)(tapped)
         >>> bool(jnp.allclose(H.to_dense(), curvax.hessian(tapped.point).to_dense(), atol=1e-5))
         True
         >>> H.stored                                                          # numbers for an example, and dense
@@ -68,7 +68,7 @@ def layer_hessian(tapped: TappedPoint) -> LinearMap:
     Source: the low-rank structure of "Understanding and exploiting the low-rank structure of deep networks" (2018),
         eqs. 1 to 7 and appendix B.
     """
-    scales = check_whole_examples(tapped, "layer_hessian")
+    scales = tapped.example_scales("layer_hessian")
     layers, point = tapped.layers, tapped.point
     if layers.unstructured:
         missing = [layers.paths[i] for i in layers.unstructured]
@@ -162,7 +162,7 @@ class LayerHessian(LinearMap):
 
 
 class _Use(NamedTuple):
-    """One use of a layer: what ``Captured`` needs to know, and the geometry of its own arrays."""
+    """One use of a layer: what ``LayerUse`` needs to know, and the geometry of its own arrays."""
 
     own: Geometry
     matrices: Geometry
@@ -174,7 +174,7 @@ class _Use(NamedTuple):
     def gradient(self, inputs, cotangents):
         """sum_r a_r ds_r^T, (blocks, inputs, outputs), from arrays as the model has them."""
         arranged = self.own.inputs(inputs)
-        return Captured(
+        return LayerUse(
             arranged, self.own.cotangents(cotangents), self.matrices, self.kind, self.swapped, self.term, self.layer
         ).per_example()[0]
 

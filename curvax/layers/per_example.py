@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvax.layers.taps import Captured, TappedPoint
+from curvax.layers.taps import TappedPoint
+from curvax.layers.use import LayerUse, rows_of_columns
 from curvax.types import Array, PyTree
 
 
@@ -62,7 +63,7 @@ def gradient_norms(tapped: TappedPoint) -> Array:
     counts = [tapped.point.num_examples(i) for i in range(len(tapped.taps))]
     total = []
     for term, count in enumerate(counts):
-        parts = [_squared_norms(use) for use in apart if use.term == term]
+        parts = [use.squared_norms() for use in apart if use.term == term]
         uses = [use for use in together if use.term == term]
         if uses:
             rows = tapped.to_params([(use, use.per_example()) for use in uses])
@@ -95,7 +96,7 @@ def gradient_inner_products(tapped: TappedPoint) -> Array:
     return inner_products(tapped, tapped.pull_back_columns(columns))
 
 
-def inner_products(tapped: TappedPoint, captured: list[Captured]) -> Array:
+def inner_products(tapped: TappedPoint, captured: list[LayerUse]) -> Array:
     """The inner products of the rows of a Jacobian, one row for each (example, column), columns fastest.
 
     ``captured`` is from ``pull_back_columns``. Rows of several terms follow one another.
@@ -106,14 +107,14 @@ def inner_products(tapped: TappedPoint, captured: list[Captured]) -> Array:
     sizes = [columns.get(term, 1) * tapped.point.num_examples(term) for term in terms]
     blocks: list[list[Any]] = [[0] * len(sizes) for _ in sizes]
     for use in apart:
-        blocks[use.term][use.term] += _inner_products(use)
+        blocks[use.term][use.term] += use.inner_products()
     if together:
         rows = []
         for term in terms:
             uses = [use for use in together if use.term == term]
             own = {leaf for use in uses for leaf in use.layer.leaves}
             tree = _each_column(tapped, uses) if uses else ()
-            rows.append({i: _rows(leaf) for i, leaf in enumerate(jax.tree.leaves(tree)) if i in own})
+            rows.append({i: rows_of_columns(leaf) for i, leaf in enumerate(jax.tree.leaves(tree)) if i in own})
         for a in terms:
             for b in terms:
                 for i in rows[a].keys() & rows[b].keys():
@@ -125,20 +126,18 @@ def inner_products(tapped: TappedPoint, captured: list[Captured]) -> Array:
     return jnp.block(filled) if len(sizes) > 1 else filled[0][0]
 
 
-def rows_of(tapped: TappedPoint, captured: list[Captured]) -> PyTree:
+def rows_of(tapped: TappedPoint, captured: list[LayerUse]) -> PyTree:
     """The gradients of all examples of all terms, one after another on axis 0."""
     parts = []
     for term in range(len(tapped.taps)):
         uses = [use for use in captured if use.term == term]
         count = tapped.point.num_examples(term)
         tree = tapped.to_params([(use, use.per_example()) for use in uses])
-        parts.append(
-            jax.tree.map(lambda leaf, count=count: jnp.broadcast_to(leaf, (count, *leaf.shape[-leaf.ndim + 1 :])), tree)
-        )
+        parts.append(jax.tree.map(lambda leaf, count=count: jnp.broadcast_to(leaf, (count, *leaf.shape[1:])), tree))
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
-def split_uses(tapped: TappedPoint, captured: list[Captured]) -> tuple[list[Captured], list[Captured]]:
+def split_uses(tapped: TappedPoint, captured: list[LayerUse]) -> tuple[list[LayerUse], list[LayerUse]]:
     """(uses that have all their parameters to themselves, the others).
 
     For the first kind, squares and inner products of the layer's matrices are those of the parameters' gradients.
@@ -162,67 +161,9 @@ def _each_column(tapped, uses):
     return jax.vmap(one)(*(use.cotangents for use in uses))
 
 
-def _rows(leaf):
-    """(columns, examples, ...) as (examples * columns, entries)."""
-    leaf = replicated(leaf)
-    return leaf.swapaxes(0, 1).reshape(leaf.shape[0] * leaf.shape[1], -1)
-
-
-def _squared_norms(use):
-    """||sum_r a_r ds_r^T||^2 for each example."""
-    if use.kind in ("dense", "conv") and _positions_are_few(use):
-        inputs = jnp.einsum("bnri,bnsi->bnrs", use.inputs, use.inputs)
-        return jnp.sum(inputs * jnp.einsum("bnro,bnso->bnrs", use.cotangents, use.cotangents), axis=(0, 2, 3))
-    if use.kind == "embedding":
-        same = use.inputs[0][:, :, None] == use.inputs[0][:, None, :]
-        products = jnp.einsum("bnro,bnso->nrs", use.cotangents, use.cotangents)
-        return jnp.sum(jnp.where(same, products, 0), axis=(1, 2))
-    return jnp.sum(jnp.square(use.per_example()), axis=(1, 2, 3))
-
-
-def _inner_products(use):
-    """The inner products of the rows of one layer; ``cotangents`` has the columns on its first axis."""
-    use = use._replace(inputs=replicated(use.inputs), cotangents=replicated(use.cotangents))
-    columns, _, count, positions, _ = use.cotangents.shape
-    if use.kind in ("dense", "conv") and positions == 1:
-        inputs = jnp.einsum("bnri,bmri->bnm", use.inputs, use.inputs)
-        outputs = jnp.einsum("cbnro,dbmro->bncmd", use.cotangents, use.cotangents)
-        result = jnp.einsum("bnm,bncmd->ncmd", inputs, outputs)
-        return result.reshape(count * columns, count * columns)
-    rows = _rows(jax.vmap(lambda ds: use._replace(cotangents=ds).per_example())(use.cotangents))
-    return rows @ rows.T
-
-
-def replicated(array: Any) -> Any:
-    """The array on every device where its axes are sharded explicitly: each example meets every other."""
-    if array is None or not any(axis is not None for axis in jax.typeof(array).sharding.spec):
-        return array
-    return jax.sharding.reshard(array, jax.sharding.PartitionSpec(*(None,) * array.ndim))
-
-
-def _positions_are_few(use):
-    _, _, positions, outputs = use.cotangents.shape
-    inputs = use.inputs.shape[-1]
-    return positions * (inputs + outputs) <= inputs * outputs
-
-
 def _check_separate(tapped, name):
     if tapped.layers.couples_examples:
         raise ValueError(
             f"{name}: the model couples examples, as batch statistics do, so the gradient of one example is not"
             " defined; evaluate the model with fixed statistics"
         )
-
-
-def check_whole_examples(tapped: TappedPoint, name: str) -> list[Array]:
-    """The factor of each example's loss for each term; refuses weights that are finer than examples."""
-    scales = []
-    for index, cases in enumerate(tapped.point.cases):
-        if cases.scale.ndim > 1:
-            raise ValueError(
-                f"{name}: the weights or mask of term {index} have shape {cases.scale.shape}, so that the steps of a"
-                " sequence are the cases; this estimate is one of examples"
-            )
-        count = tapped.point.num_examples(index)
-        scales.append(jnp.broadcast_to(cases.scale, (count,)))
-    return scales

@@ -15,10 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from curvax import solvers, trees
-from curvax.layers.diagonals import num_columns, unit_vector
-from curvax.layers.per_example import check_whole_examples, inner_products, replicated, split_uses
+from curvax.layers.diagonals import diagonal_without_structure, num_columns, unit_vector
+from curvax.layers.per_example import inner_products, split_uses
 from curvax.layers.taps import TappedPoint
+from curvax.layers.use import replicated
 from curvax.matrices.curvature import GaussNewton, OutputCurvature, check_curvature
+from curvax.matrices.linear_map import Diagonal
 from curvax.types import Array, PyTree, Scalar
 
 
@@ -73,7 +75,7 @@ class SampleSpace:
         if tapped.layers.couples_examples:
             raise ValueError("sample space: the model couples examples, as batch statistics do; fix the statistics")
         self.tapped = tapped
-        self.roots = [jnp.sqrt(scale) for scale in check_whole_examples(tapped, "sample space")]
+        self.roots = [jnp.sqrt(scale) for scale in tapped.example_scales("sample space")]
         self.pieces = tapped.point.pieces(curvature.keys(tapped.point, key))
         self.matrices = [curvature.output_matrix(piece) for piece in self.pieces]
         self.columns = [num_columns(matrix) for matrix in self.matrices]
@@ -159,7 +161,7 @@ class SampleSpace:
         max_iterations: int = 40,
         tolerance: Scalar = 1e-6,
     ) -> tuple[PyTree, Array]:
-        """((G + lambda I)^{-1} v, conjugate gradient steps); parameters without structure keep v.
+        """((G + lambda I)^{-1} v, conjugate gradient steps); parameters without structure as ``fallback`` says.
 
         Args:
             vector: v.
@@ -179,7 +181,7 @@ class SampleSpace:
 
             result = solvers.cg(damped, self.project(vector), max_iterations=max_iterations, tolerance=tolerance)
             solution = self._woodbury(vector, result.value, damping)
-            return self._completed(solution, vector), result.iterations
+            return self._completed(solution, vector, damping), result.iterations
         matrix = self.gram()
         factor = jax.scipy.linalg.cho_factor(
             matrix + damping.astype(matrix.dtype) * jnp.eye(len(matrix), dtype=matrix.dtype)
@@ -191,13 +193,18 @@ class SampleSpace:
         solution = once(vector)
         applied = trees.add(self.lift(self.project(solution)), trees.scale(damping, solution))
         correction = once(self._structured(trees.sub(vector, applied)))
-        return self._completed(trees.add(solution, correction), vector), jnp.zeros((), jnp.int32)
+        return self._completed(trees.add(solution, correction), vector, damping), jnp.zeros((), jnp.int32)
 
     def _woodbury(self, vector, rows, damping):
         return trees.scale(1 / damping, trees.sub(self._structured(vector), self.lift(rows)))
 
-    def _completed(self, solution, vector):
-        """The solution, and v itself where a parameter has no structure."""
+    def _completed(self, solution, vector, damping):
+        """The solution; where a parameter has no structure v itself, or with fallback "diagonal" v / (d + lambda)."""
+        if self.tapped.layers.fallback == "diagonal" and self.tapped.layers.unstructured:
+            scales = [jnp.square(root) for root in self.roots]
+            diagonal = diagonal_without_structure(self.tapped, self.matrices, scales)
+            others = Diagonal(diagonal).solve(vector, damping=damping)
+            vector = trees.replace_leaves(vector, self.tapped.layers.unstructured, others)
         return trees.replace_leaves(solution, self.without, vector)
 
     def _structured(self, tree):

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from jax.tree_util import Partial, register_dataclass
 
 from curvax import trees
-from curvax.layers.find import Layer, Layers
-from curvax.layers.geometry import Geometry
+from curvax.layers.find import Layers
+from curvax.layers.use import LayerUse
+from curvax.matrices.curvature import example_keys
 from curvax.objectives.objective import compiled_if_eager
 from curvax.objectives.point import CurvaturePoint, Linearization
-from curvax.objectives.term import Term, scale_cases, weighted_sum
-from curvax.programs.instrument import evaluate, evaluate_outputs
+from curvax.objectives.term import scale_cases, weighted_sum
+from curvax.programs.instrument import evaluate
 from curvax.programs.trace import trace_term
 from curvax.programs.views import places_given
 from curvax.types import Array, PyTree
@@ -69,116 +70,6 @@ def _tap(at, *, layers):
     return TappedPoint(dataclasses.replace(at, linearizations=tuple(linearizations)), tuple(taps), layers)
 
 
-@dataclasses.dataclass(frozen=True)
-class LayerOutputs:
-    """The outputs of some layers as intermediate quantities, for ``curvax.damping.structural``.
-
-    The output of a bias is the sum that it completes: name the bias of a layer to mean what goes into its activation.
-
-    Attributes:
-        layers: From ``curvax.find_layers``.
-        names: The names of layers.
-    """
-
-    layers: Layers
-    names: tuple[str, ...]
-
-    def extended(self, index: int, term: Term) -> Callable[[PyTree, PyTree], tuple[PyTree, Array]] | None:
-        """(params, inputs) -> (z, outputs of the layers) for the term of that index; None if it has none of them.
-
-        The outputs are one array of shape (examples, all units at all positions).
-        """
-        chosen_layers = [self.layers[name] for name in self.names]
-        places = sorted(m.use for layer in chosen_layers for m in layer.members if m.term == index)
-        if not places:
-            return None
-
-        def model(params: PyTree, inputs: PyTree) -> tuple[PyTree, Array]:
-            program, out_tree, _ = trace_term(term, params, inputs)
-            geometries = self.layers.geometries_at(index, program)
-            chosen = [geometries[place] for place in places]
-            flat = [*jax.tree.leaves(params), *jax.tree.leaves(inputs)]
-            results, outputs = evaluate_outputs(program, flat, [geometry.use for geometry in chosen])
-            arranged = [g.cotangents(raw).swapaxes(0, 1) for g, raw in zip(chosen, outputs, strict=True)]
-            flat_outputs = jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in arranged], axis=1)
-            return jax.tree.unflatten(out_tree, results)[0], flat_outputs
-
-        return model
-
-
-class Captured(NamedTuple):
-    """What one use of a layer gives for the gradient of each example.
-
-    Attributes:
-        inputs: a, of shape (blocks, examples, shared, inputs); of an embedding the indices, (1, examples, shared); of
-            a scale its input, (1, examples, shared, features); of a shift None, standing for ones.
-        cotangents: ds, of shape (blocks, examples, shared, outputs).
-        geometry: How the layer's matrices come from the parameters.
-        kind: The kind of the use.
-        swapped: Whether inputs and outputs are exchanged with respect to the layer's matrices.
-        term: The term of the objective.
-        layer: The layer.
-    """
-
-    inputs: Array | None
-    cotangents: Array
-    geometry: Geometry
-    kind: str
-    swapped: bool
-    term: int
-    layer: Layer
-
-    def gradient(self, weights: Array | None = None) -> Array:
-        """sum_n w_n sum_r a_r ds_r^T in the layer's matrices, (blocks, inputs, outputs)."""
-        cotangents = self.cotangents if weights is None else self.cotangents * weights[None, :, None, None]
-        return self._matrices("bnri,bnro->bio", cotangents)
-
-    def per_example(self) -> Array:
-        """sum_r a_r ds_r^T for each example, (examples, blocks, inputs, outputs)."""
-        return self._matrices("bnri,bnro->nbio", self.cotangents)
-
-    def squares(self, weights: Array) -> Array:
-        """sum_n w_n sq(sum_r a_r ds_r^T) in the layer's matrices, (blocks, inputs, outputs)."""
-        return self.products(self.cotangents, weights)
-
-    def products(self, others: Array, weights: Array) -> Array:
-        """sum_n w_n (sum_r a_r ds_r^T) * (sum_r a_r dt_r^T), elementwise, with dt from ``others``; like ``squares``."""
-        if self.kind in ("dense", "conv") and self.cotangents.shape[2] == 1:
-            assert self.inputs is not None
-            inputs, cotangents = _square(self.inputs[:, :, 0]), self.cotangents[:, :, 0] * others[:, :, 0]
-            result = jnp.einsum("bni,bno->bio", inputs, cotangents * weights[None, :, None])
-            return result.swapaxes(1, 2) if self.swapped else result
-        rows = self.per_example()
-        other_rows = rows if others is self.cotangents else self._replace(cotangents=others).per_example()
-        return jnp.einsum("n,nbio->bio", weights, rows * other_rows)
-
-    def _matrices(self, spec, cotangents):
-        if self.kind in ("scale", "shift"):
-            products = cotangents if self.inputs is None else self.inputs * cotangents
-            summed = jnp.sum(products, axis=2 if "n" in spec[-4:] else (1, 2))
-            return summed[0][:, None, None] if "n" in spec[-4:] else summed[:, None]
-        if self.kind == "embedding":
-            result = self._rows(cotangents, per_example="n" in spec[-4:])
-        else:
-            result = jnp.einsum(spec, self.inputs, cotangents)
-        return result.swapaxes(-1, -2) if self.swapped else result
-
-    def _rows(self, cotangents, per_example):
-        """Cotangents added into the rows that were looked up."""
-        assert self.inputs is not None
-        rows = self.layer.shape[2 if self.swapped else 1]
-        indices, values = self.inputs[0], cotangents[0]
-        indices = jnp.where((indices >= 0) & (indices < rows), indices, rows)
-
-        def added(indices, values):
-            zeros = jnp.zeros((rows, values.shape[-1]), values.dtype)
-            return zeros.at[indices.reshape(-1)].add(values.reshape(-1, values.shape[-1]), mode="drop")
-
-        if per_example:
-            return jax.vmap(added)(indices, values)[:, None]
-        return added(indices, values)[None]
-
-
 class TermTap(NamedTuple):
     """One term's model, tapped and linearised.
 
@@ -228,26 +119,61 @@ class TappedPoint:
         """For each term the gradient of every example's own loss in its outputs, without weights and 1/N."""
         return tuple(piece.loss.gradient(piece.outputs, piece.targets) for piece in self.point.pieces())
 
-    def pull_back(self, cotangents: tuple[PyTree, ...]) -> list[Captured]:
+    def sampled_cotangents(self, key: Array) -> tuple[PyTree, ...]:
+        """The same at targets drawn from the model's own distribution, whose second moment is the Fisher matrix.
+
+        Pulled back they give the cotangents of Monte-Carlo Kronecker factors and Fisher diagonals (Martens 2016,
+        section 6.3.2); every example has a key of its own.
+        """
+        pieces = self.point.pieces(example_keys(self.point, key))
+        return tuple(
+            piece.loss.gradient(piece.outputs, jax.vmap(piece.loss.sample)(piece.extra, piece.outputs))
+            for piece in pieces
+        )
+
+    def example_scales(self, name: str) -> list[Array]:
+        """For each term the factor of each example's loss, which cotangents are without; for ``name``, in errors.
+
+        Raises:
+            ValueError: Weights or a mask over the steps of sequences make the cases finer than examples.
+        """
+        scales = []
+        for index, cases in enumerate(self.point.cases):
+            if cases.scale.ndim > 1:
+                raise ValueError(
+                    f"{name}: the weights or mask of term {index} have shape {cases.scale.shape}, so that the steps of"
+                    " a sequence are the cases; this estimate is one of examples"
+                )
+            scales.append(jnp.broadcast_to(cases.scale, (self.point.num_examples(index),)))
+        return scales
+
+    def by_layer(self, uses: Sequence[LayerUse]) -> dict[str, list[LayerUse]]:
+        """Uses grouped by the name of their layer, in the order of the layers."""
+        groups = {layer.name: [] for layer in self.layers}
+        for use in uses:
+            groups[use.layer.name].append(use)
+        return groups
+
+    def pull_back(self, cotangents: tuple[PyTree, ...]) -> list[LayerUse]:
         """The layers' output cotangents for one cotangent of each term's outputs, examples kept apart.
 
         Args:
             cotangents: For each term a pytree like its outputs.
 
         Returns:
-            One ``Captured`` for each use, with the layer it belongs to; in the order of the layers.
+            One ``LayerUse`` for each use, with the layer it belongs to; in the order of the layers.
         """
         raw = [tap.transpose(u)[1] for tap, u in zip(self.taps, cotangents, strict=True)]
         return self.capture(raw)
 
-    def pull_back_columns(self, cotangents: tuple[PyTree, ...]) -> list[Captured]:
+    def pull_back_columns(self, cotangents: tuple[PyTree, ...]) -> list[LayerUse]:
         """The same for several cotangents at once, on a new leading axis here and in the result's cotangents."""
         raw = [
             jax.vmap(lambda u, tap=tap: tap.transpose(u)[1])(u) for tap, u in zip(self.taps, cotangents, strict=True)
         ]
         return self.capture(raw, columns=True)
 
-    def value_and_gradient(self, *extra: tuple[PyTree, ...]) -> tuple[Array, PyTree, list[list[Captured]]]:
+    def value_and_gradient(self, *extra: tuple[PyTree, ...]) -> tuple[Array, PyTree, list[list[LayerUse]]]:
         """Loss, gradient and the pull backs of further cotangents, by one backward sweep for all of them.
 
         The gradients of layers are products of their inputs and cotangents, so a further cotangent costs a third of a
@@ -281,7 +207,7 @@ class TappedPoint:
             gradient = trees.add(gradient, point.penalty.gradient(point.params))
         return loss, gradient, [self.capture(raw) for raw in raws[1:]]
 
-    def to_params(self, matrices: Sequence[tuple[Captured, Array]]) -> PyTree:
+    def to_params(self, matrices: Sequence[tuple[LayerUse, Array]]) -> PyTree:
         """The sum of layers' matrices (blocks, inputs, outputs), each put back where its layer's parameters come from.
 
         A further leading axis, such as that of the examples, is kept.
@@ -313,7 +239,7 @@ class TappedPoint:
         ]
         return treedef.unflatten(filled)
 
-    def capture(self, raw: Sequence[Sequence[Array]], columns: bool = False) -> list[Captured]:
+    def capture(self, raw: Sequence[Sequence[Array]], columns: bool = False) -> list[LayerUse]:
         """The uses of every layer, from cotangents of every use of every term as the model has them.
 
         Args:
@@ -335,7 +261,7 @@ class TappedPoint:
                 kind = geometry.use.kind
                 if member.swapped:  # the matrices are those of the layer's first use
                     geometry = self.taps[layer.members[0].term].uses[layer.members[0].use]
-                found.append(Captured(inputs, cotangents, geometry, kind, member.swapped, member.term, layer))
+                found.append(LayerUse(inputs, cotangents, geometry, kind, member.swapped, member.term, layer))
         return found
 
 
@@ -373,7 +299,3 @@ def _check_leaves(params, layers):
             f"the parameters are not those that find_layers saw: missing {missing}, surplus {surplus}; call"
             " find_layers with parameters of this structure"
         )
-
-
-def _square(array):
-    return array * array

@@ -35,7 +35,8 @@ def scale_by_sample_space(
     times the last one.
 
     It preconditions whatever updates arrive and reads no loss value; chain a learning rate behind it. ``update`` takes
-    ``at=``. Parameters without structure keep their updates.
+    ``at=``. Parameters without structure keep their updates with ``fallback="gradient"``, and are divided by the
+    diagonal of G + lambda I with ``fallback="diagonal"``.
 
     Args:
         layers: From ``curvax.find_layers``, with the fallback of your choice; None to find them at the first update,

@@ -1,0 +1,203 @@
+"""Blocks: the weights of a layer and the bias that rides on them as one matrix, and the way there and back.
+
+The parameters of a block reach its matrices by a linear map L: it moves entries, and may scale or add them (a weight
+times a constant, a sum of two leaves). Gradients pull back by L^T, so with factors on the matrices the curvature on the
+parameters is L^T M L. Where L moves entries alone, L^T is its inverse; where the rows of L do not overlap, L L^T = d is
+diagonal, and L^+ = L^T / d serves; elsewhere a matrix cannot be inverted block by block, and that is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from curvax import trees
+from curvax.layers.geometry import Geometry
+from curvax.programs.views import places_given
+from curvax.types import Array, PyTree
+
+if TYPE_CHECKING:
+    from curvax.layers.find import Layer, Layers
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Block:
+    """A layer with its bias, if one rides on it, as matrices of shape (blocks, inputs, outputs).
+
+    Attributes:
+        layers: All layers.
+        weights: The layer.
+        bias: The layer of the bias; its parameters are the last row of the matrices, the homogeneous coordinate.
+        bias_order: For each (block, output) the bias's feature.
+    """
+
+    layers: Layers
+    weights: Layer
+    bias: Layer | None
+    bias_order: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The name of the weights."""
+        return self.weights.name
+
+    @property
+    def leaves(self) -> tuple[int, ...]:
+        """The places of its leaves among those of the parameters."""
+        return self.weights.leaves + (self.bias.leaves if self.bias is not None else ())
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(blocks, inputs, outputs), the homogeneous coordinate counted."""
+        blocks, inputs, outputs = self.weights.shape
+        return blocks, inputs + (self.bias is not None), outputs
+
+    @property
+    def is_kronecker(self) -> bool:
+        """Whether its curvature has Kronecker factors; not that of scales and shifts."""
+        return self.weights.kind not in ("scale", "shift")
+
+    def to_matrices(self, gradient: PyTree) -> Array:
+        """The gradient with respect to the matrices, from that with respect to the parameters: L^+^T g.
+
+        Args:
+            gradient: A pytree like the parameters.
+        """
+        weights = self._to_matrices(self.weights, gradient)
+        if self.bias is None:
+            return weights
+        row = self._to_matrices(self.bias, gradient).reshape(-1)[np.array(self.bias_order)]
+        return jnp.concatenate([weights, row.reshape(weights.shape[0], 1, -1).astype(weights.dtype)], axis=1)
+
+    def to_params(self, matrices: Array) -> dict[int, Array]:
+        """The change of the parameters whose matrices these are, L^+ V: the leaves of the block by their places."""
+        if self.bias is None:
+            return self._to_leaves(self.weights, matrices)
+        order = np.argsort(np.array(self.bias_order))
+        row = matrices[:, -1].reshape(-1)[order].reshape(1, 1, -1)
+        return self._to_leaves(self.weights, matrices[:, :-1]) | self._to_leaves(self.bias, row)
+
+    def _to_matrices(self, layer, tree):
+        leaves = jax.tree.leaves(tree)
+        own = tuple(leaves[i] for i in layer.leaves)
+        function, structs = layer_map(self.layers, layer)
+        zeros = tuple(jnp.zeros(s.shape, s.dtype) for s in structs)
+        moved = jax.jvp(function, zeros, tuple(x.astype(s.dtype) for x, s in zip(own, structs, strict=True)))[1]
+        return moved if layer.only_moves else moved / _squared_rows(self.layers, layer)
+
+    def _to_leaves(self, layer, matrices):
+        function, structs = layer_map(self.layers, layer)
+        if not layer.only_moves:
+            matrices = matrices / _squared_rows(self.layers, layer)
+        like = jax.eval_shape(function, *structs)
+        leaves = jax.linear_transpose(_linear(function, structs), *structs)(matrices.astype(like.dtype))
+        return dict(zip(layer.leaves, leaves, strict=True))
+
+
+def blocks_of(layers: Layers) -> tuple[Block, ...]:
+    """The blocks of all layers, in their order."""
+    ridden = {}
+    for layer in layers:
+        if layer.bias is not None and layer.kind in ("dense", "conv") and (order := _bias_order(layers, layer)):
+            ridden[layer.name] = layers[layer.bias], order
+    joined = {bias.name for bias, _ in ridden.values()}
+    rest = (layer for layer in layers if layer.name not in joined)
+    return tuple(Block(layers, layer, *ridden.get(layer.name, (None,))) for layer in rest)
+
+
+def layer_map(layers: Layers, layer: Layer) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
+    """(the leaves of a layer -> its matrices, an affine function; what the leaves are)."""
+    geometry = _first(layers, layer)
+    if places_given(geometry.base):
+        raise ValueError(f"layer {layer.name!r} depends on the data of a batch; its matrices are not the parameters'")
+
+    def function(*own):
+        filled: list[Any] = [None] * len(layers.paths)
+        for i, leaf in zip(layer.leaves, own, strict=True):
+            filled[i] = leaf
+        return geometry.matrices(geometry.base_value(filled, {}))
+
+    return function, tuple(layers.structs[i] for i in layer.leaves)
+
+
+def _linear(function, structs):
+    """The linear part of an affine function."""
+    zeros = tuple(jnp.zeros(s.shape, s.dtype) for s in structs)
+    return lambda *tangents: jax.jvp(function, zeros, tangents)[1]
+
+
+def _squared_rows(layers, layer) -> np.ndarray:
+    """d = L L^T 1, the squared lengths of the rows of L, where L L^T is diagonal."""
+    function, structs = layer_map(layers, layer)
+    shape = jax.eval_shape(function, *structs)
+    with jax.ensure_compile_time_eval():  # all of it: a zero made outside is a tracer where something is being traced
+        linear = _linear(function, structs)
+
+        def gram(matrices):
+            return linear(*jax.linear_transpose(linear, *structs)(matrices))
+
+        probe = jax.random.normal(jax.random.key(0), shape.shape, shape.dtype)
+        squares, probe, image = (np.asarray(x) for x in (gram(jnp.ones(shape.shape, shape.dtype)), probe, gram(probe)))
+    # A diagonal matrix multiplies whatever vector entry by entry; one drawn at random shows if it is not.
+    rounding = 1e3 * float(jnp.finfo(shape.dtype).eps) * np.max(np.abs(squares * probe))
+    if not (np.max(np.abs(image - squares * probe)) <= rounding and np.all(squares > 0)):
+        raise ValueError(
+            f"layer {layer.name!r}: its matrices are not the parameters moved, scaled or added, so what is worked out"
+            " on the matrices cannot be taken back; leave the layer to another method"
+        )
+    return squares
+
+
+def _first(layers: Layers, layer: Layer) -> Geometry:
+    return layers.geometries[layer.members[0].term][layer.members[0].use]
+
+
+def _bias_order(layers, layer) -> tuple[int, ...]:
+    """For each (block, output) of a layer the feature of its bias; () where they do not match one to one.
+
+    Every use of the layer must have one of the bias riding on it. To learn how the axes lie, each output is given the
+    number of its (block, output) and is looked at as the bias sees it.
+    """
+    bias = layers[layer.bias]
+    blocks, _, outputs = layer.shape
+    if bias.shape[2] != blocks * outputs or len(bias.members) != len(layer.members):
+        return ()
+    geometry = {member.term: {} for member in layer.members}
+    for member in layer.members:
+        own = layers.geometries[member.term][member.use]
+        geometry[member.term][own.use] = own
+    orders = set()
+    for member in bias.members:
+        rider = layers.geometries[member.term][member.use]
+        if rider.use.rides_on is None or rider.use.rides_on[0] not in geometry.get(member.term, {}):
+            return ()
+        weights, permutation = rider.use.rides_on
+        orders.add(_seen_by(rider, geometry[member.term][weights], permutation))
+    (first, *others) = orders
+    return () if others or sorted(first) != list(range(blocks * outputs)) else first
+
+
+def _seen_by(rider: Geometry, weights: Geometry, permutation: tuple[int, ...]) -> tuple[int, ...]:
+    scans = len(weights.use.scans)
+    raw = jax.ShapeDtypeStruct(weights.use.output_shape, jnp.float32)
+    arranged = jax.eval_shape(weights.cotangents, raw).shape
+    with jax.ensure_compile_time_eval():
+        numbers = jnp.arange(arranged[0] * arranged[3], dtype=jnp.float32).reshape(arranged[0], 1, 1, arranged[3])
+        # The arrangement is a permutation, so its transpose is its inverse.
+        spread = jax.linear_transpose(weights.cotangents, raw)(jnp.broadcast_to(numbers, arranged))[0]
+        moved = spread.transpose(*range(scans), *(scans + i for i in permutation))
+        features = np.asarray(rider.cotangents(moved)[0, 0, 0]).astype(int)
+    return tuple(int(i) for i in np.argsort(features))
+
+
+def gradient_of(blocks: tuple[Block, ...], matrices: dict[str, Array], like: PyTree) -> PyTree:
+    """A pytree like ``like`` from the matrices of blocks; leaves of no block have zeros."""
+    leaves, treedef = jax.tree.flatten(trees.zeros_like(like))
+    for block in blocks:
+        for place, leaf in block.to_params(matrices[block.name]).items():
+            leaves[place] = leaf.astype(leaves[place].dtype)
+    return treedef.unflatten(leaves)
