@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax import trees
 from curvax.layers.geometry import Geometry
 from curvax.programs.views import places_given
 from curvax.types import Array, PyTree
@@ -134,14 +133,14 @@ def _squared_rows(layers, layer) -> np.ndarray:
     """d = L L^T 1, the squared lengths of the rows of L, where L L^T is diagonal."""
     function, structs = layer_map(layers, layer)
     shape = jax.eval_shape(function, *structs)
-    with jax.ensure_compile_time_eval():  # all of it: a zero made outside is a tracer where something is being traced
+
+    def gram(matrices):
         linear = _linear(function, structs)
+        return linear(*jax.linear_transpose(linear, *structs)(matrices))
 
-        def gram(matrices):
-            return linear(*jax.linear_transpose(linear, *structs)(matrices))
-
-        probe = jax.random.normal(jax.random.key(0), shape.shape, shape.dtype)
-        squares, probe, image = (np.asarray(x) for x in (gram(jnp.ones(shape.shape, shape.dtype)), probe, gram(probe)))
+    probe = np.random.default_rng(0).normal(size=shape.shape).astype(shape.dtype)
+    with jax.ensure_compile_time_eval():
+        squares, image = (np.asarray(x) for x in jax.jit(jax.vmap(gram))(np.stack([np.ones_like(probe), probe])))
     # A diagonal matrix multiplies whatever vector entry by entry; one drawn at random shows if it is not.
     rounding = 1e3 * float(jnp.finfo(shape.dtype).eps) * np.max(np.abs(squares * probe))
     if not (np.max(np.abs(image - squares * probe)) <= rounding and np.all(squares > 0)):
@@ -164,7 +163,8 @@ def _bias_order(layers, layer) -> tuple[int, ...]:
     """
     bias = layers[layer.bias]
     blocks, _, outputs = layer.shape
-    if bias.shape[2] != blocks * outputs or len(bias.members) != len(layer.members):
+    swapped = any(member.swapped for member in layer.members)
+    if swapped or bias.shape[2] != blocks * outputs or len(bias.members) != len(layer.members):
         return ()
     geometry = {member.term: {} for member in layer.members}
     for member in layer.members:
@@ -185,19 +185,13 @@ def _seen_by(rider: Geometry, weights: Geometry, permutation: tuple[int, ...]) -
     scans = len(weights.use.scans)
     raw = jax.ShapeDtypeStruct(weights.use.output_shape, jnp.float32)
     arranged = jax.eval_shape(weights.cotangents, raw).shape
-    with jax.ensure_compile_time_eval():
-        numbers = jnp.arange(arranged[0] * arranged[3], dtype=jnp.float32).reshape(arranged[0], 1, 1, arranged[3])
+
+    def seen(numbers):
         # The arrangement is a permutation, so its transpose is its inverse.
-        spread = jax.linear_transpose(weights.cotangents, raw)(jnp.broadcast_to(numbers, arranged))[0]
-        moved = spread.transpose(*range(scans), *(scans + i for i in permutation))
-        features = np.asarray(rider.cotangents(moved)[0, 0, 0]).astype(int)
+        spread = jax.linear_transpose(weights.cotangents, raw)(numbers)[0]
+        return rider.cotangents(spread.transpose(*range(scans), *(scans + i for i in permutation)))[0, 0, 0]
+
+    codes = np.arange(arranged[0] * arranged[3], dtype=np.float32).reshape(arranged[0], 1, 1, arranged[3])
+    with jax.ensure_compile_time_eval():
+        features = np.asarray(jax.jit(seen)(np.broadcast_to(codes, arranged))).astype(int)
     return tuple(int(i) for i in np.argsort(features))
-
-
-def gradient_of(blocks: tuple[Block, ...], matrices: dict[str, Array], like: PyTree) -> PyTree:
-    """A pytree like ``like`` from the matrices of blocks; leaves of no block have zeros."""
-    leaves, treedef = jax.tree.flatten(trees.zeros_like(like))
-    for block in blocks:
-        for place, leaf in block.to_params(matrices[block.name]).items():
-            leaves[place] = leaf.astype(leaves[place].dtype)
-    return treedef.unflatten(leaves)

@@ -116,13 +116,12 @@ def test_maps_that_scale_or_add_are_inverted(scale):
     _, _, layers = tapped_objective(model, params, normal(3, N, 3))
     (block,) = layers.blocks
     wanted = normal(4, *block.shape)
-    change = jax.jit(block.to_params)(wanted)
+    vector = {"p": normal(5, 3, 2), "q": normal(6, 2, 3), "b": normal(7, 2)}
+    change, back = jax.jit(lambda w, v: (block.to_params(w), block.to_matrices(v)))(wanted, vector)
     p, q, b = (np.asarray(change[layers.paths.index(name)]) for name in "pqb")
     np.testing.assert_allclose(scale * (p + q.T), wanted[0, :3], atol=1e-12)
     np.testing.assert_allclose(p, q.T, atol=1e-12)
     np.testing.assert_allclose(2.0 * b, wanted[0, 3], atol=1e-12)
-    vector = {"p": normal(5, 3, 2), "q": normal(6, 2, 3), "b": normal(7, 2)}
-    back = jax.jit(block.to_matrices)(vector)
     inner = sum(np.vdot(vector[name], change[layers.paths.index(name)]) for name in "pqb")
     np.testing.assert_allclose(np.vdot(back, wanted), inner, rtol=1e-12)
 
