@@ -17,7 +17,7 @@ from curvax.layers.geometry import Geometry
 from curvax.objectives.objective import Objective
 from curvax.objectives.point import Cases, CurvaturePoint, Linearization
 from curvax.objectives.term import Term, scale_cases, weighted_sum, weighting
-from curvax.programs.instrument import evaluate, evaluate_outputs
+from curvax.programs.instrument import evaluate
 from curvax.programs.trace import trace_term
 from curvax.programs.views import places_given
 
@@ -117,7 +117,8 @@ class LayerOutputs:
             geometries = self.layers.geometries_at(index, program)
             chosen = [geometries[place] for place in places]
             flat = [*jax.tree.leaves(params), *jax.tree.leaves(inputs)]
-            results, outputs = evaluate_outputs(program, flat, [geometry.use for geometry in chosen])
+            uses = [geometry.use for geometry in chosen]
+            results, _, outputs, _ = evaluate(program, flat, uses, [None] * len(uses))
             arranged = [g.cotangents(raw).swapaxes(0, 1) for g, raw in zip(chosen, outputs, strict=True)]
             flat_outputs = jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in arranged], axis=1)
             return jax.tree.unflatten(out_tree, results)[0], flat_outputs
@@ -367,7 +368,7 @@ def _tap_term(layers, index, term, params, inputs):
 
     def model(params, perturbations):
         flat = [*jax.tree.leaves(params), *jax.tree.leaves(inputs)]
-        results, captured, given = evaluate(program, flat, uses, perturbations, places)
+        results, captured, _, given = evaluate(program, flat, uses, perturbations, places)
         outputs, aux = jax.tree.unflatten(out_tree, results)
         return outputs, (captured, given, aux)
 

@@ -52,12 +52,13 @@ def analyse(twins: Twins, num_leaves: int, through_custom_rules: bool = False) -
     """
     found = _Walk(through_custom_rules, twins)
     results = found.run(twins.programs[0], num_leaves)
-    for index, result in enumerate(results):
+    for result in results:
         if not isinstance(result, _Data):
             found.consumed(result, "is returned by the model without meeting the data")
-        elif index < twins.num_outputs and result.coupled:
-            found.couples_examples = True
-    return Analysis(found.uses, found.reasons, found.touched, found.couples_examples, frozenset(found.given))
+    outputs = list(zip(results, twins.programs[0].jaxpr.outvars, strict=True))[: twins.num_outputs]
+    # An output for every pair of examples, say, is one of two.
+    coupled = any(x.coupled or atom.aval.shape[:1] != twins.sizes[:1] for x, atom in outputs if isinstance(x, _Data))
+    return Analysis(found.uses, found.reasons, found.touched, coupled, frozenset(found.given))
 
 
 def uses_in(
@@ -106,7 +107,6 @@ class _Walk:
         self.uses: list[Use] = []
         self.reasons: dict[int, str] = {}
         self.touched: set[int] = set()
-        self.couples_examples = False
         self.merges: dict[int, set[tuple[int, int]]] = {}
 
     def run(self, program, num_leaves):
@@ -184,12 +184,12 @@ class _Walk:
             cofactors = tuple(x for x in factors if x is not factor)
             output = _struct(site.eqn.outvars[0])
             shape = site.eqn.invars[side].aval.shape
-            use = Use(operation, factor, side, site.address, scans, site.path, shape, output, cofactors)
+            use = Use(operation, factor, side, site.address, scans, shape, output, cofactors)
             self.uses.append(use)
             if twin is not None:
                 use.unfit = self.find_examples(use, site.eqn, twin, inputs[1 - side])
                 if use.unfit is not None:
-                    self.consumed(factor, f"{use.unfit} ({use.where})")
+                    self.consumed(factor, f"{use.unfit} ({site.path})")
         use = self.uses[-1]
         if operation.kind == "shift":
             use.rides_on = source = inputs[1 - side].source
@@ -215,7 +215,7 @@ class _Walk:
             return
         output = _struct(site.eqn.invars[index])
         address = (*site.address, index)
-        use = Use(Elementwise("shift"), node, None, address, scans, site.path, output.shape, output)
+        use = Use(Elementwise("shift"), node, None, address, scans, output.shape, output)
         self.uses.append(use)
         if twin is not None:
             axis = self.axis(site.eqn.invars[index], twin.invars[index])
