@@ -19,7 +19,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from curvax.programs.trace import Twins
 from curvax.programs.uses import Axes, Convolution, Dense, Elementwise, ExampleAxis, Lookup, Use, operation_of
-from curvax.programs.views import MOVES, Applied, Constant, Given, Leaf, Node, Scan, Sliced, is_affine
+from curvax.programs.views import MOVES, Applied, Constant, Given, Leaf, Node, Scan, Sliced, is_affine, places_given
 from curvax.programs.walk import DESCEND, Address, Site, called_program, is_scan, program_at, scan_parts, walk
 
 
@@ -150,8 +150,8 @@ class _Walk:
             if not affine or is_affine(site, inputs):
                 return [Applied(site, i, operands=tuple(inputs)) for i in outputs]
             shapes = {atom.aval.shape for atom in (*site.eqn.invars, *site.eqn.outvars)}
-            # Products stay linear in each factor unless one leaf is in both.
-            apart = len(inputs) == 2 and not set(inputs[0].leaves) & set(inputs[1].leaves)
+            # Linear in each factor unless one leaf is in both; factors are evaluated from the parameters alone.
+            apart = not set(inputs[0].leaves) & set(inputs[-1].leaves) and not any(map(places_given, inputs))
             if name == "mul" and apart and len(shapes) == 1 and not scans:
                 return [_Product(tuple(inputs))]
         elif len(inputs) == 1 and name in MOVES | {"broadcast_in_dim"}:
