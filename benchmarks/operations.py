@@ -18,6 +18,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from benchmarks import operation_prices
+from curvax.programs.walk import called_program, scan_parts
 
 
 def flops(function: Callable, *args: Any, while_trip_count: int | None = None, **kwargs: Any) -> float:
@@ -160,7 +161,8 @@ class _Computation:
             return self._inline(params["jaxprs"].solve, inputs[start : start + lengths.solve] + inputs[sum(lengths) :])
         if name in _CONTROL_FLOW:
             return self._control_flow(eqn, inputs)
-        if (called := _called(eqn)) is not None:
+        called = None if operation_prices.is_priced(name) else called_program(eqn, through_custom_rules=True)
+        if called is not None:
             if params.get("differentiated"):  # jax.checkpoint puts its operands behind barriers only when it recomputes
                 guarded = np.broadcast_to(params["prevent_cse"], len(inputs))
                 inputs = tuple(self._barrier(x) if guard else x for x, guard in zip(inputs, guarded, strict=True))
@@ -177,7 +179,8 @@ class _Computation:
         if eqn.primitive.name == "cond":
             return self._append(eqn, inputs, tuple(map(_Computation, params["branches"])))
         if eqn.primitive.name == "scan":
-            return self._append(eqn, inputs, (_Computation(params["jaxpr"]),), params["length"])
+            parts = scan_parts(eqn)
+            return self._append(eqn, inputs, (_Computation(parts.body),), parts.length)
         if eqn.primitive.name == "shard_map":
             axes = params["newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"]
             devices = math.prod(params["mesh"].shape[axis] for axis in axes)
@@ -228,8 +231,8 @@ def _live_counts(
 
 
 def _scan_counts(operation, needed, while_trip_count):
-    params = operation.eqn.params
-    consts, carries = params["num_consts"], params["num_carry"]
+    parts = scan_parts(operation.eqn)
+    consts, carries = parts.num_consts, parts.num_carry
     count, used, needed = _trip_counts(operation.bodies[0], consts, carries, needed, while_trip_count)
     return _times(operation.trip_count, count), used[:consts] + needed[:carries] + used[consts + carries :]
 
@@ -320,16 +323,6 @@ def _static_trip_count(eqn, known, condition, body) -> int | None:
 
 
 _MIRRORED = {"lt": "gt", "gt": "lt", "le": "ge", "ge": "le"}
-
-
-def _called(eqn: JaxprEqn) -> Jaxpr | ClosedJaxpr | None:
-    """The body of an equation that only calls it (jit, remat, custom derivatives, ...)."""
-    bodies = [value for value in eqn.params.values() if isinstance(value, (Jaxpr, ClosedJaxpr))]
-    if len(bodies) != 1 or operation_prices.is_priced(eqn.primitive.name):
-        return None
-    inner = bodies[0].jaxpr if isinstance(bodies[0], ClosedJaxpr) else bodies[0]
-    matches = len(inner.invars) == len(eqn.invars) and len(inner.outvars) == len(eqn.outvars)
-    return bodies[0] if matches else None
 
 
 # Nothing happens where operand and result have the same shape and dtype.

@@ -19,7 +19,7 @@ from curvax.objectives.losses import SquaredError
 from curvax.objectives.output_matrix import OutputMatrix
 from curvax.objectives.point import CurvaturePoint, Packed, linearize_term
 from curvax.objectives.term import Term
-from curvax.programs.instrument import evaluate_outputs
+from curvax.programs.instrument import evaluate
 from curvax.programs.trace import trace_term
 from curvax.types import Array, PyTree, Scalar
 
@@ -168,7 +168,8 @@ class LayerOutputs:
             geometries = self.layers.geometries_at(index, program)
             chosen = [geometries[place] for place in places]
             flat = [*jax.tree.leaves(params), *jax.tree.leaves(inputs)]
-            results, outputs = evaluate_outputs(program, flat, [geometry.use for geometry in chosen])
+            uses = [geometry.use for geometry in chosen]
+            results, _, outputs, _ = evaluate(program, flat, uses, [None] * len(uses))
             arranged = [g.cotangents(raw).swapaxes(0, 1) for g, raw in zip(chosen, outputs, strict=True)]
             flat_outputs = jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in arranged], axis=1)
             return jax.tree.unflatten(out_tree, results)[0], flat_outputs

@@ -19,7 +19,6 @@ from curvax.objectives.point import CurvaturePoint
 from curvax.programs.analysis import analyse, uses_in
 from curvax.programs.trace import trace_twins
 from curvax.programs.uses import Use
-from curvax.programs.views import Signatures
 from curvax.programs.walk import Address
 from curvax.types import PyTree
 
@@ -123,11 +122,14 @@ def _find(objective, params, inputs, fallback, through_custom_rules):
 
 def _drop_with_their_leaves(uses_of_terms: list[list[Use]], reasons: dict[int, str]) -> None:
     """A leaf with one use that has no structure has none altogether, nor have those that are joined with it."""
-    for use in (use for uses in uses_of_terms for use in uses):
-        if use.unfit is None and any(leaf in reasons for leaf in use.operand.leaves):
-            use.unfit = "another use of the parameter has no structure"
-            for leaf in use.operand.leaves:
-                reasons.setdefault(leaf, "is joined with a parameter without structure")
+    known = -1
+    while known != len(reasons):  # a leaf that is dropped late may have been used early
+        known = len(reasons)
+        for use in (use for uses in uses_of_terms for use in uses if use.unfit is None):
+            if any(leaf in reasons for leaf in use.operand.leaves):
+                use.unfit = "another use of the parameter has no structure"
+                for leaf in use.operand.leaves:
+                    reasons.setdefault(leaf, "is joined with a parameter without structure")
 
 
 def _outline(uses: list[Use]) -> tuple[Any, ...]:
@@ -280,12 +282,11 @@ class Layers:
 
 def _collect(geometries, paths):
     """The uses grouped by the parameters they use, in the order of the leaves."""
-    signature = Signatures()
     groups: dict[Any, list[tuple[int, int, Geometry]]] = {}
     keys: dict[Use, Any] = {}
     for term, geometries_of_term in enumerate(geometries):
         for place, geometry in enumerate(geometries_of_term):
-            key = _key(geometry, signature)
+            key = _key(geometry)
             groups.setdefault(key, []).append((term, place, geometry))
             keys[geometry.use] = key
     names = _names(groups, paths)
@@ -314,10 +315,10 @@ def _collect(geometries, paths):
         )
 
 
-def _key(geometry, signature):
+def _key(geometry):
     """What uses of the same parameters in the same way have in common."""
     if not geometry.elementwise:
-        return False, signature(geometry.base)
+        return False, geometry.base.signature
     # Elementwise uses are told apart by their leaves, copies taken away; a shift is so even from other kinds.
     key = geometry.base.leaves, len(geometry.feature_axes)
     return True, key if geometry.use.kind == "shift" else (geometry.use.kind, key)

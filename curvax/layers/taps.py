@@ -273,7 +273,7 @@ def _tap_term(layers, index, term, params, inputs):
 
     def model(leaves, perturbations):
         flat = [*leaves, *jax.tree.leaves(inputs)]
-        results, captured, given = evaluate(program, flat, uses, perturbations, places)
+        results, captured, _, given = evaluate(program, flat, uses, perturbations, places)
         return jax.tree.unflatten(out_tree, results)[0], (captured, given)
 
     leaves, zeros = tuple(jax.tree.leaves(params)), [use.zeros() for use in uses]

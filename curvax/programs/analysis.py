@@ -19,7 +19,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from curvax.programs.trace import Twins
 from curvax.programs.uses import Axes, Convolution, Dense, Elementwise, ExampleAxis, Lookup, Use, operation_of
-from curvax.programs.views import MOVES, Applied, Constant, Given, Leaf, Node, Scan, Sliced, is_affine
+from curvax.programs.views import MOVES, Applied, Constant, Given, Leaf, Node, Scan, Sliced, is_affine, places_given
 from curvax.programs.walk import DESCEND, Address, Site, called_program, is_scan, program_at, scan_parts, walk
 
 
@@ -52,12 +52,13 @@ def analyse(twins: Twins, num_leaves: int, through_custom_rules: bool = False) -
     """
     found = _Walk(through_custom_rules, twins)
     results = found.run(twins.programs[0], num_leaves)
-    for index, result in enumerate(results):
+    for result in results:
         if not isinstance(result, _Data):
             found.consumed(result, "is returned by the model without meeting the data")
-        elif index < twins.num_outputs and result.coupled:
-            found.couples_examples = True
-    return Analysis(found.uses, found.reasons, found.touched, found.couples_examples, frozenset(found.given))
+    outputs = list(zip(results, twins.programs[0].jaxpr.outvars, strict=True))[: twins.num_outputs]
+    # An output for every pair of examples, say, is one of two.
+    coupled = any(x.coupled or atom.aval.shape[:1] != twins.sizes[:1] for x, atom in outputs if isinstance(x, _Data))
+    return Analysis(found.uses, found.reasons, found.touched, coupled, frozenset(found.given))
 
 
 def uses_in(
@@ -106,7 +107,6 @@ class _Walk:
         self.uses: list[Use] = []
         self.reasons: dict[int, str] = {}
         self.touched: set[int] = set()
-        self.couples_examples = False
         self.merges: dict[int, set[tuple[int, int]]] = {}
 
     def run(self, program, num_leaves):
@@ -150,8 +150,8 @@ class _Walk:
             if not affine or is_affine(site, inputs):
                 return [Applied(site, i, operands=tuple(inputs)) for i in outputs]
             shapes = {atom.aval.shape for atom in (*site.eqn.invars, *site.eqn.outvars)}
-            # Products stay linear in each factor unless one leaf is in both.
-            apart = len(inputs) == 2 and not set(inputs[0].leaves) & set(inputs[1].leaves)
+            # Linear in each factor unless one leaf is in both; factors are evaluated from the parameters alone.
+            apart = not set(inputs[0].leaves) & set(inputs[-1].leaves) and not any(map(places_given, inputs))
             if name == "mul" and apart and len(shapes) == 1 and not scans:
                 return [_Product(tuple(inputs))]
         elif len(inputs) == 1 and name in MOVES | {"broadcast_in_dim"}:
@@ -184,12 +184,12 @@ class _Walk:
             cofactors = tuple(x for x in factors if x is not factor)
             output = _struct(site.eqn.outvars[0])
             shape = site.eqn.invars[side].aval.shape
-            use = Use(operation, factor, side, site.address, scans, site.path, shape, output, cofactors)
+            use = Use(operation, factor, side, site.address, scans, shape, output, cofactors)
             self.uses.append(use)
             if twin is not None:
                 use.unfit = self.find_examples(use, site.eqn, twin, inputs[1 - side])
                 if use.unfit is not None:
-                    self.consumed(factor, f"{use.unfit} ({use.where})")
+                    self.consumed(factor, f"{use.unfit} ({site.path})")
         use = self.uses[-1]
         if operation.kind == "shift":
             use.rides_on = source = inputs[1 - side].source
@@ -215,7 +215,7 @@ class _Walk:
             return
         output = _struct(site.eqn.invars[index])
         address = (*site.address, index)
-        use = Use(Elementwise("shift"), node, None, address, scans, site.path, output.shape, output)
+        use = Use(Elementwise("shift"), node, None, address, scans, output.shape, output)
         self.uses.append(use)
         if twin is not None:
             axis = self.axis(site.eqn.invars[index], twin.invars[index])

@@ -23,8 +23,8 @@ def evaluate(
     perturbations: Sequence[Any],
     given: Sequence[Address] = (),
     every_order: bool = False,
-) -> tuple[list[Any], list[Any], dict[Address, Any]]:
-    """The results of a program, the input of each use, and further operands.
+) -> tuple[list[Any], list[Any], list[Any], dict[Address, Any]]:
+    """The results of a program, the input and output of each use, and further operands.
 
     Only programs that hold uses are entered; every other equation is evaluated as it is, with its custom rules, remat,
     sharding and calls.
@@ -40,21 +40,13 @@ def evaluate(
             orders exist; else those of first order alone.
 
     Returns:
-        ``(results, inputs, operands)``; the input of a use is the other operand, stacked over the scans around it, and
-        None where the use has none.
+        ``(results, inputs, outputs, operands)``, stacked over the scans around the uses; the input of a use is the
+        other operand, and None where the use has none.
     """
     tapper = _Tapper(arguments, uses, given, jnp.add if every_order else perturbed)
     results, found = tapper.run(program, arguments, dict(enumerate(perturbations)))
-    operands = {place: found[len(uses) + index] for index, place in enumerate(given)}
-    return results, [found.get(index) for index in range(len(uses))], operands
-
-
-def evaluate_outputs(
-    program: ClosedJaxpr, arguments: Sequence[Any], uses: Sequence[Use]
-) -> tuple[list[Any], list[Any]]:
-    """The results of a program, and the output of each use, stacked over the scans around it."""
-    results, found = _Tapper(arguments, uses, (), perturbed).run(program, arguments, {})
-    return results, [found[~index] for index in range(len(uses))]
+    inputs, outputs = [found.get(index) for index in range(len(uses))], [found[~index] for index in range(len(uses))]
+    return results, inputs, outputs, {place: found[i] for i, place in enumerate(given, len(uses))}
 
 
 @jax.custom_jvp

@@ -23,17 +23,11 @@ def trace_term(term: Term, params: PyTree, inputs: PyTree) -> tuple[ClosedJaxpr,
 
 
 class Twins(NamedTuple):
-    """The same model traced at two numbers of examples: the axis in which shapes differ is that of the examples.
-
-    Attributes:
-        programs: The two programs.
-        sizes: The two numbers of examples.
-        num_outputs: How many results are outputs of the model; the rest are auxiliary.
-    """
+    """The same model traced at two numbers of examples: the axis in which shapes differ is that of the examples."""
 
     programs: tuple[ClosedJaxpr, ClosedJaxpr]
     sizes: tuple[int, int]
-    num_outputs: int
+    num_outputs: int  # of the results; the rest are auxiliary
 
 
 def trace_twins(term: Term, params: PyTree, inputs: PyTree) -> Twins:
@@ -44,21 +38,31 @@ def trace_twins(term: Term, params: PyTree, inputs: PyTree) -> Twins:
     """
     axes = term.example_axes
     axes = axes[0] if isinstance(axes, (tuple, list)) else axes
-    located = jax.tree.map(
-        lambda axis, part: jax.tree.map(lambda leaf: _Located((leaf, axis)), part), axes, inputs, is_leaf=_is_none
-    )
-    sizes = {leaf.shape[axis] for leaf, axis in jax.tree.leaves(located) if axis is not None and leaf.ndim > axis}
+    leaves, treedef = jax.tree.flatten(inputs)
+    axes = jax.tree.map(lambda axis: "shared" if axis is None else axis, axes, is_leaf=lambda node: node is None)
+    each = jax.tree.leaves(jax.tree.broadcast(axes, inputs))
+    axes = [None if axis == "shared" or leaf.ndim <= axis else axis for leaf, axis in zip(leaves, each, strict=True)]
+    sizes = {leaf.shape[axis] for leaf, axis in zip(leaves, axes, strict=True) if axis is not None}
     if len(sizes) != 1:
         raise ValueError(
             f"the leaves of the inputs have {sorted(sizes)} examples; say in example_axes where the examples are, and"
             " None for what they share"
         )
+
+    def with_examples(number):
+        return treedef.unflatten(
+            leaf
+            if axis is None
+            else jax.ShapeDtypeStruct((*leaf.shape[:axis], number, *leaf.shape[axis + 1 :]), leaf.dtype)
+            for leaf, axis in zip(leaves, axes, strict=True)
+        )
+
     (own,) = sizes
     structs = jax.eval_shape(lambda tree: tree, params)
     failure = None
     for numbers in (_PRIMES, tuple(own * prime for prime in _PRIMES)):
         try:
-            first, second = (trace_term(term, structs, _with_examples(located, number)) for number in numbers)
+            first, second = (trace_term(term, structs, with_examples(number)) for number in numbers)
         except Exception as error:
             failure = failure or error
         else:
@@ -71,21 +75,3 @@ def trace_twins(term: Term, params: PyTree, inputs: PyTree) -> Twins:
 
 
 _PRIMES = (7, 11)
-
-
-def _with_examples(located, number):
-    def resized(pair):
-        leaf, axis = pair
-        if axis is None or leaf.ndim <= axis:
-            return leaf
-        return jax.ShapeDtypeStruct((*leaf.shape[:axis], number, *leaf.shape[axis + 1 :]), leaf.dtype)
-
-    return jax.tree.map(resized, located, is_leaf=lambda node: isinstance(node, _Located))
-
-
-class _Located(tuple):
-    """A leaf and its example axis."""
-
-
-def _is_none(node):
-    return node is None

@@ -15,41 +15,22 @@ Axes = tuple[int, ...]
 
 
 class Dense(NamedTuple):
-    """A matrix product in any spelling. Its result has the batched axes, then the free ones of either operand.
+    """A matrix product in any spelling. Its result has the batched axes, then the free ones of either operand."""
 
-    Attributes:
-        contracted: Pairs (axis of the parameter, axis of the input) that are summed over.
-        batched: Pairs that go side by side, as of experts.
-        free: The other axes of the parameter.
-        free_outputs: Where they are in the result.
-    """
-
-    contracted: tuple[tuple[int, int], ...]
-    batched: tuple[tuple[int, int], ...]
-    free: Axes
-    free_outputs: Axes
+    contracted: tuple[tuple[int, int], ...]  # pairs (axis of the parameter, axis of the input) that are summed over
+    batched: tuple[tuple[int, int], ...]  # pairs that go side by side, as of experts
+    free: Axes  # the other axes of the parameter
+    free_outputs: Axes  # where they are in the result
     kind: str = "dense"
 
 
 class Convolution(NamedTuple):
-    """A convolution; axes are (examples, channels, *spatial) of data and (out, in, *spatial) of the kernel.
-
-    Attributes:
-        input_axes: Of the input.
-        kernel_axes: Of the kernel.
-        output_axes: Of the output.
-        kernel_shape: The kernel's spatial shape.
-        strides: The steps between output positions.
-        padding: (before, after) for each spatial axis.
-        input_dilation: One more than the zeros between entries of the input.
-        kernel_dilation: The same for the kernel.
-        groups: Into how many groups the channels are divided.
-    """
+    """A convolution; axes are (examples, channels, *spatial) of data and (out, in, *spatial) of the kernel."""
 
     input_axes: Axes
     kernel_axes: Axes
     output_axes: Axes
-    kernel_shape: Axes
+    kernel_shape: Axes  # the spatial one
     strides: Axes
     padding: tuple[tuple[int, int], ...]
     input_dilation: Axes
@@ -59,29 +40,17 @@ class Convolution(NamedTuple):
 
 
 class Lookup(NamedTuple):
-    """Rows of a table, by indices whose last axis holds ``column``.
+    """Rows of a table, by indices on the last axis of the input."""
 
-    Attributes:
-        column: Where on the last axis of the input the row is said.
-        rows: The number of rows.
-        clips: Whether an index outside means the nearest row; else none.
-        features: The axes of a row in the result.
-    """
-
-    column: int
+    column: int  # where on that axis the row is said
     rows: int
-    clips: bool
-    features: Axes
+    clips: bool  # whether an index outside means the nearest row; else none
+    features: Axes  # the axes of a row in the result
     kind: str = "embedding"
 
 
 class Elementwise(NamedTuple):
-    """A product or a sum entry by entry.
-
-    Attributes:
-        kind: "scale" or "shift".
-        negative: Whether it is subtracted.
-    """
+    """A product ("scale") or a sum ("shift") entry by entry; ``negative`` where the parameter is subtracted."""
 
     kind: str
     negative: bool = False
@@ -147,42 +116,24 @@ class ExampleAxis(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class Use:
-    """One operation that uses a parameter.
-
-    Attributes:
-        operation: What it does.
-        operand: How the parameter came here.
-        side: Which operand of the operation is the parameter; None where the operand itself is what is tapped.
-        address: The equation numbers that lead to the operation through nested programs; for ``side`` None also that
-            of the operand.
-        scans: The scans around it, outermost first.
-        where: The same for people.
-        operand_shape: The shape of the operand in a step of the scans.
-        output: The shape and dtype of what is perturbed: the result, or the parameter itself.
-        cofactors: Other parameters that the operand comes multiplied with, entry by entry.
-        input_axis: The examples in the other operand, without axes of scans; None where that is not needed.
-        output_axis: The examples in the result.
-        unfit: Why it gives no structure; None if it does.
-        rides_on: For a bias, the use whose result it is added to and the permutation of that result's axes.
-    """
+    """One operation that uses a parameter."""
 
     operation: Operation
-    operand: Node
-    side: int | None
-    address: Address
-    scans: tuple[Scan, ...]
-    where: str
-    operand_shape: Axes
-    output: Any
-    cofactors: tuple[Node, ...] = ()
-    input_axis: ExampleAxis | None = None
-    output_axis: ExampleAxis | None = None
-    unfit: str | None = None
-    rides_on: tuple[Use, Axes] | None = None
+    operand: Node  # how the parameter came here
+    side: int | None  # which operand the parameter is; None where the operand itself is what is tapped
+    address: Address  # for ``side`` None the number of the operand follows that of the equation
+    scans: tuple[Scan, ...]  # the scans around it, outermost first
+    operand_shape: Axes  # in a step of the scans
+    output: Any  # shape and dtype of what is perturbed: the result, or the parameter itself
+    cofactors: tuple[Node, ...] = ()  # other parameters that the operand comes multiplied with, entry by entry
+    input_axis: ExampleAxis | None = None  # the examples in the other operand, in a step; None where not needed
+    output_axis: ExampleAxis | None = None  # the examples in the result
+    unfit: str | None = None  # why it gives no structure
+    rides_on: tuple[Use, Axes] | None = None  # of a bias, the use whose permuted result it is added to
 
     @property
     def kind(self) -> str:
-        """The kind of the operation: "dense", "conv", "embedding", "scale" or "shift"."""
+        """The kind of the operation."""
         return self.operation.kind
 
     @property

@@ -44,18 +44,26 @@ class Node:
 
     @functools.cached_property
     def leaves(self) -> tuple[int, ...]:
-        """The leaves that the node depends on."""
-        return _union(node.leaves for node in self.operands)
+        """The leaves that the node depends on, in their order."""
+        own = {self.index} if isinstance(self, Leaf) else set()
+        return tuple(sorted(own.union(*(node.leaves for node in self.operands))))
 
     @functools.cached_property
-    def scans(self) -> tuple[Scan, ...]:
+    def scans(self) -> frozenset[Scan]:
         """The scans from one step of which to the next the node differs."""
-        return _union(node.scans for node in self.operands)
+        own = {self.scan} if isinstance(self, Sliced) else set()
+        return frozenset(own).union(*(node.scans for node in self.operands))
 
     @functools.cached_property
-    def unknown(self) -> tuple[Node, ...]:
+    def unknown(self) -> frozenset[Any]:
         """The arrays in it that are not known before the program runs."""
-        return _union(node.unknown for node in self.operands)
+        own = isinstance(self, Given) or (isinstance(self, Constant) and isinstance(self.value, Tracer))
+        return frozenset({self} if own else ()).union(*(node.unknown for node in self.operands))
+
+    @functools.cached_property
+    def signature(self) -> Any:
+        """A hashable description: nodes of the same signature have the same value."""
+        return type(self), _described(self), *(node.signature for node in self.operands)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,20 +72,12 @@ class Leaf(Node):
 
     index: int
 
-    @functools.cached_property
-    def leaves(self) -> tuple[int, ...]:
-        return (self.index,)
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Constant(Node):
     """An array that the program holds."""
 
     value: Any
-
-    @functools.cached_property
-    def unknown(self) -> tuple[Node, ...]:
-        return (self,) if isinstance(self.value, Tracer) else ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,11 +88,7 @@ class Given(Node):
     """
 
     place: Address
-    value: Any  # its ShapeDtypeStruct
-
-    @functools.cached_property
-    def unknown(self) -> tuple[Node, ...]:
-        return (self,)
+    value: Any  # its shape and dtype
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,10 +104,6 @@ class Sliced(Node):
     """What a ``scan`` hands to its body: one element along axis 0 of ``operands[0]``."""
 
     scan: Scan
-
-    @functools.cached_property
-    def scans(self) -> tuple[Scan, ...]:
-        return _union([self.operands[0].scans, (self.scan,)])
 
 
 def value(
@@ -150,28 +142,15 @@ def ancestors(node: Node) -> list[Node]:
     return list(seen)
 
 
-class Signatures:
-    """Numbers nodes so that two of one number have the same value."""
-
-    def __init__(self):
-        self._numbers: dict[Any, int] = {}
-        self._of: dict[Node, int] = {}
-
-    def __call__(self, node: Node) -> int:
-        """The node's number."""
-        if node not in self._of:
-            self._of[node] = self._numbers.setdefault(self._description(node), len(self._numbers))
-        return self._of[node]
-
-    def _description(self, node):
-        operands = tuple(map(self, node.operands))
-        if isinstance(node, Applied):
-            params = tuple(sorted((key, str(entry)) for key, entry in node.site.eqn.params.items()))
-            return node.site.name, params, operands, node.output
-        if isinstance(node, Constant):
-            scalar = jnp.ndim(node.value) == 0 and not isinstance(node.value, Tracer)
-            return "constant", float(node.value) if scalar and jnp.isrealobj(node.value) else id(node.value)
-        return type(node), operands, node.leaves, node.place if isinstance(node, Given) else ()
+def _described(node):
+    """What tells a node apart from others of its type and operands."""
+    if isinstance(node, Applied):
+        params = sorted((key, str(entry)) for key, entry in node.site.eqn.params.items())
+        return node.site.name, *params, node.output
+    if isinstance(node, Constant):
+        scalar = jnp.ndim(node.value) == 0 and jnp.isrealobj(node.value) and not node.unknown
+        return float(node.value) if scalar else id(node.value)
+    return node.place if isinstance(node, Given) else node.leaves
 
 
 MOVES = frozenset(
@@ -238,53 +217,31 @@ def without_permutation(node: Node) -> tuple[Node, tuple[int, ...]]:
 def varying_axes(
     node: Node, structs: Sequence[jax.ShapeDtypeStruct], scans: Sequence[Scan]
 ) -> tuple[tuple[int, ...], bool]:
-    """(axes along which a node's value depends on different entries of the parameters, whether it only moves them)."""
-    axes = _axes_of_leaf(node, structs)
-    if axes is not None:
-        return tuple(i for i, size in enumerate(axes) if size > 1), True
-    return _varying_by_numbers(node, {i: structs[i] for i in node.leaves}, scans)
+    """(axes along which a node's value depends on different entries of the parameters, whether it only moves them).
 
-
-def _axes_of_leaf(node, structs):
-    """For a leaf that is cast, copied along new axes and given axes of length one, what length it has in each axis."""
-    if isinstance(node, Leaf):
-        return structs[node.index].shape
-    if not isinstance(node, Applied) or len(node.operands) != 1:
-        return None
-    axes, eqn = _axes_of_leaf(node.operands[0], structs), cast(Any, node.site.eqn)
-    old, new = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
-    if axes is None or node.site.name in ("convert_element_type", "copy", "copy_p"):
-        return axes
-    if node.site.name == "broadcast_in_dim":
-        places = dict(zip(eqn.params["broadcast_dimensions"], axes, strict=True))
-        return tuple(places.get(i, 1) for i in range(len(new)))
-    before, after = ([i for i, size in enumerate(shape) if size > 1] for shape in (old, new))
-    if node.site.name in ("reshape", "squeeze", "expand_dims") and [old[i] for i in before] == [new[i] for i in after]:
-        places = dict(zip(after, (axes[i] for i in before), strict=True))
-        return tuple(places.get(i, 1) for i in range(len(new)))
-    return None
-
-
-def _varying_by_numbers(node, structs, scans):
-    """The same for any node, by evaluating it with a number for each entry of its leaves."""
-    starts = dict(zip(structs, np.cumsum([1, *(math.prod(leaf.shape) for leaf in structs.values())]), strict=False))
-    total = sum(math.prod(leaf.shape) for leaf in structs.values())
+    Found by evaluating it with a number for each entry of its leaves; for small leaves such as scales and biases.
+    """
+    sizes = [math.prod(structs[i].shape) for i in node.leaves]
+    total, starts = sum(sizes), np.cumsum([1, *sizes[:-1]])
     with jax.ensure_compile_time_eval():
         known = {n: _stand_in(n.value) for n in node.unknown}
-        zeros = {i: jnp.zeros(leaf.shape, leaf.dtype) for i, leaf in structs.items()}
-        low = np.asarray(value(node, zeros, scans, known=known), np.float64)
-        codes = np.zeros_like(low)
-        for place in range(math.ceil(math.log(total + 2, 64))):  # digits that every dtype holds exactly
-            digits = {
-                i: jnp.asarray((start + np.arange(leaf.size)) // 64**place % 64, leaf.dtype).reshape(leaf.shape)
-                for (i, leaf), start in zip(structs.items(), starts.values(), strict=True)
+
+        def at(digits):
+            """The value where the entries of the leaves are digits of their numbers, which start at one."""
+            entries = {
+                i: jnp.asarray(digits(start + np.arange(size)), structs[i].dtype).reshape(structs[i].shape)
+                for i, start, size in zip(node.leaves, starts, sizes, strict=True)
             }
-            codes += 64**place * (np.asarray(value(node, digits, scans, known=known), np.float64) - low)
+            return np.asarray(value(node, entries, scans, known=known), np.float64)
+
+        low = at(np.zeros_like)
+        # Digits that every dtype holds exactly; they add up to the number of the entry that arrives.
+        places = range(math.ceil(math.log(total + 2, 64)))
+        codes = np.sum([64**place * (at(lambda n, place=place: n // 64**place % 64) - low) for place in places], 0)
     axes = tuple(i for i in range(codes.ndim) if codes.shape[i] > 1 and np.any(codes != np.take(codes, [0], axis=i)))
     entries = codes[tuple(slice(None) if i in axes else 0 for i in range(codes.ndim))].ravel()
-    places = set(entries.tolist())
-    moved = len(places) == entries.size and places <= set(range(1, 1 + total))
-    return axes, moved and not node.unknown
+    numbers = set(entries.tolist())
+    return axes, not node.unknown and len(numbers) == entries.size and numbers <= set(range(1, 1 + total))
 
 
 def _stand_in(array):
@@ -322,9 +279,3 @@ def _plain_value(node, leaves, known):
         return found[n]
 
     return evaluate(node)
-
-
-def _union(parts):
-    """Every entry of the tuples once; leaves in their order, so that equal sets are equal tuples."""
-    entries = list(dict.fromkeys(entry for part in parts for entry in part))
-    return tuple(sorted(entries)) if entries and isinstance(entries[0], int) else tuple(entries)

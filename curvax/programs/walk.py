@@ -17,19 +17,12 @@ Address = tuple[int, ...]
 
 
 class Site(NamedTuple):
-    """An equation where it stands.
+    """An equation where it stands."""
 
-    Attributes:
-        program: The program that holds it.
-        eqn: The equation.
-        address: Its address.
-        where: The calls around it, for people.
-    """
-
-    program: Jaxpr
+    program: Jaxpr  # that holds it
     eqn: JaxprEqn
     address: Address
-    where: str
+    where: str  # the calls around it, for people
 
     @property
     def name(self) -> str:
@@ -111,16 +104,7 @@ def is_scan(eqn: JaxprEqn) -> bool:
 
 
 class ScanParts(NamedTuple):
-    """What a ``scan`` is made of: operands are constants, the carry and what is scanned; results the carry and stacks.
-
-    Attributes:
-        body: One step.
-        num_consts: How many operands every step sees whole.
-        num_carry: How many are handed from step to step.
-        length: The number of steps.
-        reverse: Whether the last element comes first.
-        unroll: How many steps XLA writes out.
-    """
+    """A ``scan``: its operands are constants, the carry and what is scanned, its results the carry and stacks."""
 
     body: ClosedJaxpr
     num_consts: int
