@@ -7,6 +7,7 @@ import flax.linen as linen
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 import curvax
@@ -15,21 +16,18 @@ import curvax
 class Network(NamedTuple):
     model_fn: object
     params: object
+    build: object = None  # () -> a module with these parameters
 
 
 def weights(dtype=jnp.float64):
-    keys = jax.random.split(jax.random.key(0), 4)
+    generator = np.random.default_rng(0)
     shapes = {"w1": (3, 4), "b1": (4,), "w2": (4, 2), "b2": (2,)}
-    return {
-        name: (jax.random.normal(key, shapes[name], jnp.float64) / 2).astype(dtype)
-        for key, name in zip(keys, shapes, strict=True)
-    }
+    return {name: jnp.asarray(generator.normal(size=shape) / 2, dtype) for name, shape in shapes.items()}
 
 
 def batch(size=8, seed=1, dtype=jnp.float64):
-    inputs = jax.random.normal(jax.random.key(seed), (size, 3), jnp.float64).astype(dtype)
-    targets = jax.random.randint(jax.random.key(seed + 100), (size,), 0, 2)
-    return inputs, targets
+    generator = np.random.default_rng(100 + seed)
+    return jnp.asarray(generator.normal(size=(size, 3)), dtype), jnp.asarray(generator.integers(0, 2, size))
 
 
 def objective(network):
@@ -78,7 +76,7 @@ def flax_nnx():
     model.first.kernel[...], model.first.bias[...] = w["w1"], w["b1"]
     model.second.kernel[...], model.second.bias[...] = w["w2"], w["b2"]
     graph, params = nnx.split(model)
-    return Network(lambda params, x: nnx.merge(graph, params)(x), params)
+    return Network(lambda params, x: nnx.merge(graph, params)(x), params, lambda: nnx.merge(graph, params))
 
 
 def equinox():

@@ -1,5 +1,6 @@
 """CurveBall against its formulas with dense matrices, its theorems, and its cost."""
 
+import functools
 import itertools
 
 import jax
@@ -12,6 +13,9 @@ import curvax
 from benchmarks.operations import flops
 from curvax import trees
 from curvax.damping import DampingRule, curveball_rule
+from tests.oracles import dense_ggn
+from tests.transforms.stepping import flat, loss, run
+from tests.transforms.stepping import gradient as gradient_of
 
 FIXED = DampingRule(decrease=1, increase=1)
 
@@ -27,21 +31,13 @@ def problem(l2=None, loss="softmax_cross_entropy"):
     return objective, params, batch
 
 
-def run(objective, params, batch, steps, chunk_size=None, **options):
-    """Parameters and states after every step."""
+def history_of(objective, params, batch, steps, **options):
+    """(parameters, state, parameters, state) before and behind every step."""
     tx = curvax.curveball(**options)
-
-    @jax.jit
-    def step(params, state):
-        _, gradient, at = objective.value_and_grad(params, batch)
-        at = at if chunk_size is None else objective.linearize(params, batch, chunk_size=chunk_size)
-        updates, state = tx.update(gradient, state, params, at=at)
-        return optax.apply_updates(params, updates), state
-
-    state, history = tx.init(params), [(params, tx.init(params))]
-    for _ in range(steps):
-        params, state = step(params, state)
-        history.append((params, state))
+    state, history = jax.jit(tx.init)(params), []
+    for before, after, _, new_state in run(tx, objective, params, batch, steps):
+        history.append((before, state, after, new_state))
+        state = new_state
     return history
 
 
@@ -51,20 +47,18 @@ def test_steps_are_those_of_the_dense_formulas(gradient, damped_model):
     """Algorithm 1 and eq. 18, with l2 in the objective."""
     objective, params, batch = problem(l2=0.2)
     options = {"initial_damping": 0.5, "rule": FIXED, "gradient": gradient, "damped_model": damped_model}
-    history = run(objective, params, batch, 4, **options)
-    dense = jax.jit(
-        lambda p: (curvax.ggn(objective.linearize(p, batch)).to_dense(), trees.ravel(jax.grad(objective)(p, batch)))
-    )
+    history = history_of(objective, params, batch, 4, **options)
     z = np.zeros(20)
-    for (before, _), (_, state) in itertools.pairwise(history):
-        matrix, g = map(np.asarray, dense(before))
+    for before, _, _, state in history:
+        matrix = np.asarray(dense_ggn(objective, before, batch))
+        g = gradient_of(objective, before, batch)
         bracket = matrix @ z + 0.5 * z + g
         model = matrix + 0.5 * np.eye(20) if damped_model else matrix
         basis = np.stack([bracket, z], axis=1)
         beta, minus_rho = np.linalg.pinv(basis.T @ model @ basis) @ basis.T @ g
         z = -minus_rho * z - beta * bracket
-        np.testing.assert_allclose(trees.ravel(state.velocity), z, rtol=1e-7, atol=1e-10)
-        np.testing.assert_allclose(state.info.momentum, -minus_rho, rtol=1e-6, atol=1e-10)
+        np.testing.assert_allclose(flat(state.memory), z, rtol=1e-7, atol=1e-10)
+        np.testing.assert_allclose(state.info.extra["momentum"], -minus_rho, rtol=1e-6, atol=1e-10)
         np.testing.assert_allclose(state.info.predicted_change, g @ z + z @ model @ z / 2, rtol=1e-7)
 
 
@@ -72,13 +66,11 @@ def test_steps_are_those_of_the_dense_formulas(gradient, damped_model):
 def test_fixed_momentum_and_fixed_learning_rate(momentum, learning_rate):
     objective, params, batch = problem()
     options = {"momentum": momentum, "learning_rate": learning_rate, "rule": FIXED, "initial_damping": 0.3}
-    history = run(objective, params, batch, 3, **options)
-    dense = jax.jit(
-        lambda p: (curvax.ggn(objective.linearize(p, batch)).to_dense(), trees.ravel(jax.grad(objective)(p, batch)))
-    )
+    history = history_of(objective, params, batch, 3, **options)
     z = np.zeros(20)
-    for (before, _), (_, state) in itertools.pairwise(history):
-        matrix, g = map(np.asarray, dense(before))
+    for before, _, _, state in history:
+        matrix = np.asarray(dense_ggn(objective, before, batch))
+        g = gradient_of(objective, before, batch)
         model = matrix + 0.3 * np.eye(20)
         bracket = model @ z + g
         rho, beta = momentum, learning_rate
@@ -87,18 +79,17 @@ def test_fixed_momentum_and_fixed_learning_rate(momentum, learning_rate):
         elif rho is None:
             rho = (beta * z @ model @ bracket - g @ z) / (z @ model @ z) if z.any() else 0.0
         z = rho * z - beta * bracket
-        np.testing.assert_allclose(trees.ravel(state.velocity), z, rtol=1e-8, atol=1e-10)
+        np.testing.assert_allclose(flat(state.memory), z, rtol=1e-8, atol=1e-10)
 
 
 def test_the_step_is_at_the_minimum_of_the_model_and_goes_downhill():
     """Theorem A.2 and its sharper form, g^T z + z^T (G + lambda I) z = 0 (methods CB-6)."""
     objective, params, batch = problem()
-    for (before, _), (_, state) in itertools.pairwise(run(objective, params, batch, 10)):
-        g, matrix = jax.grad(objective)(before, batch), curvax.ggn(objective.linearize(before, batch))
-        z, damping = state.velocity, state.info.damping
-        slope = trees.vdot(g, z)
+    for before, _, _, state in history_of(objective, params, batch, 10):
+        z, matrix = flat(state.memory), np.asarray(dense_ggn(objective, before, batch))
+        slope = gradient_of(objective, before, batch) @ z
         assert slope < 0
-        np.testing.assert_allclose(slope, -matrix.quadratic(z) - damping * trees.vdot(z, z), rtol=1e-8)
+        np.testing.assert_allclose(slope, -z @ matrix @ z - float(state.info.damping) * z @ z, rtol=1e-8)
         np.testing.assert_allclose(state.info.predicted_change, slope / 2, rtol=1e-8)
 
 
@@ -125,7 +116,7 @@ def test_fixed_coefficients_converge_where_the_theorem_says_and_at_its_rate():
 
         def body(carry, _):
             w, state = carry
-            updates, state = tx.update(w, state, w, at=objective.linearize(w, batch))
+            updates, state = tx.update(values * w, state, w, at=objective.linearize(w, batch))
             return (optax.apply_updates(w, updates), state), jnp.linalg.norm(w)
 
         return jax.lax.scan(body, (jnp.ones(3), tx.init(jnp.ones(3))), length=400)[1]
@@ -142,56 +133,76 @@ def test_fixed_coefficients_converge_where_the_theorem_says_and_at_its_rate():
 def test_first_zero_and_collinear_directions():
     objective, batch = quadratic([1.0, 4.0])
     tx = curvax.curveball(initial_damping=0.0, rule=FIXED)
-    w = jnp.array([1.0, 0.0])  # everything stays on one axis, where bracket and z are collinear
-    state = tx.init(w)
-    updates, state = tx.update(w, state, w, at=objective.linearize(w, batch))
+    step = jax.jit(
+        lambda w, state: tx.update(objective.value_and_grad(w, batch)[1], state, at=objective.linearize(w, batch))
+    )
+    on_axis = [jnp.array([x, 0.0]) for x in (1.0, 0.0, 2.0, 3.0)]  # where bracket and z are collinear
+    updates, state = step(on_axis[0], jax.jit(tx.init)(on_axis[0]))
     np.testing.assert_allclose(updates, [-1.0, 0.0], atol=1e-12)
-    assert state.info.momentum == 0
-    w = optax.apply_updates(w, updates)
-    updates, state = tx.update(w, state, w, at=objective.linearize(w, batch))  # at the minimum: no gradient, no step
+    assert state.info.extra["momentum"] == 0
+    updates, state = step(on_axis[1], state)  # at the minimum: no gradient, no step
     np.testing.assert_allclose(updates, 0.0, atol=1e-12)
-    updates, state = tx.update(
-        w, state, jnp.array([2.0, 0.0]), at=objective.linearize(jnp.array([2.0, 0.0]), batch)
-    )  # z is zero: a gradient step
+    updates, state = step(on_axis[2], state)  # z is zero: a gradient step
     np.testing.assert_allclose(updates, [-2.0, 0.0], atol=1e-12)
-    updates, state = tx.update(
-        w, state, jnp.array([3.0, 0.0]), at=objective.linearize(jnp.array([3.0, 0.0]), batch)
-    )  # collinear
+    updates, state = step(on_axis[3], state)  # collinear
     np.testing.assert_allclose(updates, [-3.0, 0.0], atol=1e-12)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((state.memory, state.strength)))
 
 
 def test_damping_adapts_every_fifth_step_by_the_measured_ratio():
     objective, params, batch = problem(loss="squared_error")
     rule = curveball_rule(factor=0.5)
-    history = run(objective, params, batch, 15, initial_damping=1e-3, rule=rule)
-    for index in range(1, 16):
-        (before, old), (after, state) = history[index - 1], history[index]
+    history = history_of(objective, params, batch, 15, initial_damping=1e-3, rule=rule)
+    for index, (before, old, after, state) in enumerate(history, start=1):
         if index % 5:
-            assert state.damping == old.damping
-            assert state.info.step_ratio == old.info.step_ratio
+            assert state.strength == old.strength
+            np.testing.assert_equal(float(state.info.step_ratio), float(old.info.step_ratio))
             continue
-        actual = objective(after, batch) - objective(before, batch)
+        actual = loss(objective, after, batch) - loss(objective, before, batch)
         np.testing.assert_allclose(state.info.step_ratio, actual / state.info.predicted_change, rtol=1e-6)
-        np.testing.assert_allclose(state.damping, rule(old.damping, state.info.step_ratio, jnp.array(5)), rtol=1e-12)
+        factor = 0.5 if state.info.step_ratio > 1.5 else 2.0 if state.info.step_ratio < 0.5 else 1.0
+        np.testing.assert_allclose(state.strength, factor * old.strength, rtol=1e-12)
 
 
 def test_chunks_give_the_same_step():
+    """The second and third step as well, in which z is not zero."""
     objective, params, batch = problem(l2=0.1)
-    whole, parts = run(objective, params, batch, 3), run(objective, params, batch, 3, chunk_size=4)
-    np.testing.assert_allclose(trees.ravel(whole[-1][0]), trees.ravel(parts[-1][0]), rtol=1e-10)
-
-
-def test_recomputed_gradients_leave_the_incoming_ones_unread():
-    objective, params, batch = problem()
     tx = curvax.curveball()
-    nonsense = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), params)
-    true = jax.grad(objective)(params, batch)
-    updates = [
-        tx.update(g, tx.init(params), params, at=objective.linearize(params, batch))[0] for g in (nonsense, true)
-    ]
-    jax.tree.map(np.testing.assert_array_equal, *updates)
-    with pytest.raises(ValueError, match="'recomputed' or 'incoming'"):
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def step(params, state, chunk_size):
+        _, grads, at = objective.value_and_grad(params, batch, chunk_size=chunk_size)
+        updates, state = tx.update(grads, state, params, at=at)
+        return optax.apply_updates(params, updates), state
+
+    (whole, state), (parts, other) = (step(params, tx.init(params), size) for size in (None, 4))
+    for _ in range(2):
+        (whole, state), (parts, other) = step(whole, state, None), step(parts, other, 4)
+    np.testing.assert_allclose(flat(whole), flat(parts), rtol=1e-10)
+
+
+def test_by_default_the_incoming_gradient_is_read_and_recomputed_by_request_alone():
+    objective, params, batch = problem()
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def update(factor, gradient):
+        tx = curvax.curveball(**({} if gradient is None else {"gradient": gradient}))
+        _, grads, at = objective.value_and_grad(params, batch)
+        return tx.update(trees.scale(factor, grads), tx.init(params), params, at=at)
+
+    # In the first step, z = 0, the step is beta times the gradient with beta of degree zero in it.
+    default, default_state = update(0.25, None)
+    np.testing.assert_allclose(flat(default), flat(update(1.0, "incoming")[0]) / 4, rtol=1e-12)
+    assert np.isfinite(default_state.info.gradient_norm)
+    unread, state = update(jnp.nan, "recomputed")
+    np.testing.assert_array_equal(flat(unread), flat(update(1.0, "recomputed")[0]))
+    assert state.info.skipped_steps == 0
+    assert np.isnan(state.info.gradient_norm)
+    np.testing.assert_allclose(flat(unread), flat(update(1.0, None)[0]), rtol=1e-10)
+    skipped, state = update(jnp.nan, None)
+    assert not flat(skipped).any()
+    assert state.info.skipped_steps == 1
+    with pytest.raises(ValueError, match="'incoming' or 'recomputed'"):
         curvax.curveball(gradient="read")
 
 

@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import curvax
 from tests.oracles import dense_ggn
 from tests.problems import problem
+from tests.transforms.stepping import flat, gradient, loss, moved, one_step, run
 
 GOAL, PARAMS, DATA = problem("mlp")[1:]
 
@@ -17,56 +17,48 @@ def test_on_a_quadratic_it_is_the_minimum_over_the_krylov_space():
     goal = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
     data = (jnp.asarray(design), jnp.asarray(design @ np.ones((6, 1)) + 0.1))
     tx = curvax.krylov_subspace_descent(num_vectors=3, max_subspace_iterations=60, tolerance=1e-10)
-    params = jnp.zeros((6, 1))
-    _, gradient, at = goal.value_and_grad(params, data)
-    updates, state = jax.jit(lambda g, s, at: tx.update(g, s, params, at=at))(gradient, tx.init(params), at)
-    G = curvax.ggn(at)
-    expected = curvax.solvers.cg(G, -gradient, max_iterations=3, tolerance=0.0).value
-    np.testing.assert_allclose(updates, expected, rtol=1e-5, atol=1e-7)
-    assert state.info.dimension == 3
+    updates, state = one_step(tx, goal, jnp.zeros((6, 1)), data)
+    matrix, g = design.T @ design / 12, -design.T @ np.asarray(data[1])[:, 0] / 12
+    basis, _ = np.linalg.qr(np.stack([g, matrix @ g, matrix @ matrix @ g], axis=1))
+    expected = -basis @ np.linalg.solve(basis.T @ matrix @ basis, basis.T @ g)
+    np.testing.assert_allclose(flat(updates), expected, rtol=1e-5, atol=1e-7)
+    assert state.info.extra["dimension"] == 3
 
 
 def test_the_loss_never_rises_and_the_last_direction_joins_the_space():
     tx = curvax.krylov_subspace_descent(num_vectors=4, max_subspace_iterations=8)
+    history, last = run(tx, GOAL, PARAMS, DATA, 6), np.zeros(curvax.trees.size(PARAMS))
+    for index, taken in enumerate(history):
+        info, step = taken.state.info, flat(taken.updates)
+        np.testing.assert_allclose(info.new_loss, loss(GOAL, taken.after, DATA), rtol=1e-10)
+        assert info.new_loss <= info.loss
+        assert info.extra["dimension"] == (4 if index == 0 else 5)
+        # In the span of g, G g, G^2 g, G^3 g and the last step, and not in that of the first four.
+        matrix, vectors = np.asarray(dense_ggn(GOAL, taken.before, DATA)), [gradient(GOAL, taken.before, DATA)]
+        for _ in range(3):
+            vectors.append(matrix @ vectors[-1])
+        outside = [_outside(vectors, step), _outside([*vectors, last], step)]
+        assert outside[1] < 1e-6
+        assert index == 0 or outside[0] > 1e-3
+        last = step
+    assert history[-1].state.info.new_loss < 0.2 * loss(GOAL, PARAMS, DATA)
 
-    @jax.jit
-    def step(params, state):
-        _, gradient, at = GOAL.value_and_grad(params, DATA)
-        updates, state = tx.update(gradient, state, params, at=at)
-        return optax.apply_updates(params, updates), state
 
-    params, state, losses, dimensions = PARAMS, tx.init(PARAMS), [], []
-    for _ in range(6):
-        params, state = step(params, state)
-        np.testing.assert_allclose(state.info.new_loss, GOAL(params, DATA), rtol=1e-10)
-        losses.append(float(state.info.new_loss))
-        dimensions.append(int(state.info.dimension))
-        assert state.info.new_loss <= state.info.loss
-    assert losses[-1] < 0.2 * float(GOAL(PARAMS, DATA))
-    assert dimensions[0] == 4
-    assert set(dimensions[1:]) == {5}
+def _outside(vectors, step):
+    """The part of the step outside the span, relative to its length."""
+    basis, _ = np.linalg.qr(np.stack([v / (np.linalg.norm(v) or 1) for v in vectors], axis=1))
+    return np.linalg.norm(step - basis @ (basis.T @ step)) / np.linalg.norm(step)
 
 
 def test_gradient_curvature_and_subspace_may_have_a_batch_each():
     first, second, third = (jax.tree.map(lambda leaf, i=i: leaf[2 * i : 2 * i + 2], DATA) for i in range(3))
     tx = curvax.krylov_subspace_descent(num_vectors=2, max_subspace_iterations=30, tolerance=1e-8)
-
-    @jax.jit
-    def step(state):
-        _, gradient, at = GOAL.value_and_grad(PARAMS, first)
-        point = GOAL.linearize(PARAMS, second)
-        return tx.update(
-            gradient, state, PARAMS, at=at, curvature_at=point, held_out_at=objective.linearize(PARAMS, third)
-        )
-
-    updates, state = step(tx.init(PARAMS))
-    step = np.asarray(curvax.trees.ravel(updates))
-    gradient = np.asarray(curvax.trees.ravel(jax.grad(GOAL)(PARAMS, first)))
-    space = np.stack([gradient, np.asarray(dense_ggn(GOAL, PARAMS, second)) @ gradient], axis=1)
+    updates, state = one_step(tx, GOAL, PARAMS, first, curvature_at=second, held_out_at=third)
+    step, g = flat(updates), gradient(GOAL, PARAMS, first)
+    space = np.stack([g, np.asarray(dense_ggn(GOAL, PARAMS, second)) @ g], axis=1)
     coefficients, *_ = np.linalg.lstsq(space, step, rcond=None)
     np.testing.assert_allclose(space @ coefficients, step, atol=1e-9 * np.abs(step).max())
-    np.testing.assert_allclose(state.info.loss, GOAL(PARAMS, third), rtol=1e-12)
-    moved = jax.tree.map(jnp.add, PARAMS, updates)
-    slope = space.T @ np.asarray(curvax.trees.ravel(jax.grad(GOAL)(moved, third)))
-    before = space.T @ np.asarray(curvax.trees.ravel(jax.grad(GOAL)(PARAMS, third)))
+    np.testing.assert_allclose(state.info.loss, loss(GOAL, PARAMS, third), rtol=1e-12)
+    slope = space.T @ gradient(GOAL, moved(PARAMS, step), third)
+    before = space.T @ gradient(GOAL, PARAMS, third)
     assert np.linalg.norm(slope) < 1e-3 * np.linalg.norm(before), "the loss of the third batch is minimised"

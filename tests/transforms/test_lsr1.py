@@ -11,6 +11,7 @@ import pytest
 import curvax
 from benchmarks.operations import flops
 from curvax import trees
+from tests.transforms.stepping import flat, gradient, loss, moved, one_step, run
 
 
 def problem():
@@ -23,24 +24,6 @@ def problem():
     return objective, params, batch
 
 
-def run(make, steps, **options):
-    objective, params, batch = problem()
-    tx = make(objective, **options)
-
-    @jax.jit
-    def step(params, state):
-        _, gradient, at = objective.value_and_grad(params, batch)
-        updates, state = tx.update(gradient, state, params, at=at)
-        return optax.apply_updates(params, updates), state, updates
-
-    state, history = tx.init(params), []
-    for _ in range(steps):
-        before = params
-        params, state, updates = step(params, state)
-        history.append((before, params, state, updates))
-    return objective, batch, history
-
-
 def recursive(scale, pairs):
     matrix = scale * np.eye(20)
     for a, b in pairs:
@@ -50,61 +33,65 @@ def recursive(scale, pairs):
     return matrix
 
 
-def gradient_at(objective, batch, params):
-    return np.asarray(trees.ravel(jax.grad(objective)(params, batch)))
-
-
 def test_the_trust_region_method_is_algorithm_1_with_a_dense_matrix():
-    objective, batch, history = run(curvax.lsr1, 8, memory_size=20, scale=2.0)
-    gradient = jax.jit(lambda p: trees.ravel(jax.grad(objective)(p, batch)))
+    objective, params, batch = problem()
     solve = jax.jit(curvax.solvers.dense_trust_region)
     pairs, radius = [], None
-    for before, after, state, updates in history:
-        g = np.asarray(gradient(before))
+    for before, after, updates, state in run(curvax.lsr1(memory_size=20, scale=2.0), objective, params, batch, 8):
+        g = gradient(objective, before, batch)
         radius = np.linalg.norm(g) if radius is None else radius
-        matrix = recursive(2.0, pairs)
-        solution = solve(jnp.asarray(matrix), jnp.asarray(g), radius)
+        solution = solve(jnp.asarray(recursive(2.0, pairs)), jnp.asarray(g), radius)
         s = np.asarray(solution.step)
-        trial = trees.add(before, trees.unravel(solution.step, before))
-        ratio = (objective(trial, batch) - objective(before, batch)) / solution.model_value
+        trial = moved(before, s)
+        ratio = (loss(objective, trial, batch) - loss(objective, before, batch)) / float(solution.model_value)
         np.testing.assert_allclose(state.info.step_ratio, ratio, rtol=1e-5)
         np.testing.assert_allclose(state.info.radius, radius, rtol=1e-6)
         assert bool(state.info.accepted) == bool(ratio > 1e-4)
-        expected = s if ratio > 1e-4 else np.zeros(20)
-        np.testing.assert_allclose(trees.ravel(updates), expected, rtol=1e-5, atol=1e-8)
-        pairs.append((s, np.asarray(gradient(trial)) - g))
+        np.testing.assert_allclose(flat(updates), s if ratio > 1e-4 else 0 * s, rtol=1e-5, atol=1e-8)
+        pairs.append((s, gradient(objective, trial, batch) - g))
         radius *= 2 if ratio > 0.75 and np.linalg.norm(s) > 0.8 * radius else 0.5 if ratio < 0.1 else 1
-        assert state.info.pairs == len(pairs)
-        assert objective(after, batch) <= objective(before, batch)
+        np.testing.assert_allclose(state.strength, radius, rtol=1e-6)
+        assert state.info.extra["pairs"] == len(pairs)
+        assert loss(objective, after, batch) <= loss(objective, before, batch)
 
 
 def test_the_line_search_method_goes_along_the_inverse_matrix():
-    objective, batch, history = run(curvax.lsr1_linesearch, 8, memory_size=20)
-    gradient = jax.jit(lambda p: trees.ravel(jax.grad(objective)(p, batch)))
-    pairs, last = [], 0.5
-    for before, after, state, updates in history:
-        g, s = np.asarray(gradient(before)), np.asarray(trees.ravel(updates))
+    objective, params, batch = problem()
+    pairs, last, shortened = [], 0.5, 0
+    for before, after, updates, state in run(curvax.lsr1_linesearch(memory_size=20), objective, params, batch, 8):
+        g, s = gradient(objective, before, batch), flat(updates)
         direction = -recursive(1.0, pairs) @ g
         upwards = direction @ g > 0
         direction = -direction if upwards else direction
-        assert bool(state.info.hard_case) == upwards
-        halvings = np.log2(min(1, 2 * last) / float(state.info.radius))
-        np.testing.assert_allclose(halvings, round(halvings), atol=1e-9)
-        np.testing.assert_allclose(s, float(state.info.radius) * direction, rtol=1e-5, atol=1e-9)
-        fall = objective(before, batch) - objective(after, batch)
-        assert fall >= -1e-4 * float(state.info.radius) * (g @ direction)
-        pairs.append((np.asarray(gradient(after)) - g, s))
-        last = float(state.info.radius)
+        assert bool(state.info.extra["turned"]) == upwards
+        # The first of min(1, twice the last), halved again and again, at which the loss falls enough.
+        size = min(1, 2 * last)
+        start, slope = loss(objective, before, batch), g @ direction
+        while loss(objective, moved(before, size * direction), batch) > start + 1e-4 * size * slope:
+            size, shortened = size / 2, shortened + 1
+        np.testing.assert_allclose(state.info.step_size, size, rtol=1e-12)
+        np.testing.assert_allclose(s, size * direction, rtol=1e-5, atol=1e-9)
+        pairs.append((gradient(objective, after, batch) - g, s))
+        last = size
+    assert shortened, "the case is to shorten a step"
+
+
+def test_skipped_pairs_are_counted_up():
+    """With a tolerance above one every pair is left out, whatever it is."""
+    objective, params, batch = problem()
+    for make in (curvax.lsr1, curvax.lsr1_linesearch):
+        extras = [taken.state.info.extra for taken in run(make(skip_tolerance=2.0), objective, params, batch, 4)]
+        assert [int(extra["skipped_pairs"]) for extra in extras] == [1, 2, 3, 4]
+        assert [int(extra["pairs"]) for extra in extras] == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("make", [curvax.lsr1, curvax.lsr1_linesearch])
 def test_long_runs_converge_with_a_memory_of_five(make):
-    objective, batch, history = run(make, 300)
-    first, last = history[0][0], history[-1][1]
-    assert np.linalg.norm(gradient_at(objective, batch, last)) < 1e-3 * np.linalg.norm(
-        gradient_at(objective, batch, first)
-    )
-    assert history[-1][2].info.pairs <= 5
+    objective, params, batch = problem()
+    last = run(make(), objective, params, batch, 300)[-1]
+    norms = [np.linalg.norm(gradient(objective, p, batch)) for p in (params, last.after)]
+    assert norms[1] < 1e-3 * norms[0]
+    assert last.state.info.extra["pairs"] <= 5
 
 
 def test_a_step_costs_little_more_than_its_two_gradients():
@@ -128,19 +115,16 @@ def test_a_step_costs_little_more_than_its_two_gradients():
 
     # Two loops: of the secular equation and of the memory's repair, both on numbers as few as the pairs.
     ours = flops(step, params, jax.eval_shape(tx.init, params), batch, while_trip_count=10)
-    gradient = flops(jax.value_and_grad(objective), params, batch)
-    assert ours <= 1.25 * 2 * gradient
+    one = flops(jax.value_and_grad(objective), params, batch)
+    assert ours <= 1.25 * 2 * one
 
 
-def test_a_stationary_start_is_no_error():
+@pytest.mark.parametrize("make", [curvax.lsr1, curvax.lsr1_linesearch])
+def test_a_stationary_start_is_no_error(make):
     objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
-    w, batch = jnp.ones((2, 1)), (jnp.ones((3, 2)), 2 * jnp.ones((3, 1)))
-    for make in (curvax.lsr1, curvax.lsr1_linesearch):
-        tx = make(objective)
-        _, gradient, at = objective.value_and_grad(w, batch)
-        updates, state = tx.update(gradient, tx.init(w), w, at=at)
-        assert state.info.skipped_steps == 0
-        np.testing.assert_array_equal(updates, 0)
+    updates, state = one_step(make(), objective, jnp.ones((2, 1)), (jnp.ones((3, 2)), 2 * jnp.ones((3, 1))))
+    assert state.info.skipped_steps == 0
+    np.testing.assert_array_equal(updates, 0)
 
 
 def test_a_first_step_that_overflows_does_not_freeze_the_memory():
@@ -150,16 +134,5 @@ def test_a_first_step_that_overflows_does_not_freeze_the_memory():
 
     objective = curvax.Objective(residuals, curvax.losses.squared_error())
     batch = (jnp.zeros((1, 1), jnp.float32), jnp.zeros((1, 3), jnp.float32))
-    tx = curvax.lsr1()
-
-    @jax.jit
-    def step(w, state):
-        _, gradient, at = objective.value_and_grad(w, batch)
-        updates, state = tx.update(gradient, state, w, at=at)
-        return optax.apply_updates(w, updates), state
-
     w = jnp.array([20.0, 3.0], jnp.float32)
-    state = tx.init(w)
-    for _ in range(100):
-        w, state = step(w, state)
-    np.testing.assert_allclose(w, 1.0, atol=1e-3)
+    np.testing.assert_allclose(run(curvax.lsr1(), objective, w, batch, 100)[-1].after, 1.0, atol=1e-3)

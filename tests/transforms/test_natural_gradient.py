@@ -10,70 +10,69 @@ import optax
 import curvax
 from tests.oracles import dense_fisher
 from tests.problems import problem
+from tests.transforms.stepping import flat, gradient, loss, moved, run
 
 GOAL, PARAMS, DATA = problem("mlp")[1:]
 
 
-def flat(tree):
-    return np.asarray(curvax.trees.ravel(tree))
-
-
-def run(tx, params=PARAMS, goal=GOAL, data=DATA, steps=1):
-    @jax.jit
-    def step(params, state):
-        _, gradient, at = goal.value_and_grad(params, data)
-        updates, state = tx.update(gradient, state, params, at=at)
-        return optax.apply_updates(params, updates), state, updates
-
-    state, updates = tx.init(params), None
-    for _ in range(steps):
-        params, state, updates = step(params, state)
-    return params, state, updates
+def damped_fisher(params, damping=0.1):
+    matrix = np.asarray(dense_fisher(GOAL, params, DATA))
+    return matrix + damping * np.eye(len(matrix))
 
 
 def test_a_step_is_the_dense_damped_one_and_the_schedule_counts_steps():
     schedule = optax.exponential_decay(0.5, 1, 0.5)
     tx = curvax.natural_gradient(schedule, damping=0.1, max_iterations=200, tolerance=1e-12)
-    params, _, updates = run(tx)
-    matrix = np.asarray(dense_fisher(GOAL, PARAMS, DATA)) + 0.1 * np.eye(curvax.trees.size(PARAMS))
-    np.testing.assert_allclose(
-        flat(updates), -0.5 * np.linalg.solve(matrix, flat(jax.grad(GOAL)(PARAMS, DATA))), rtol=1e-8
-    )
-    _, _, second = run(tx, steps=2)
-    matrix = np.asarray(dense_fisher(GOAL, params, DATA)) + 0.1 * np.eye(len(matrix))
-    np.testing.assert_allclose(
-        flat(second), -0.25 * np.linalg.solve(matrix, flat(jax.grad(GOAL)(params, DATA))), rtol=1e-7
-    )
+    for rate, taken in zip((0.5, 0.25), run(tx, GOAL, PARAMS, DATA, 2), strict=True):
+        solution = np.linalg.solve(damped_fisher(taken.before), gradient(GOAL, taken.before, DATA))
+        np.testing.assert_allclose(flat(taken.updates), -rate * solution, rtol=1e-7)
 
 
 def test_scale_by_takes_any_vector_and_says_how_well_it_solved():
     tx = curvax.scale_by_natural_gradient(damping=0.1, max_iterations=200, tolerance=1e-12)
     vector = jax.tree.map(jnp.ones_like, PARAMS)
-    scaled, state = jax.jit(lambda v, s: tx.update(v, s, PARAMS, at=objective.linearize(PARAMS, DATA)))(
-        vector, tx.init(PARAMS)
-    )
-    matrix = np.asarray(dense_fisher(GOAL, PARAMS, DATA)) + 0.1 * np.eye(curvax.trees.size(PARAMS))
-    np.testing.assert_allclose(matrix @ flat(scaled), flat(vector), rtol=1e-9)
-    assert state.info.residual < 1e-12
+    at = GOAL.linearize(PARAMS, DATA)
+    scaled, state = jax.jit(lambda v, at: tx.update(v, tx.init(PARAMS), PARAMS, at=at))(vector, at)
+    np.testing.assert_allclose(damped_fisher(PARAMS) @ flat(scaled), flat(vector), rtol=1e-9)
+    assert state.info.extra["residual"] < 1e-12
     assert state.info.damping == 0.1
 
 
 def test_the_bound_on_the_divergence_holds_and_is_the_divergence_for_small_steps():
     bound = 1e-6
-    tx = curvax.natural_gradient(damping=0.1, max_divergence=bound, max_iterations=100, tolerance=1e-10)
-    params, state, updates = run(tx)
-    matrix = np.asarray(dense_fisher(GOAL, PARAMS, DATA))
-    np.testing.assert_allclose(flat(updates) @ matrix @ flat(updates) / 2, bound, rtol=1e-9)
-    np.testing.assert_allclose(state.info.divergence, bound, rtol=1e-9)
+    free = np.linalg.solve(damped_fisher(PARAMS), gradient(GOAL, PARAMS, DATA))
+    matrix = damped_fisher(PARAMS, 0)
 
-    model = GOAL.terms[0].model_fn
-    old, new = (jax.nn.log_softmax(model(p, DATA[0])) for p in (PARAMS, params))
-    divergence = jnp.mean(jnp.sum(jnp.exp(new) * (new - old), axis=-1))
+    @jax.jit
+    def bounded(bound):
+        tx = curvax.natural_gradient(damping=0.1, max_divergence=bound, max_iterations=100, tolerance=1e-10)
+        _, grads, at = GOAL.value_and_grad(PARAMS, DATA)
+        return tx.update(grads, tx.init(PARAMS), at=at)
+
+    updates, state = bounded(bound)
+    expected = -np.sqrt(2 * bound / (free @ matrix @ free)) * free
+    np.testing.assert_allclose(flat(updates), expected, rtol=1e-8)
+    np.testing.assert_allclose(state.info.extra["divergence"], bound, rtol=1e-9)
+
+    model = jax.jit(lambda p: jax.nn.log_softmax(GOAL.terms[0].model_fn(p, DATA[0])))
+    old, new = np.asarray(model(PARAMS)), np.asarray(model(moved(PARAMS, expected)))
+    divergence = np.mean(np.sum(np.exp(new) * (new - old), axis=-1))
     np.testing.assert_allclose(divergence, bound, rtol=0.02)
 
-    wide = curvax.natural_gradient(damping=0.1, max_divergence=1e3, max_iterations=100, tolerance=1e-10)
-    free = curvax.natural_gradient(damping=0.1, max_iterations=100, tolerance=1e-10)
-    np.testing.assert_allclose(flat(run(wide)[2]), flat(run(free)[2]), rtol=1e-12)
+    updates, state = bounded(1e3)
+    np.testing.assert_allclose(flat(updates), -free, rtol=1e-8)
+    np.testing.assert_allclose(state.info.extra["divergence"], free @ matrix @ free / 2, rtol=1e-8)
+
+
+def test_a_warm_start_begins_at_its_share_of_the_last_solution():
+    """With one iteration at each step, against the same iteration in numpy."""
+    tx = curvax.scale_by_natural_gradient(damping=0.1, max_iterations=1, tolerance=0.0, warm_start=0.5)
+    x = np.zeros(curvax.trees.size(PARAMS))
+    for taken in run(tx, GOAL, PARAMS, DATA, 3):
+        matrix, x = damped_fisher(taken.before), 0.5 * x
+        residual = gradient(GOAL, taken.before, DATA) - matrix @ x
+        x = x + residual @ residual / (residual @ matrix @ residual) * residual
+        np.testing.assert_allclose(flat(taken.updates), x, rtol=1e-8)
 
 
 def test_invariance_under_linear_reparameterisation():
@@ -85,8 +84,8 @@ def test_invariance_under_linear_reparameterisation():
     changed = curvax.Objective(lambda w, x: jnp.tanh(x @ (C @ w)), loss)
     theta = jnp.array([0.4, -0.3, 0.2])
     exact = {"damping": 1e-12, "max_iterations": 50, "tolerance": 1e-13}
-    step = run(curvax.natural_gradient(original, **exact), theta, original, data)[2]
-    other = run(curvax.natural_gradient(changed, **exact), jnp.linalg.solve(C, theta), changed, data)[2]
+    step = run(curvax.natural_gradient(**exact), original, theta, data)[0].updates
+    other = run(curvax.natural_gradient(**exact), changed, jnp.linalg.solve(C, theta), data)[0].updates
     np.testing.assert_allclose(C @ other, step, rtol=1e-7)
 
 
@@ -94,11 +93,11 @@ def test_the_empirical_fisher_does_not_do_instead():
     """n = 1, f = theta, one case (0, 0): the exact matrix converges linearly, the empirical one not at all (NG-5)."""
     goal = curvax.Objective(lambda w, x: w * x, curvax.losses.squared_error())
     data = (jnp.ones(1), jnp.zeros(1))
-    exact = run(curvax.natural_gradient(0.5, damping=1e-12), jnp.array(1.0), goal, data, steps=20)[0]
+    exact = run(curvax.natural_gradient(0.5, damping=1e-12), goal, jnp.array(1.0), data, 20)[-1].after
     np.testing.assert_allclose(exact, 0.5**20, rtol=1e-6)
     empirical = curvax.natural_gradient(0.5, damping=1e-12, curvature=curvax.EmpiricalFisher())
-    iterates = [float(run(empirical, jnp.array(1.0), goal, data, steps=n)[0]) for n in (20, 21, 22)]
-    assert max(abs(w) for w in iterates) > 0.1
+    iterates = [abs(float(taken.after)) for taken in run(empirical, goal, jnp.array(1.0), data, 22)]
+    assert max(iterates[-3:]) > 0.1
 
 
 def test_a_line_search_of_optax_behind_it():
@@ -108,17 +107,17 @@ def test_a_line_search_of_optax_behind_it():
 
     @jax.jit
     def step(params, state):
-        value, gradient, at = GOAL.value_and_grad(params, DATA)
+        value, grads, at = GOAL.value_and_grad(params, DATA)
         updates, state = tx.update(
-            gradient, state, params, at=at, value=value, grad=gradient, value_fn=lambda p, at: GOAL(p, DATA)
+            grads, state, params, at=at, value=value, grad=grads, value_fn=lambda p, at: GOAL(p, DATA)
         )
         return optax.apply_updates(params, updates), state
 
     with jax.numpy_dtype_promotion("standard"):  # optax's line search mixes dtypes where x64 is enabled
-        params, state = PARAMS, tx.init(PARAMS)
-        losses = [float(GOAL(params, DATA))]
+        params, state = PARAMS, jax.jit(tx.init)(PARAMS)
+        losses = [loss(GOAL, params, DATA)]
         for _ in range(5):
             params, state = step(params, state)
-            losses.append(float(GOAL(params, DATA)))
+            losses.append(loss(GOAL, params, DATA))
     assert all(after < before for before, after in itertools.pairwise(losses))
     assert losses[-1] < 0.5 * losses[0]
