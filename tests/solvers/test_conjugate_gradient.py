@@ -215,7 +215,7 @@ def test_restart_refines_what_rounding_left():
     def run(x0, cap, tolerance=2e-6):
         return solvers.cg(lambda v: matrix @ v, b, x0=x0, max_iterations=cap, tolerance=tolerance).value
 
-    run = jax.jit(run)
+    run = jax.jit(run, static_argnames="cap")
 
     def relative_residual(x):
         return np.linalg.norm(matrix.astype(float) @ np.asarray(x, float) - b) / np.linalg.norm(b)
