@@ -28,7 +28,7 @@ def _promotion():
 
 
 def setting():
-    module = Net(nnx.Rngs(0))
+    module = nnx.jit(lambda: Net(nnx.Rngs(0)))()
     functional = curvax.nnx.functional(module)
     objective = curvax.Objective(
         functional.model_fn,
@@ -37,7 +37,7 @@ def setting():
         example_axes=functional.example_axes,
     )
     generator = np.random.default_rng(0)
-    data, labels = jnp.asarray(generator.normal(size=(6, 3)), jnp.float32), jnp.asarray(generator.integers(0, 2, 6))
+    data, labels = generator.normal(size=(6, 3)).astype(np.float32), generator.integers(0, 2, 6)
     return module, functional, objective, data, labels
 
 
@@ -51,7 +51,7 @@ def test_loss_gradient_and_statistics_are_those_of_the_module():
     def own(module):
         return optax.softmax_cross_entropy_with_integer_labels(module(data), labels).mean()
 
-    true_loss, true_gradient = nnx.value_and_grad(own)(module)
+    true_loss, true_gradient = nnx.jit(nnx.value_and_grad(own))(module)
     np.testing.assert_allclose(loss, true_loss, rtol=1e-5)
     for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(true_gradient), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
@@ -76,10 +76,15 @@ def test_layers_are_found_and_the_module_can_be_evaluated_afterwards():
     layers = curvax.find_layers(objective, functional.params, batch)
     assert layers.couples_examples
     assert {layer.kind for layer in layers} == {"dense", "scale", "shift"}
-    tapped = curvax.tap(layers, objective.linearize(functional.params, batch))
-    gradient, truth = tapped.value_and_gradient()[1], objective.value_and_grad(functional.params, batch)[1]
+
+    @jax.jit
+    def compute(params, batch):
+        tapped = curvax.tap(layers, objective.linearize(params, batch))
+        return tapped.value_and_gradient()[1], objective.value_and_grad(params, batch)[1], tapped.point.aux
+
+    gradient, truth, rest = compute(functional.params, batch)
     for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(truth), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
-    module = functional.merge(functional.params, tapped.point.aux)
+    module = functional.merge(functional.params, rest)
     module.eval()
-    assert module(data).shape == (6, 2)
+    assert nnx.jit(lambda module, x: module(x))(module, data).shape == (6, 2)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
 from curvax import trees
-from curvax.matrices.curvature import Curvature, GaussNewton
+from curvax.matrices.curvature import Curvature, GaussNewton, check_curvature
 from curvax.matrices.linear_map import LinearMap
 from curvax.objectives.point import CurvaturePoint
 from curvax.objectives.term import weighted_sum
@@ -34,8 +34,10 @@ def quadratic_model(at: CurvaturePoint, *, curvature: Curvature | None = None, d
         >>> M(jnp.ones((2, 1))).item(), objective(jnp.ones((2, 1)), batch).item()
         (0.0, 0.0)
     """
+    curvature = GaussNewton() if curvature is None else curvature
+    check_curvature("quadratic_model", curvature)
     loss, gradient = at.value_and_gradient()
-    return QuadraticModel(loss, gradient, (GaussNewton() if curvature is None else curvature).at(at), damping)
+    return QuadraticModel(loss, gradient, curvature.at(at), damping)
 
 
 @register_dataclass

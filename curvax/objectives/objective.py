@@ -210,7 +210,9 @@ class Objective:
         return f"Objective({terms}, l2={self.penalty.l2})"
 
 
-def compiled_if_eager(function: Callable[..., Any], first: PyTree, *others: PyTree, **static: Any) -> Any:
+def compiled_if_eager(
+    function: Callable[..., Any], first: Objective | CurvaturePoint, *others: PyTree, **static: Any
+) -> Any:
     """``function(first, *others, **static)``, through ``jit`` where nothing is being traced.
 
     ``first`` may hold numbers, such as the strength of a penalty; the others arrays alone, as a number or a flag among
@@ -220,13 +222,15 @@ def compiled_if_eager(function: Callable[..., Any], first: PyTree, *others: PyTr
     result is compiled anew for the next. ``jit`` traces once for each function and shapes, and what it returns is the
     same program again.
     """
-    leaves, structure = jax.tree.flatten((first, others))
     arrays = all(isinstance(leaf, (jax.Array, np.ndarray, np.generic)) for leaf in jax.tree.leaves(others))
-    if not arrays or any(isinstance(leaf, Tracer) for leaf in leaves):
-        return function(first, *others, **static)
+    tracing = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((first, others)))
     try:
-        hash(structure)
-    except TypeError:  # a model function that cannot be hashed, such as a module with arrays in it
+        # What cannot be hashed, such as a dataclass with arrays in it, has no plain answer to == either, which jit asks
+        # for. The hash of a tree's structure does not tell.
+        hash(tuple((t.model_fn, t.loss, t.select, t.example_weights, t.mask) for t in first.terms))
+    except TypeError:
+        arrays = False
+    if tracing or not arrays:
         return function(first, *others, **static)
     return _compiled(function, tuple(static))(first, *others, **static)
 

@@ -10,7 +10,7 @@ from benchmarks.operations import flops
 from curvax import damping
 from tests.oracles import dense_ggn
 
-KEY = jax.random.key(0)
+KEY, GGN = jax.random.key(0), curvax.GaussNewton()
 
 
 def recurrent(params, inputs):
@@ -53,8 +53,8 @@ def penalty_matrix(name, distance, params, batch):
 def test_the_extended_network_has_the_sum_of_both_matrices(name, distance, relative, chunk_size):
     objective, params, batch = setting(l2=0.01)
     piece = damping.structural(lambda aux: aux[name], strength=0.3, relative=relative, loss=distance)
-    at = objective.linearize(params, batch, chunk_size=chunk_size)
-    damped = jax.jit(lambda at, strength: piece(at, curvax.ggn, strength, KEY).to_dense())(at, 0.5)
+    make = jax.jit(lambda at, strength: piece.matrix(at, GGN, strength, KEY).to_dense())
+    damped = make(objective.linearize(params, batch, chunk_size=chunk_size), 0.5)
     mu = 0.3 * (0.5 if relative else 1)
     matrix = dense_ggn(objective, params, batch)
     expected = matrix + mu * penalty_matrix(name, distance, params, batch) + 0.5 * np.eye(len(matrix))
@@ -65,7 +65,9 @@ def test_fisher_and_another_base_damping():
     objective, params, batch = setting()
     base = damping.scale_sensitive(diagonal=jax.tree.map(jnp.ones_like, params), exponent=0.5)
     piece = damping.structural(lambda aux: aux["hidden"], strength=2.0, relative=False, base=base)
-    damped = piece(objective.linearize(params, batch), curvax.fisher, 0.5, KEY).to_dense()
+    damped = jax.jit(lambda at: piece.matrix(at, curvax.Fisher(), 0.5, KEY).to_dense())(
+        objective.linearize(params, batch)
+    )
     matrix = dense_ggn(objective, params, batch)  # the softmax has natural parameters
     expected = matrix + 2 * penalty_matrix("hidden", curvax.losses.squared_error(), params, batch)
     np.testing.assert_allclose(damped, expected + 0.5 * np.eye(len(matrix)), rtol=1e-10, atol=1e-12)
@@ -74,7 +76,7 @@ def test_fisher_and_another_base_damping():
 def test_the_diagonal_estimate_of_preconditioners_sees_the_penalty():
     objective, params, batch = setting()
     at = objective.linearize(params, batch)
-    damped = damping.structural(lambda aux: aux["hidden"], strength=5.0)(at, curvax.ggn, 0.1, KEY)
+    damped = damping.structural(lambda aux: aux["hidden"], strength=5.0).matrix(at, GGN, 0.1, KEY)
 
     @jax.jit
     @jax.vmap
@@ -82,7 +84,8 @@ def test_the_diagonal_estimate_of_preconditioners_sees_the_penalty():
         return curvax.trees.ravel(curvax.estimators.chapelle_erhan_diagonal(damped, key))
 
     draws = np.asarray(estimate(jax.random.split(jax.random.key(1), 3000)))
-    exact = np.asarray(curvax.trees.ravel(damped.diagonal()))
+    matrix = np.diag(dense_ggn(objective, params, batch))
+    exact = matrix + 0.5 * np.diag(penalty_matrix("hidden", curvax.losses.squared_error(), params, batch)) + 0.1
     directions = np.random.default_rng(0).standard_normal((20, draws.shape[1]))
     projected = draws @ directions.T
     errors = (projected.mean(0) - directions @ exact) / (projected.std(0) / np.sqrt(len(draws)))
@@ -97,8 +100,8 @@ def test_one_pass_serves_both_matrices():
 
     def cost(damp):
         at = objective.linearize(params, batch)
-        return flops(lambda at, v: damp(at, curvax.ggn, 0.1, KEY)(v), at, params) - flops(
-            lambda at: damp(at, curvax.ggn, 0.1, KEY).maps[0].point.linearizations[0].outputs, at
+        return flops(lambda at, v: damp.matrix(at, GGN, 0.1, KEY)(v), at, params) - flops(
+            lambda at: damp.matrix(at, GGN, 0.1, KEY).maps[0].point.linearizations[0].outputs, at
         )
 
     assert cost(piece) < 1.25 * cost(damping.tikhonov())
@@ -108,20 +111,22 @@ def test_misuse_is_an_error_that_says_what_to_do():
     objective, params, batch = setting()
     at = objective.linearize(params, batch)
     hidden = damping.structural(lambda aux: aux["hidden"])
-    with pytest.raises(ValueError, match=r"curvature=curvax\.ggn"):
-        hidden(at, curvax.hessian, 0.1, KEY)
+    with pytest.raises(ValueError, match=r"extends curvax\.GaussNewton\(\) or curvax\.Fisher\(\)"):
+        hidden.matrix(at, curvax.Hessian(), 0.1, KEY)
     time_first = damping.structural(lambda aux: {"states": jnp.swapaxes(aux["hidden"], 0, 1)})
     with pytest.raises(ValueError, match=r"intermediates\['states'\] of shape \(4, 5, 3\) must begin with \(5,\)"):
-        time_first(at, curvax.ggn, 0.1, KEY)
+        time_first.matrix(at, GGN, 0.1, KEY)
     scalar = damping.structural(lambda aux: jnp.sum(aux["hidden"]))
     with pytest.raises(ValueError, match=r"of shape \(\) must begin with"):
-        scalar(at, curvax.ggn, 0.1, KEY)
+        scalar.matrix(at, GGN, 0.1, KEY)
     whole = damping.structural(lambda aux: jnp.ones((5, 2), jnp.int32))
     with pytest.raises(TypeError, match=r"intermediates of structural damping.*int32"):
-        whole(at, curvax.ggn, 0.1, KEY)
+        whole.matrix(at, GGN, 0.1, KEY)
     plain = curvax.Objective(lambda p, x: recurrent(p, x)[0], curvax.losses.softmax_cross_entropy())
     with pytest.raises(ValueError, match="has_aux=True"):
-        hidden(plain.linearize(params, batch), curvax.ggn, 0.1, KEY)
+        hidden.matrix(plain.linearize(params, batch), GGN, 0.1, KEY)
+    with pytest.raises(ValueError, match="extends the model, not a matrix"):
+        hidden.added(GGN.at(at), 0.1, KEY)
 
 
 def test_a_mask_over_steps_needs_intermediates_with_steps():
@@ -132,12 +137,14 @@ def test_a_mask_over_steps_needs_intermediates_with_steps():
     objective = curvax.Objective(
         model, curvax.losses.squared_error(), has_aux=True, mask=lambda batch: batch[1][..., 0] > 0
     )
-    inputs = jax.random.normal(KEY, (3, 4, 2))
-    at = objective.linearize(jnp.eye(2), (inputs, jnp.sign(inputs)))
-    steps = damping.structural(lambda aux: aux[0], strength=1.0, relative=False)(at, curvax.ggn, 0.0, KEY)
-    np.testing.assert_allclose(steps.to_dense(), 2 * curvax.ggn(at).to_dense(), rtol=1e-12)
+    inputs = np.random.default_rng(0).normal(size=(3, 4, 2))
+    batch = (inputs, np.sign(inputs))
+    at = objective.linearize(jnp.eye(2), batch)
+    steps = damping.structural(lambda aux: aux[0], strength=1.0, relative=False)
+    damped = jax.jit(lambda at: steps.matrix(at, GGN, 0.0, KEY).to_dense())(at)
+    np.testing.assert_allclose(damped, 2 * dense_ggn(objective, jnp.eye(2), batch), rtol=1e-10)
     with pytest.raises(ValueError, match=r"must begin with \(3, 4\)"):
-        damping.structural(lambda aux: aux[1])(at, curvax.ggn, 0.1, KEY)
+        damping.structural(lambda aux: aux[1]).matrix(at, GGN, 0.1, KEY)
 
 
 def test_outputs_of_layers_serve_as_intermediates():
@@ -163,9 +170,10 @@ def test_outputs_of_layers_serve_as_intermediates():
     layers = curvax.find_layers(plain, params, batch)
     by_layer = curvax.damping.structural(curvax.layers.LayerOutputs(layers, ("bias",)), strength=0.7)
     by_aux = curvax.damping.structural(lambda inputs: inputs, strength=0.7)
-    key = jax.random.key(0)
-    ours = by_layer(plain.linearize(params, batch), curvax.ggn, 0.3, key).to_dense()
-    theirs = by_aux(with_aux.linearize(params, batch), curvax.ggn, 0.3, key).to_dense()
+    ours, theirs = (
+        jax.jit(lambda p, b, o=o, piece=piece: piece.matrix(o.linearize(p, b), GGN, 0.3, KEY).to_dense())(params, batch)
+        for o, piece in ((plain, by_layer), (with_aux, by_aux))
+    )
     np.testing.assert_allclose(ours, theirs, rtol=1e-10)
 
 
@@ -175,4 +183,4 @@ def test_unknown_layers_are_refused():
     layers = curvax.find_layers(objective, params, batch)
     damping = curvax.damping.structural(curvax.layers.LayerOutputs(layers, ("v",)))
     with pytest.raises(KeyError, match="there is no layer 'v'"):
-        damping(objective.linearize(params, batch), curvax.ggn, 1.0, jax.random.key(0))
+        damping.matrix(objective.linearize(params, batch), GGN, 1.0, KEY)

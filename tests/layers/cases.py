@@ -409,7 +409,7 @@ def dropout_and_keys():
 
 def perturbed(leaf):
     """A leaf in double precision, moved a little, so that biases are not zero."""
-    return leaf.astype(float) + normal(5, *leaf.shape) / 4
+    return jnp.asarray(np.asarray(leaf, float) + np.asarray(normal(5, *leaf.shape)) / 4)
 
 
 def linen_case(name, make, inputs, **options):
@@ -419,7 +419,7 @@ def linen_case(name, make, inputs, **options):
         import flax.linen as nn
 
         module = make(nn)
-        variables = module.init(jax.random.key(0), inputs)
+        variables = jax.jit(module.init)(jax.random.key(0), inputs)
         rest = {key: jax.tree.map(perturbed, value) for key, value in variables.items() if key != "params"}
 
         def model(params, x):
@@ -500,7 +500,7 @@ def linen_scan_over_layers():
             return nn.Dense(2)(blocks()(x, None)[0])
 
     x = normal(9, N, 4)
-    params = jax.tree.map(perturbed, Tower().init(jax.random.key(0), x)["params"])
+    params = jax.tree.map(perturbed, jax.jit(Tower().init)(jax.random.key(0), x)["params"])
     return Case(lambda p, x: Tower().apply({"params": p}, x), params, x)
 
 
@@ -514,7 +514,7 @@ def linen_batch_norm_in_training():
             return nn.Dense(2)(nn.relu(nn.BatchNorm(use_running_average=False)(nn.Dense(4)(x))))
 
     x = normal(9, N, 3)
-    variables = jax.tree.map(perturbed, Net().init(jax.random.key(0), x))
+    variables = jax.tree.map(perturbed, jax.jit(Net().init)(jax.random.key(0), x))
 
     def model(params, x):
         return Net().apply({**variables, "params": params}, x, mutable=["batch_stats"])[0]
@@ -624,7 +624,7 @@ def haiku_case(name, make, inputs):
         import haiku as hk
 
         transformed = hk.without_apply_rng(hk.transform(lambda x: make(hk)(x)))
-        params = transformed.init(jax.random.key(0), inputs)
+        params = jax.jit(transformed.init)(jax.random.key(0), inputs)
         return Case(transformed.apply, jax.tree.map(perturbed, params), inputs)
 
     CASES[f"haiku_{name}"] = build

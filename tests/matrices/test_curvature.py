@@ -30,7 +30,12 @@ def close(actual, expected, rtol=1e-10):
 
 @functools.cache
 def dense(kind, name):
-    return np.asarray(jax.jit(EXACT[kind][1])(*problems.problem(name)[1:]))
+    return np.asarray(EXACT[kind][1](*problems.problem(name)[1:]))
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "chunk_size"))
+def made(kind, objective, params, batch, chunk_size=None):
+    return EXACT[kind][0](objective.linearize(params, batch, chunk_size=chunk_size))
 
 
 @jax.jit
@@ -70,14 +75,14 @@ def cases(names, first):
 @pytest.mark.parametrize(("kind", "name"), cases(problems.PROBLEMS, ("mlp", "sequence", "poisson")))
 def test_every_column_quadratic_and_bilinear_form_equals_the_dense_matrix(kind, name):
     problem = problems.problem(name)
-    check_map(jax.jit(EXACT[kind][0])(*problem[1:]), dense(kind, name), problem.params)
+    check_map(made(kind, *problem[1:]), dense(kind, name), problem.params)
 
 
 @pytest.mark.parametrize(("kind", "name"), cases(["sequence", "two_terms", "weighted"], ("weighted",)))
 def test_results_do_not_depend_on_the_chunk_size(kind, name):
     problem = problems.problem(name)
     # The chunks do not divide the batch; those of one term of "two_terms" are larger than its batch.
-    chunked = jax.jit(functools.partial(EXACT[kind][0], chunk_size=2 if name == "sequence" else 4))(*problem[1:])
+    chunked = made(kind, *problem[1:], chunk_size=2 if name == "sequence" else 4)
     check_map(chunked, dense(kind, name), problem.params)
 
 
@@ -94,15 +99,21 @@ def test_value_and_gradient_equal_automatic_differentiation_of_the_objective(nam
 
 def test_jacobian_products_agree_with_finite_differences_and_with_each_other():
     _, objective, params, batch = problems.problem("recurrent")
-    at = objective.linearize(params, batch)
-    v = trees.random_normal(jax.random.key(0), params)
-    u = trees.random_normal(jax.random.key(1), at.outputs)
-    model = objective.terms[0].model_fn
-    step = 1e-5
-    ahead = model(trees.add_scaled(params, step, v), batch[0])
-    behind = model(trees.add_scaled(params, -step, v), batch[0])
-    close(at.jacobian_product(v), (ahead - behind) / (2 * step), 1e-8)
-    close(trees.vdot(u, at.jacobian_product(v)), trees.vdot(at.jacobian_transpose_product(u), v))
+    model, step = objective.terms[0].model_fn, 1e-5
+
+    @jax.jit
+    def evaluate(params, batch):
+        at = objective.linearize(params, batch)
+        v = trees.random_normal(jax.random.key(0), params)
+        u = trees.random_normal(jax.random.key(1), at.outputs)
+        ahead = model(trees.add_scaled(params, step, v), batch[0])
+        behind = model(trees.add_scaled(params, -step, v), batch[0])
+        product, back = at.jacobian_product(v), at.jacobian_transpose_product(u)
+        return product, (ahead - behind) / (2 * step), trees.vdot(u, product), trees.vdot(back, v)
+
+    product, difference, forwards, backwards = evaluate(params, batch)
+    close(product, difference, 1e-8)
+    close(forwards, backwards)
 
 
 @pytest.mark.parametrize("name", problems.PROBLEMS)
@@ -118,7 +129,7 @@ def test_ggn_is_the_hessian_of_the_objective_of_the_linearised_model(name):
         return curvax.Term(**{**vars(term), "model_fn": model})
 
     linear = objective.replace(terms=tuple(map(linearised, objective.terms)))
-    hessian, ggn = jax.jit(oracles.dense_hessian)(linear, params, batch), dense("ggn", name)
+    hessian, ggn = oracles.dense_hessian(linear, params, batch), dense("ggn", name)
     if name == "gaussian":
         assert np.abs(hessian - ggn).max() > 0.01 * np.abs(ggn).max()
     else:
@@ -129,11 +140,14 @@ def test_ggn_is_the_hessian_of_the_objective_of_the_linearised_model(name):
 def test_hessian_is_ggn_plus_the_residual_term(name):
     """AD-5: H = G + sum_i scale_i sum_j [grad_z L]_j Hess [f]_j."""
     _, objective, params, batch = problems.problem(name)
-    flat = trees.ravel(params)
     loss, model = objective.terms[0].loss, objective.terms[0].model_fn
-    slope = loss.gradient(model(params, batch[0]), batch[1]) / batch[1].shape[0]
-    residual = jax.jit(jax.hessian(lambda p: jnp.sum(slope * model(trees.unravel(p, params), batch[0]))))(flat)
-    close(dense("hessian", name), dense("ggn", name) + residual)
+
+    @jax.jit
+    def residual(params, batch):
+        slope = loss.gradient(model(params, batch[0]), batch[1]) / batch[1].shape[0]
+        return jax.hessian(lambda p: jnp.sum(slope * model(trees.unravel(p, params), batch[0])))(trees.ravel(params))
+
+    close(dense("hessian", name), dense("ggn", name) + residual(params, batch))
 
 
 @pytest.mark.parametrize("name", problems.PROBLEMS)
@@ -197,7 +211,7 @@ SLOW = pytest.mark.slow
 )
 def test_samples_have_the_covariance_of_the_map(name):
     problem = problems.problem(name)
-    matrix = curvax.ggn(*problem[1:])
+    matrix = made("ggn", *problem[1:])
     for distribution in (trees.random_normal, trees.random_rademacher):
         draw = jax.jit(jax.vmap(lambda key, d=distribution: trees.ravel(matrix.sample(key, d))))
         draws = draw(jax.random.split(jax.random.key(0), 4000))
@@ -208,7 +222,7 @@ def test_samples_have_the_covariance_of_the_map(name):
         seen = deviation > 1e-12
         assert np.abs(error[seen] / deviation[seen]).max() < 6
         assert np.linalg.norm(error) < 0.15 * np.linalg.norm(expected)
-        chunked = curvax.ggn(*problem[1:], chunk_size=2)
+        chunked = made("ggn", *problem[1:], chunk_size=2)
         key = jax.random.key(5)
         sampled = jax.jit(lambda matrix, key, d=distribution: trees.ravel(matrix.sample(key, d)))(chunked, key)
         close(sampled, draw(key[None])[0])
@@ -246,23 +260,39 @@ def test_over_batches_refuses_what_it_cannot_read_twice():
 
 def test_the_protocol_agrees_with_dense_linear_algebra():
     problem = problems.problem("regularised")
-    matrix, expected = jax.jit(curvax.ggn)(*problem[1:]), dense("ggn", "regularised")
+    expected = dense("ggn", "regularised")
     shifted = expected + 0.5 * np.eye(len(expected))
     v = trees.random_normal(jax.random.key(0), problem.params)
     flat = np.asarray(trees.ravel(v))
+    block = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), v)
+
+    @jax.jit
+    def evaluate(matrix, v, block):
+        return {
+            "solve": trees.ravel(matrix.solve(v, damping=0.5)),
+            "logdet": matrix.logdet(damping=0.5),
+            "trace": matrix.trace(),
+            "diagonal": trees.ravel(matrix.diagonal()),
+            "sqrt": trees.ravel(matrix.sqrt(v)),
+            "inverse_sqrt": trees.ravel(matrix.inverse_sqrt(v, damping=0.5)),
+            "block": jax.vmap(trees.ravel)(matrix.block(block)),
+            "sum": (matrix + 2.0 * matrix).to_dense(),
+            "multiple": (matrix * jnp.array(2.0)).trace(),
+        }
+
+    got = evaluate(made("ggn", *problem[1:]), v, block)
     values, vectors = np.linalg.eigh(expected)
     root = vectors @ np.diag(np.sqrt(np.maximum(values, 0))) @ vectors.T
-    close(trees.ravel(matrix.solve(v, damping=0.5)), np.linalg.solve(shifted, flat))
-    close(matrix.logdet(damping=0.5), np.linalg.slogdet(shifted)[1])
-    close(matrix.trace(), np.trace(expected))
-    close(trees.ravel(matrix.diagonal()), np.diag(expected))
-    close(trees.ravel(matrix.sqrt(v)), root @ flat, 1e-7)
+    close(got["solve"], np.linalg.solve(shifted, flat))
+    close(got["logdet"], np.linalg.slogdet(shifted)[1])
+    close(got["trace"], np.trace(expected))
+    close(got["diagonal"], np.diag(expected))
+    close(got["sqrt"], root @ flat, 1e-7)
     values, vectors = np.linalg.eigh(shifted)
-    close(trees.ravel(matrix.inverse_sqrt(v, damping=0.5)), vectors @ (values**-0.5 * (vectors.T @ flat)))
-    block = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), v)
-    close(jax.vmap(trees.ravel)(matrix.block(block)), np.stack([expected @ flat, 2 * expected @ flat]))
-    close((matrix + 2.0 * matrix).to_dense(), 3 * expected)
-    close((matrix * jnp.array(2.0)).trace(), 2 * np.trace(expected))
+    close(got["inverse_sqrt"], vectors @ (values**-0.5 * (vectors.T @ flat)))
+    close(got["block"], np.stack([expected @ flat, 2 * expected @ flat]))
+    close(got["sum"], 3 * expected)
+    close(got["multiple"], 2 * np.trace(expected))
 
 
 @pytest.mark.parametrize("kind", EXACT)
@@ -275,36 +305,39 @@ def test_restriction_is_the_principal_submatrix(kind):
             for path, leaf in zip(trees.leaf_paths(problem.params), jax.tree.leaves(problem.params), strict=True)
         ]
     )
-    restricted = jax.jit(EXACT[kind][0])(*problem[1:]).restrict(part)
+    restricted = made(kind, *problem[1:]).restrict(part)
     check_map(restricted, dense(kind, "mlp")[np.ix_(keep, keep)], part)
 
 
 @pytest.mark.parametrize("kind", EXACT)
 def test_maps_pass_through_jit_vmap_scan_and_compile_once(kind):
     problem = problems.problem("mlp")
-    make, expected = EXACT[kind][0], dense(kind, "mlp")
-    traces = []
+    expected, traces = dense(kind, "mlp"), []
 
     @jax.jit
     def product(matrix, vector):
         traces.append(1)
-        return matrix(vector)
-
-    @jax.jit
-    def made(params, batch):
-        return make(problem.objective, params, batch)
+        return trees.ravel(matrix(vector))
 
     v = trees.random_normal(jax.random.key(1), problem.params)
+    flat = np.asarray(trees.ravel(v))
     for _ in range(3):
-        close(trees.ravel(product(made(problem.params, problem.batch), v)), expected @ trees.ravel(v))
+        close(product(made(kind, *problem[1:]), v), expected @ flat)
     assert len(traces) == 1
 
-    many = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf + 0.1]), problem.params)
-    diagonals = jax.jit(jax.vmap(lambda p: trees.ravel(make(problem.objective, p, problem.batch)(v))))(many)
-    close(diagonals[0], expected @ trees.ravel(v))
-    matrix = made(problem.params, problem.batch)
-    powers = jax.lax.scan(lambda x, _: (matrix(x), None), v, length=3)[0]
-    close(trees.ravel(powers), expected @ expected @ expected @ trees.ravel(v))
+    @jax.jit
+    def vmapped_and_scanned(params, batch):
+        def one(p):
+            return trees.ravel(EXACT[kind][0](problem.objective.linearize(p, batch))(v))
+
+        many = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf + 0.1]), params)
+        matrix = EXACT[kind][0](problem.objective.linearize(params, batch))
+        powers = jax.lax.scan(lambda x, _: (matrix(x), None), v, length=3)[0]
+        return jax.vmap(one)(many), one(jax.tree.map(lambda leaf: leaf[1], many)), trees.ravel(powers)
+
+    products, second, powers = vmapped_and_scanned(problem.params, problem.batch)
+    close(products, [expected @ flat, second])
+    close(powers, expected @ expected @ expected @ flat)
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
@@ -317,7 +350,7 @@ def test_a_batch_sharded_over_eight_devices_gives_what_one_device_gives(kind, ax
 
     def everything(params, batch, v):
         loss, gradient, at = objective.value_and_grad(params, batch)
-        matrix = EXACT[kind][0](objective, at=at)
+        matrix = EXACT[kind][0](at)
         return loss, gradient, matrix(v), matrix.quadratic(v)
 
     expected = jax.jit(everything)(params, batch, v)
@@ -334,15 +367,20 @@ def test_a_batch_sharded_over_eight_devices_gives_what_one_device_gives(kind, ax
 def test_float32_products_are_accurate(kind):
     problem = problems.problem("mlp", dtype=jnp.float32)
     v = trees.random_normal(jax.random.key(1), problem.params)
-    result = jax.jit(lambda objective, params, batch, v: EXACT[kind][0](objective, params, batch)(v))(*problem[1:], v)
+    result = jax.jit(lambda o, params, batch, v: EXACT[kind][0](o.linearize(params, batch))(v))(*problem[1:], v)
     assert {leaf.dtype for leaf in jax.tree.leaves(result)} == {jnp.dtype("float32")}
     close(trees.ravel(result), dense(kind, "mlp") @ np.asarray(trees.ravel(v), np.float64), 3e-6)
 
 
 def test_bfloat16_parameters_keep_their_dtype_and_losses_are_float32():
     problem = problems.problem("mlp", dtype=jnp.bfloat16)
-    loss, gradient, at = problem.objective.value_and_grad(problem.params, problem.batch)
-    product = curvax.ggn(at)(gradient)
+
+    @jax.jit
+    def evaluate(params, batch):
+        loss, gradient, at = problem.objective.value_and_grad(params, batch)
+        return loss, gradient, curvax.ggn(at)(gradient)
+
+    loss, gradient, product = evaluate(problem.params, problem.batch)
     assert loss.dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves((gradient, product))} == {jnp.dtype("bfloat16")}
 
@@ -357,9 +395,11 @@ def test_bfloat16_parameters_keep_their_dtype_and_losses_are_float32():
     seed=st.integers(0, 10_000),
 )
 def test_random_trees_shapes_and_losses(sizes, examples, loss_name, container, l2, seed):
-    keys = iter(jax.random.split(jax.random.key(seed), 20))
-    weights = [jax.random.normal(next(keys), shape) for shape in itertools.pairwise(sizes)]
-    params = {"layers": container(weights), "nothing": None, "gain": jax.random.normal(next(keys), ())}
+    generator = np.random.default_rng(seed)
+    weights = [generator.normal(size=shape) for shape in itertools.pairwise(sizes)]
+    params = {"layers": container(weights), "nothing": None, "gain": generator.normal(size=())}
+    params, v = jax.tree.map(np.asarray, params), jax.tree.map(lambda leaf: generator.normal(size=leaf.shape), params)
+    v = jax.tree.map(np.asarray, v)
 
     def model(params, x):
         layers = params["layers"]
@@ -367,13 +407,18 @@ def test_random_trees_shapes_and_losses(sizes, examples, loss_name, container, l
             x = jnp.tanh(x) @ w
         return x * params["gain"]
 
-    targets = jax.nn.softmax(jax.random.normal(next(keys), (examples, sizes[-1])))
+    targets = generator.dirichlet(np.ones(sizes[-1]), examples)
     objective = curvax.Objective(model, getattr(curvax.losses, loss_name)(), l2=l2)
-    batch = (jax.random.normal(next(keys), (examples, sizes[0])), targets)
-    v = trees.random_normal(next(keys), params)
-    for make, oracle in EXACT.values():
-        expected = np.asarray(jax.jit(oracle)(objective, params, batch))
-        product = jax.jit(lambda params, batch, v, make=make: make(objective, params, batch)(v))(params, batch, v)
-        scale = max(np.abs(expected).max(), 1e-8) * (1 + np.linalg.norm(trees.ravel(v)))
-        np.testing.assert_allclose(trees.ravel(product), expected @ trees.ravel(v), rtol=0, atol=1e-10 * scale)
+    batch = (generator.normal(size=(examples, sizes[0])), targets)
+
+    @jax.jit
+    def compute(params, batch, v):
+        at = objective.linearize(params, batch)
+        return [(make(at)(v), oracle(objective, params, batch)) for make, oracle in EXACT.values()]
+
+    flat = np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(v)])
+    for product, expected in compute(params, batch, v):
+        scale = max(np.abs(expected).max(), 1e-8) * (1 + np.linalg.norm(flat))
         assert jax.tree.structure(product) == jax.tree.structure(params)
+        got = np.concatenate([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(product)])
+        np.testing.assert_allclose(got, expected @ flat, rtol=0, atol=1e-10 * scale)

@@ -168,13 +168,21 @@ def test_curvature_only_needs_no_targets(name):
 def test_curvature_only_in_an_objective():
     objective = curvax.Objective(lambda w, x: jax.nn.sigmoid(x @ w), losses.curvature_only(BERNOULLI))
     params, inputs = np.zeros((2, 1)), np.eye(2)
-    fisher = curvax.fisher(objective.linearize(params, (inputs, None)), key=jax.random.key(0), num_samples=3)
-    np.testing.assert_allclose(fisher.diagonal(), np.full((2, 1), 1 / 8), rtol=1e-12)
     targets = np.ones((2, 1))
-    np.testing.assert_allclose(
-        curvax.ggn(objective.linearize(params, (inputs, targets))).diagonal(), np.full((2, 1), 1 / 8), rtol=1e-12
-    )
-    for call in (objective, objective.value_and_grad, lambda *args: curvax.model_lower_bound(objective, *args)):
+
+    @jax.jit
+    def diagonals(params, inputs, targets, key):
+        without, given = (objective.linearize(params, (inputs, y)) for y in (None, targets))
+        return curvax.fisher(without, key=key, num_samples=3).diagonal(), curvax.ggn(given).diagonal()
+
+    for diagonal in diagonals(params, inputs, targets, jax.random.key(0)):
+        np.testing.assert_allclose(diagonal, np.full((2, 1), 1 / 8), rtol=1e-12)
+    for call in (
+        objective,
+        objective.value_and_grad,
+        lambda *args: curvax.model_lower_bound(objective.linearize(*args)),
+        lambda *args: curvax.quadratic_model(objective.linearize(*args)),
+    ):
         with pytest.raises(ValueError, match="curvature but no loss value"):
             call(params, (inputs, targets))
     exact_loss = losses.curvature_only(losses.gaussian("exact"))

@@ -369,13 +369,14 @@ def test_fisher_is_the_covariance_of_gradients_and_the_mean_hessian_at_sampled_t
     samples = draw(loss, outputs, 5_000)
 
     @jax.jit
-    @jax.vmap
-    def at(target):
-        gradient = ravel_pytree(loss.gradient(outputs, target[None]))[0]
-        return jnp.outer(gradient, gradient), gradient, dense(loss.hessian(outputs, target[None]), outputs)
+    def compute(samples):
+        def one(target):
+            gradient = ravel_pytree(loss.gradient(outputs, target[None]))[0]
+            return jnp.outer(gradient, gradient), gradient, dense(loss.hessian(outputs, target[None]), outputs)
 
-    squares, gradients, hessians = at(samples)
-    fisher = np.asarray(dense(loss.fisher(outputs), outputs))
+        return *jax.vmap(one)(samples), dense(loss.fisher(outputs), outputs)
+
+    squares, gradients, hessians, fisher = map(np.asarray, compute(samples))
     within_error(squares, fisher)
     within_error(gradients, 0)
     within_error(hessians, fisher)
