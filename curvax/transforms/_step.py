@@ -6,7 +6,9 @@ not accepted, and asks a judge about the last step where there is one.
 
 **The contract of all methods.** The incoming updates are read as the gradient of the objective at the point (methods
 ``scale_by_...`` take any vector), so whatever stands in front in an ``optax.chain`` has its effect. ``update`` takes
-``at=``, the third result of ``objective.value_and_grad``, and the further points that a method names. Inside
+``at=``, the third result of ``objective.value_and_grad``, and the further points that a method names; what else it is
+given raises at trace time. The updates of a whole method are ready for ``optax.apply_updates``, and ``state.info``
+holds the figures of the step. Inside
 ``optax.masked`` and ``optax.partition`` a method acts on the leaves it is given, by path. Under ``optax.MultiSteps``
 the gradient is the mean over the mini-batches, and curvature and losses are those of the last point. A step in which
 anything is not finite is skipped and counted: updates are zero and the state stays. Numbers may be traced, and where a

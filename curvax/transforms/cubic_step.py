@@ -101,7 +101,7 @@ def scale_by_cubic_step(
         ``sigma``, ``slope`` d^T g, and ``curvature`` d^T H d, by leaves and variables of the diagonal blocks.
 
     Raises:
-        ValueError: ``update`` got no ``at=``, updates that are not the parameters', or an unknown scope.
+        ValueError: An unknown scope.
 
     Example:
         >>> objective = curvax.Objective(lambda w, x: x * w, curvax.losses.squared_error())

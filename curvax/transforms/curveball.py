@@ -58,9 +58,6 @@ def curveball(
         ``momentum`` rho and ``learning_rate`` beta in ``extra``; the ratio is that of the last step at which it was
         measured.
 
-    Raises:
-        ValueError: ``update`` got no ``at=``, or updates that are not the parameters'.
-
     Example:
         >>> def residuals(w, x):                                            # of Rosenbrock's function
         ...     return jnp.array([[w[0] - 1, 10 * (w[1] - w[0] ** 2)]])

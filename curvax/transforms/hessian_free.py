@@ -95,8 +95,7 @@ def hessian_free(
         none; ``chosen_iteration`` in ``extra`` is the iterate that was chosen.
 
     Raises:
-        ValueError: ``stop``, ``choice`` or ``warm_start_from`` is none of those named; ``update`` got no ``at=``, or
-            updates that are not the parameters'.
+        ValueError: ``stop``, ``choice`` or ``warm_start_from`` is none of those named.
 
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())

@@ -37,9 +37,6 @@ def krylov_subspace_descent(
         The transformation; its updates are ready for ``optax.apply_updates``. ``state.info`` holds the figures, with
         ``dimension``, that of the subspace with the last step's direction, in ``extra``.
 
-    Raises:
-        ValueError: ``update`` got no ``at=``, or updates that are not the parameters'.
-
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
         >>> tx = curvax.krylov_subspace_descent(num_vectors=2, tolerance=1e-6)

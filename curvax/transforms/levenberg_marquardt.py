@@ -41,12 +41,8 @@ def levenberg_marquardt(
             (Dauphin et al. 2014).
         seed: Seed of what ``curvature`` draws.
 
-    Returns:
-        The transformation; its updates are ready for ``optax.apply_updates``. ``state.info`` holds the figures.
-
     Raises:
-        ValueError: The curvature may be indefinite and ``absolute`` is not set; or ``update`` got no ``at=``, or
-            updates that are not the parameters'.
+        ValueError: The curvature may be indefinite and ``absolute`` is not set.
 
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
@@ -110,12 +106,8 @@ def scale_by_dense_curvature(
         absolute: Replace the eigenvalues of B by their absolute values.
         seed: Seed of what ``curvature`` draws.
 
-    Returns:
-        The transformation.
-
     Raises:
-        ValueError: The curvature may be indefinite and ``absolute`` is not set; or ``update`` got no ``at=``, or
-            updates that are not the parameters'.
+        ValueError: The curvature may be indefinite and ``absolute`` is not set.
 
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())

@@ -43,9 +43,6 @@ def lsr1(
         The transformation; its updates are ready for ``optax.apply_updates``. ``state.info`` holds the figures, with
         ``hard_case`` (of the trust-region problem), ``pairs`` in memory and ``skipped_pairs`` so far in ``extra``.
 
-    Raises:
-        ValueError: ``update`` got no ``at=``, or updates that are not the parameters'.
-
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
         >>> tx = curvax.lsr1()
@@ -113,9 +110,6 @@ def lsr1_linesearch(
         The transformation; its updates are ready for ``optax.apply_updates``. ``state.info`` holds the figures, with
         ``turned`` (whether the direction pointed upwards), ``pairs`` in memory and ``skipped_pairs`` so far in
         ``extra``.
-
-    Raises:
-        ValueError: ``update`` got no ``at=``, or updates that are not the parameters'.
 
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())

@@ -44,9 +44,6 @@ def natural_gradient(
         ``residual``, ||(F + lambda I) x - g|| / ||g||, and ``divergence``, 1/2 delta^T F delta (0 without
         ``max_divergence``) in ``extra``.
 
-    Raises:
-        ValueError: ``update`` got no ``at=``, or updates that are not the parameters'.
-
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
         >>> tx = curvax.natural_gradient(damping=1e-9)
@@ -88,9 +85,6 @@ def scale_by_natural_gradient(
     It preconditions whatever updates arrive and reads no loss value; chain a learning rate, momentum or a line search
     behind it: ``optax.chain(curvax.scale_by_natural_gradient(), optax.scale_by_learning_rate(0.1))``. Arguments and
     figures are those of ``curvax.natural_gradient``.
-
-    Returns:
-        The transformation.
 
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())

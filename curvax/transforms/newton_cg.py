@@ -43,9 +43,6 @@ def newton_cg(
         The transformation; its updates are ready for ``optax.apply_updates``. ``state.info`` holds the figures, with
         ``negative_curvature``, whether the step ends along a direction of negative curvature, in ``extra``.
 
-    Raises:
-        ValueError: ``update`` got no ``at=``, or updates that are not the parameters'.
-
     Example:
         >>> loss = curvax.losses.from_function(lambda z, y: z**4 / 4 - z**2 / 2, convex=False)     # minima at -1, 1
         >>> objective = curvax.Objective(lambda w, x: x * w, loss)

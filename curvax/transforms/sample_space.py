@@ -54,8 +54,7 @@ def scale_by_sample_space(
         The transformation. ``inner_iterations`` is 0 where the system was factorised.
 
     Raises:
-        ValueError: The model couples examples; ``update`` got no ``at=``, or updates that are not the
-            parameters'.
+        ValueError: The model couples examples.
 
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())

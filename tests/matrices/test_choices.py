@@ -62,7 +62,7 @@ def test_equal_choices_compile_once():
         (curvax.EmpiricalFisher(), oracles.dense_empirical_fisher),
         (curvax.Hessian(), oracles.dense_hessian),
     ],
-    ids=str,
+    ids=["ggn", "fisher", "empirical_fisher", "hessian"],
 )
 def test_at_makes_the_matrix_that_the_choice_names_and_ignores_a_key_it_does_not_need(curvature, oracle):
     _, objective, params, batch = problems.problem("gaussian")  # where no two of the four are equal
