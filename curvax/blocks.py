@@ -72,11 +72,6 @@ def split(vector: PyTree, project: Callable[[PyTree], Array], expand: Callable[[
     second takes that out as well: what then stands above rounding is orthogonal to Q to rounding (Parlett 1998,
     section 6.9: twice is enough).
 
-    Args:
-        vector: v.
-        project: v -> Q^T v.
-        expand: c -> Q c.
-
     Returns:
         ``(Q^T v, v - Q Q^T v, length of that)``.
     """

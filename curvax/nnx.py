@@ -13,7 +13,6 @@ class Functional(NamedTuple):
 
     Attributes:
         model_fn: (params, (inputs, rest)) -> (outputs, new rest); for ``Objective(..., has_aux=True)``.
-        params: The parameters, a pytree.
         rest: Everything else: batch statistics, counters of random keys, caches.
         example_axes: Where the examples are, for ``Objective``.
         merge: (params, rest) -> a module with these.
@@ -33,12 +32,8 @@ def functional(module: Any, *, only: Any = None, call: Callable[..., Any] | None
     of the pass that gives loss and gradient.
 
     Args:
-        module: The module.
         only: What counts as a parameter, a filter of nnx; ``nnx.Param`` by default.
         call: (module, inputs) -> outputs; the module's own call by default.
-
-    Returns:
-        The ``Functional``.
 
     Raises:
         ImportError: flax is not installed.

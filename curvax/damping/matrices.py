@@ -25,9 +25,6 @@ def tikhonov() -> Damping:
     Component j of the step, in the eigenvectors of B, shrinks by lambda_j / (lambda_j + lambda). lambda has the units
     of the curvature, so it depends on how parameters and objective are scaled.
 
-    Returns:
-        The damping, for ``curvax.hessian_free(damping_matrix=...)`` or to be used by itself.
-
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
         >>> at = objective.linearize(jnp.zeros((2, 1)), (jnp.eye(2), jnp.ones((2, 1))))
@@ -54,9 +51,6 @@ def scale_sensitive(
             or a function (B, key) -> d; by default one unbiased estimate a step (``chapelle_erhan_diagonal``), which
             needs a B with ``sample``: Gauss-Newton or Fisher. A dense B has its own diagonal.
 
-    Returns:
-        The damping.
-
     Raises:
         ValueError: ``exponent`` or ``offset`` is out of range.
 
@@ -79,10 +73,8 @@ class Damping(abc.ABC):
         """The damped matrix B + lambda D.
 
         Args:
-            at: The curvature point.
             curvature: B, such as ``curvax.GaussNewton()``; what it draws, it draws by ``key`` itself.
             strength: lambda, a scalar that may be traced.
-            key: A PRNG key, for estimates.
 
         Returns:
             The map on whole parameter pytrees. Its diagonal can be estimated by ``chapelle_erhan_diagonal`` where B's

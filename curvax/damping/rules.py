@@ -58,12 +58,7 @@ class DampingRule:
         """The damping of the next step.
 
         Args:
-            damping: lambda of the step taken.
-            step_ratio: rho of the step taken.
             count: The number of the step taken, from 1; the rule acts where ``period`` divides it.
-
-        Returns:
-            The new lambda, in the dtype of ``damping``.
         """
         factor = jnp.where(step_ratio > self.good_ratio, self.decrease, 1.0)
         factor = jnp.where(step_ratio < self.bad_ratio, self.increase, factor)
@@ -77,9 +72,6 @@ def kfac_rule(period: int = 5, base: float = 19 / 20) -> DampingRule:
     Args:
         period: T_1, steps from one adaptation to the next.
         base: What omega_1 is the ``period``-th power of, so that the rate of change does not depend on the period.
-
-    Returns:
-        The rule.
 
     Example:
         >>> rule = curvax.damping.kfac_rule()
@@ -96,10 +88,6 @@ def curveball_rule(period: int = 5, factor: float = 0.999) -> DampingRule:
 
     Args:
         period: Steps from one adaptation to the next.
-        factor: The factor of one adaptation.
-
-    Returns:
-        The rule.
 
     Example:
         >>> curvax.damping.curveball_rule().adapt(jnp.array(1.0), jnp.array(2.0), count=5).item()
@@ -112,13 +100,6 @@ def curveball_rule(period: int = 5, factor: float = 0.999) -> DampingRule:
 
 def cubic_rule(decrease: float = 0.5, increase: float = 2.0) -> DampingRule:
     """The rule of adaptive cubic regularisation: sigma halved above rho = 9/10, doubled below 1/10.
-
-    Args:
-        decrease: The factor of very successful steps.
-        increase: The factor of unsuccessful ones.
-
-    Returns:
-        The rule.
 
     Example:
         >>> curvax.damping.cubic_rule().adapt(jnp.array(100.0), jnp.array(0.95), count=1).item()
@@ -168,12 +149,7 @@ class RadiusRule:
         """The radius of the next step.
 
         Args:
-            radius: r of the step taken.
-            step_ratio: rho of the step taken.
             step_norm: Its norm, in the norm of the region.
-
-        Returns:
-            The new radius, in the dtype of ``radius``.
         """
         factor = jnp.where((step_ratio > self.good_ratio) & (step_norm > self.long_step * radius), self.grow, 1.0)
         factor = jnp.where(step_ratio < self.bad_ratio, self.shrink, factor)

@@ -54,9 +54,6 @@ def structural(
         loss: d, ``squared_error`` by default; ``sigmoid_binary_cross_entropy`` for c the inputs of sigmoid units.
         base: The damping that lambda scales; Tikhonov's by default.
 
-    Returns:
-        The damping.
-
     Raises:
         ValueError: When called: no term has aux, an array of c has no example axis of the batch's length, or the
             curvature is the Hessian.
@@ -144,10 +141,6 @@ class LayerOutputs:
     """The outputs of some layers as intermediate quantities, for ``structural``.
 
     The output of a bias is the sum that it completes: name the bias of a layer to mean what goes into its activation.
-
-    Attributes:
-        layers: From ``curvax.find_layers``.
-        names: The names of layers.
     """
 
     layers: Layers

@@ -29,9 +29,6 @@ def becker_lecun_diagonal(at: CurvaturePoint, *, hessian: bool = False) -> PyTre
         at: The curvature point; of any model made of products, sums, elementwise functions and moves.
         hessian: The Hessian's diagonal (Becker and LeCun 1989) in place of the Gauss-Newton matrix's (LeCun 1998).
 
-    Returns:
-        The approximation, a pytree like the parameters, with the penalty's part.
-
     Raises:
         ValueError: The model has an operation without a rule, which is named.
 

@@ -30,15 +30,10 @@ def chapelle_erhan_diagonal(
 
     Args:
         linear_map: A positive semi-definite map with ``sample``: ``curvax.ggn``, ``curvax.fisher``.
-        key: A PRNG key.
-        num_samples: Draws to average.
         distribution: The noise; ``curvax.trees.random_rademacher`` varies less than ``random_normal``.
         layers: From ``curvax.find_layers``: squares are then taken for each example, by taps, which leaves out the
             cross terms between examples; the variance falls with their number. Parameters without structure are
             estimated as without layers.
-
-    Returns:
-        The estimate, a pytree like the parameters.
 
     Example:
         >>> objective = curvax.Objective(lambda w, x: x * w, curvax.losses.squared_error())

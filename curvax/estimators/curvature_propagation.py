@@ -35,13 +35,6 @@ def propagate_curvature(at: CurvaturePoint, key: Array) -> tuple[PyTree, PyTree]
     the variance below that of (H v) v^T. For the Gauss-Newton matrix ``curvax.ggn(...).sample(key)`` is one vector u
     that serves as both. A ``scan`` is unrolled while tracing.
 
-    Args:
-        at: The curvature point.
-        key: A PRNG key.
-
-    Returns:
-        ``(s, t)``, two pytrees like the parameters.
-
     Example:
         >>> objective = curvax.Objective(lambda w, x: w**3 * x, curvax.losses.squared_error())
         >>> batch = (jnp.array([[1.0, 3.0]]), jnp.ones((1, 2)))
@@ -79,14 +72,6 @@ def sampled_hessian_diagonal(tapped: TappedPoint, key: Array, *, num_samples: in
     Products are taken for each example and in the inputs and cotangents of its layers, so the variance falls with the
     number of examples, for two backward sweeps and the gradient's. Parameters without structure, those used more than
     once and those under ``scan`` are estimated as by ``propagate_curvature``, from the sums over the examples.
-
-    Args:
-        tapped: From ``curvax.tap``.
-        key: A PRNG key.
-        num_samples: Draws to average.
-
-    Returns:
-        The estimate, a pytree like the parameters, with the penalty's part.
 
     Raises:
         ValueError: The model couples examples, or weights or a mask over the steps of sequences make the cases finer

@@ -22,16 +22,8 @@ def hutchinson_diagonal(
     Samples are taken one after another in the memory of one; ``jax.vmap`` over keys takes several together.
 
     Args:
-        linear_map: A, symmetric.
-        key: A PRNG key.
         num_samples: How many v to draw, each for one product.
         distribution: The noise; ``curvax.trees.random_rademacher`` or ``random_normal``.
-
-    Returns:
-        The estimate, in the structure and dtypes of the map.
-
-    Raises:
-        ValueError: If ``num_samples`` is less than one.
 
     Example:
         >>> A = curvax.Diagonal({"w": jnp.array([1.0, 2.0]), "b": jnp.array([3.0])})

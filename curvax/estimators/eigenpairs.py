@@ -52,8 +52,6 @@ def top_eigenpairs(
     products more; no method that sees only products can exclude that a further copy was missed.
 
     Args:
-        linear_map: A, symmetric, definite or not.
-        key: A PRNG key, for the directions.
         num_pairs: How many pairs; at most the number of parameters.
         num_steps: The size of the basis, in vectors held in memory; at least ``num_pairs + 2``. By default
             ``max(2 * num_pairs + 10, 20)``; never more than the number of parameters.

@@ -41,12 +41,8 @@ def lanczos(linear_map: LinearMap, start: PyTree, *, num_steps: int) -> LanczosR
     means an invariant space and ends the process.
 
     Args:
-        linear_map: A, symmetric, definite or not.
         start: b, a pytree with the structure of the map, of any non-zero length. From a zero vector no step is made.
         num_steps: k, the number of products; it may exceed the number of parameters.
-
-    Returns:
-        A ``LanczosResult`` of fixed shapes, whatever ``num_valid``.
 
     Raises:
         ValueError: If ``start`` is not shaped like the vectors of the map, or ``num_steps`` is less than one.
@@ -97,9 +93,6 @@ def gauss_quadrature(result: LanczosResult) -> tuple[Array, Array]:
 
     The nodes theta_j are the eigenvalues of T, the weights w_j the squared first entries of its eigenvectors. The sum
     is exact for polynomials f up to degree 2k - 1.
-
-    Args:
-        result: What ``lanczos`` returned.
 
     Returns:
         ``(nodes, weights)``, each of shape (k,). The first ``num_valid`` nodes ascend and their weights sum to one; the

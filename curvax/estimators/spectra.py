@@ -28,10 +28,6 @@ class SpectralDensity(NamedTuple):
     def evaluate(self, grid: Array, width: Scalar) -> Array:
         """The density smoothed by a Gaussian, at the points of ``grid``.
 
-        Args:
-            grid: t, an array of any shape.
-            width: The standard deviation of the Gaussian, a scalar.
-
         Returns:
             The values, shaped like ``grid``; their integral over the real line is one.
         """
@@ -58,13 +54,8 @@ def spectral_density(linear_map: LinearMap, key: Array, *, num_steps: int, num_s
     the outermost eigenvalues first.
 
     Args:
-        linear_map: A, symmetric.
-        key: A PRNG key.
         num_steps: Lanczos steps for each sample, and vectors held in memory.
         num_samples: Random directions, one after another.
-
-    Raises:
-        ValueError: If a count is less than one.
 
     Example:
         >>> A = curvax.Diagonal(jnp.array([0.0, 0.0, 0.0, 4.0]))

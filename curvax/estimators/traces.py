@@ -34,14 +34,8 @@ def hutchinson_trace(
     only. Samples are taken one after another in the memory of one; ``jax.vmap`` over keys takes several together.
 
     Args:
-        linear_map: A, symmetric.
-        key: A PRNG key.
-        num_samples: How many v to draw.
         distribution: The noise; ``curvax.trees.random_rademacher`` (entries -1 or +1) has the lowest variance, and
             ``random_normal`` 2 |A|_F^2 / num_samples.
-
-    Raises:
-        ValueError: If ``num_samples`` is less than one.
 
     Example:
         >>> A = curvax.Diagonal({"w": jnp.array([1.0, 2.0]), "b": jnp.array([3.0])})
@@ -68,8 +62,6 @@ def hutch_plus_plus(linear_map: LinearMap, key: Array, *, num_products: int) -> 
     ``num_products // 3`` gives its trace exactly.
 
     Args:
-        linear_map: A, symmetric.
-        key: A PRNG key.
         num_products: The number of products with A. A third as many vectors are held in memory, three times over.
 
     Returns:
@@ -108,8 +100,6 @@ def xtrace(linear_map: LinearMap, key: Array, *, num_products: int) -> TraceEsti
     of R other than i. A map of rank less than k gives its trace exactly.
 
     Args:
-        linear_map: A, symmetric.
-        key: A PRNG key.
         num_products: The number of products with A, even. Half as many vectors are held in memory, five times over.
 
     Returns:
@@ -167,13 +157,8 @@ def slq_trace(
 
     Args:
         function: f, elementwise on arrays of eigenvalues.
-        linear_map: A, symmetric.
-        key: A PRNG key.
         num_steps: Lanczos steps, and vectors held in memory.
         num_samples: Rademacher vectors v, one after another.
-
-    Raises:
-        ValueError: If a count is less than one.
 
     Example:
         >>> A = curvax.Diagonal(jnp.array([1.0, 4.0, 9.0]))
@@ -200,16 +185,10 @@ def slq_logdet(
 
     Args:
         linear_map: A, symmetric, with A + damping I positive definite.
-        key: A PRNG key.
         num_steps: As in ``slq_trace``; about sqrt(condition number) are needed.
-        num_samples: As in ``slq_trace``.
-        damping: lambda, a scalar.
 
     Returns:
         A ``TraceEstimate``; not a number where the Lanczos process meets a negative eigenvalue of A + damping I.
-
-    Raises:
-        ValueError: If a count is less than one.
 
     Example:
         >>> A = curvax.Diagonal(jnp.array([1.0, 2.0, 4.0]))

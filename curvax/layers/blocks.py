@@ -28,8 +28,6 @@ class Block:
     """A layer with its bias, if one rides on it, as matrices of shape (blocks, inputs, outputs).
 
     Attributes:
-        layers: All layers.
-        weights: The layer.
         bias: The layer of the bias; its parameters are the last row of the matrices, the homogeneous coordinate.
         bias_order: For each (block, output) the bias's feature.
     """
@@ -61,11 +59,7 @@ class Block:
         return self.weights.kind not in ("scale", "shift")
 
     def to_matrices(self, gradient: PyTree) -> Array:
-        """The gradient with respect to the matrices, from that with respect to the parameters: L^+^T g.
-
-        Args:
-            gradient: A pytree like the parameters.
-        """
+        """The gradient with respect to the matrices, from that with respect to the parameters: L^+^T g."""
         weights = self._to_matrices(self.weights, gradient)
         if self.bias is None:
             return weights

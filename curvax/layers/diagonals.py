@@ -24,9 +24,6 @@ def empirical_fisher_diagonal(tapped: TappedPoint) -> PyTree:
     For a layer with one position per example it is sq(A)^T sq(dS), as cheap as the gradient; where positions share
     parameters, the square is that of the sum over them (Martens 2016, section 4.9.3).
 
-    Args:
-        tapped: From ``curvax.tap``.
-
     Returns:
         The diagonal, a pytree like the parameters, with the penalty's; parameters without structure as their
         ``fallback`` says.
@@ -54,17 +51,9 @@ def sampled_ggn_diagonal(tapped: TappedPoint, key: Array, *, num_samples: int = 
     variance falls with the number of examples, for the same backward sweep (Chapelle and Erhan 2011; Martens 2016,
     algorithm 6).
 
-    Args:
-        tapped: From ``curvax.tap``.
-        key: A PRNG key.
-        num_samples: Draws to average.
-
     Returns:
         The estimate, a pytree like the parameters, with the penalty's part; parameters without structure as their
         ``fallback`` says.
-
-    Raises:
-        ValueError: As for ``empirical_fisher_diagonal``.
 
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
@@ -103,15 +92,9 @@ def exact_ggn_diagonal(tapped: TappedPoint) -> PyTree:
     The number of sweeps is that of the outputs of an example: for classification, not for autoencoders or long
     sequences. Sweeps follow one another in the memory of one (Bishop 1992; Martens 2016, section 4.9.2).
 
-    Args:
-        tapped: From ``curvax.tap``.
-
     Returns:
         The diagonal, a pytree like the parameters, with the penalty's; parameters without structure as their
         ``fallback`` says.
-
-    Raises:
-        ValueError: As for ``empirical_fisher_diagonal``.
 
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.softmax_cross_entropy())

@@ -45,17 +45,12 @@ def find_layers(
     numbers of examples, which shows the axis of the examples in every array.
 
     Args:
-        objective: The objective.
-        params: theta.
         batch: A batch; the number of its examples does not matter later.
         fallback: What those who use the layers do with parameters without structure: "error" refuses them here;
             "diagonal" gives them the diagonal of the curvature, by a forward pass for each of their entries;
             "gradient" no curvature, so that they go along the gradient.
         through_custom_rules: Look for parameters inside functions with custom derivative rules. Their rules are then
             taken to be what differentiating their bodies gives.
-
-    Returns:
-        The ``Layers``.
 
     Raises:
         ValueError: A parameter has no structure and ``fallback`` is "error"; or the model cannot be traced at another
@@ -141,7 +136,6 @@ class Member(NamedTuple):
     """One use in a layer.
 
     Attributes:
-        term: The term of the objective.
         use: Its place among the term's geometries.
         swapped: Whether its inputs and outputs are those of the layer exchanged, as in an output head that is tied to
             an embedding.

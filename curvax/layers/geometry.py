@@ -29,7 +29,6 @@ class Geometry:
     """Which axes of a use's arrays are what. Axes of the base count those of scans, which lead.
 
     Attributes:
-        use: The use.
         base: What of the parameters is seen as one array: the operand without its transpositions, or for elementwise
             uses without its copies.
         base_shape: Its shape.

@@ -43,9 +43,6 @@ def layer_hessian(tapped: TappedPoint) -> LinearMap:
     The model runs on one example at a time: what it makes from the size of its batch or from places in it, such as a
     dropout mask from a key of its own, is not seen. Hand such numbers in as inputs.
 
-    Args:
-        tapped: From ``curvax.tap``.
-
     Returns:
         The map, with ``to_dense``, ``diagonal``, ``quadratic`` and the rest of the protocol; for objectives without a
         penalty a ``LayerHessian``.

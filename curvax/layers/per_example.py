@@ -19,9 +19,6 @@ def per_example_gradients(tapped: TappedPoint) -> PyTree:
     Weights of examples, the weight of the term and 1/N are left out: the gradient of the objective is the mean of these
     where there are none. Examples of several terms follow one another.
 
-    Args:
-        tapped: From ``curvax.tap``.
-
     Returns:
         A pytree like the parameters with a leading axis of examples. Parameters without structure have zeros: their
         gradients come from ``jax.vmap(jax.grad(...))`` only.
@@ -43,12 +40,6 @@ def gradient_norms(tapped: TappedPoint) -> Array:
 
     For a layer with one position per example ||a ds^T||^2 = ||a||^2 ||ds||^2 (Goodfellow 2015); with shared positions
     the inner products of positions or the gradients of that layer are formed, whichever takes fewer operations.
-
-    Args:
-        tapped: From ``curvax.tap``.
-
-    Returns:
-        The norms, of shape (examples,).
 
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
@@ -76,12 +67,6 @@ def gradient_inner_products(tapped: TappedPoint) -> Array:
     r"""The inner products of all examples' gradients, <g_n, g_m>.
 
     For a layer with one position per example they are (a_n^T a_m)(ds_n^T ds_m), and no gradient is formed.
-
-    Args:
-        tapped: From ``curvax.tap``.
-
-    Returns:
-        The matrix, of shape (examples, examples).
 
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())

@@ -32,7 +32,6 @@ def gram(tapped: TappedPoint, *, curvature: OutputCurvature | None = None, key: 
     is (A A^T) times (dS dS^T), entry by entry. The penalty is left out.
 
     Args:
-        tapped: From ``curvax.tap``.
         curvature: ``curvax.GaussNewton()`` if None, ``curvax.Fisher()``, or ``curvax.EmpiricalFisher()``, whose K is
             N x N.
         key: A PRNG key, for a curvature that draws targets.
@@ -58,8 +57,6 @@ class SampleSpace:
     """R and its transpose at a tapped point.
 
     Args:
-        tapped: From ``curvax.tap``.
-        curvature: See ``gram``.
         leaves: The places of the parameters to take into account; None for all.
         key: For what the curvature draws.
     """
@@ -164,7 +161,6 @@ class SampleSpace:
         """((G + lambda I)^{-1} v, conjugate gradient steps); parameters without structure as ``fallback`` says.
 
         Args:
-            vector: v.
             damping: lambda, above 0.
             method: "cholesky" of K, with one step of refinement; "cg" with K's products; "auto" takes the first up to
                 1024 rows.

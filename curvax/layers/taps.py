@@ -33,7 +33,6 @@ def tap(layers: Layers, at: CurvaturePoint) -> TappedPoint:
     merged by XLA inside one ``jit``.
 
     Args:
-        layers: From ``curvax.find_layers``.
         at: The curvature point; its batch may have another number of examples than the one ``find_layers`` saw.
 
     Returns:

@@ -28,8 +28,6 @@ class LayerUse(NamedTuple):
         geometry: How the layer's matrices come from the parameters.
         kind: The kind of the use.
         swapped: Whether inputs and outputs are exchanged with respect to the layer's matrices.
-        term: The term of the objective.
-        layer: The layer.
     """
 
     inputs: Array | None

@@ -21,7 +21,6 @@ def compact_map(scale: Scalar, vectors: PyTree, core: Array, used: Array | None 
     with a correction of low rank. Everything costs a few products with Psi and work on k x k matrices.
 
     Args:
-        scale: gamma, a scalar.
         vectors: Psi, a pytree whose leaves have a leading axis of length k.
         core: C, symmetric and not singular, shape (k, k).
         used: Which of the vectors count, shape (k,), for buffers that are not full; None for all.
@@ -62,7 +61,6 @@ class CompactMap(LinearMap):
     """scale * I + Psi C^{-1} Psi^T; see ``compact_map``.
 
     Attributes:
-        scale: gamma.
         vectors: Psi, a pytree whose leaves have a leading axis of length k.
         core: C, shape (k, k).
         gram: Psi^T Psi, shape (k, k).

@@ -35,12 +35,6 @@ def hessian(at: CurvaturePoint) -> LinearMap:
     The gradient is linearised once, so repeated products share its forward and backward pass (Martens 2016, section
     4.3). ``quadratic`` and ``bilinear`` differentiate the loss twice forwards, without a backward pass.
 
-    Args:
-        at: The curvature point, the third result of ``objective.value_and_grad``.
-
-    Returns:
-        The map; indefinite in general.
-
     Raises:
         ValueError: The objective has curvature only.
 
@@ -59,9 +53,6 @@ def ggn(at: CurvaturePoint) -> LinearMap:
 
     C is the Hessian H_L of the loss in the outputs for convex losses, else what the loss documents as its
     ``curvature``; G is positive semi-definite whenever C is. Schraudolph 2002; Martens 2016, eq. 3.3.
-
-    Args:
-        at: The curvature point: no pass through the model is repeated.
 
     Returns:
         The map. ``sample`` draws from N(0, G) by one pull back, unbiased squares of which estimate the diagonal.
@@ -83,8 +74,6 @@ def fisher(at: CurvaturePoint, *, key: jax.Array | None = None, num_samples: int
     the chunk size. Martens 2016, eq. 5.4.
 
     Args:
-        at: The curvature point; its targets are not read by the exact matrix.
-        key: A PRNG key, for the Monte-Carlo matrix.
         num_samples: S, targets drawn for each example.
 
     Returns:
@@ -111,12 +100,6 @@ def empirical_fisher(at: CurvaturePoint) -> LinearMap:
     Products come from J and J^T without a gradient for each example. It is not the Fisher matrix: it vanishes where the
     fit is perfect and has another scale elsewhere (Martens 2016, section 5.6.1). A weighted case counts w_i g_i g_i^T.
 
-    Args:
-        at: The curvature point.
-
-    Returns:
-        The map, of rank N at most.
-
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
         >>> batch = (jnp.eye(2), jnp.array([[1.0], [2.0]]))
@@ -137,8 +120,6 @@ def over_batches(
 
     Args:
         make: (at) -> map, such as ``curvax.ggn`` or ``curvax.hessian``.
-        objective: The objective.
-        params: theta.
         batches: Batches that can be iterated over again and again: a list or a loader, not a generator.
 
     Returns:

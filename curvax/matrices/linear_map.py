@@ -44,14 +44,7 @@ class LinearMap(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, vector: PyTree) -> PyTree:
-        """The product A v.
-
-        Args:
-            vector: v, a pytree with the map's ``structure``.
-
-        Returns:
-            A v, with the structure, shapes and dtypes of v.
-        """
+        """The product A v."""
 
     def block(self, vectors: PyTree) -> PyTree:
         """The products A v_1 ... A v_k; every leaf of ``vectors`` has a leading axis of length k."""
@@ -69,7 +62,6 @@ class LinearMap(abc.ABC):
         """(A + damping I)^{-1} v by a dense factorisation; for large maps use ``curvax.solvers``.
 
         Args:
-            vector: v, a pytree with the map's ``structure``.
             damping: lambda, a scalar added to the diagonal.
 
         Returns:
@@ -112,7 +104,6 @@ class LinearMap(abc.ABC):
         """A draw u with E[u u^T] = A, for positive semi-definite A; here by a dense square root.
 
         Args:
-            key: A PRNG key.
             distribution: (key, like) -> noise of covariance I: ``curvax.trees.random_normal``, which makes u normal, or
                 ``curvax.trees.random_rademacher``, whose squares vary less.
         """
@@ -174,9 +165,6 @@ def from_matvec(matvec: Callable[[PyTree], PyTree], like: PyTree) -> LinearMap:
         matvec: v -> A v; linear and symmetric, which is not checked. If it is a ``jax.tree_util.Partial``, the arrays
             in it pass through ``jit``.
         like: A pytree with the shapes and dtypes of v.
-
-    Returns:
-        The ``LinearMap``.
 
     Example:
         >>> A = curvax.from_matvec(lambda v: 3.0 * v, jnp.zeros(2))

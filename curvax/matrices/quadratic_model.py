@@ -20,12 +20,8 @@ def quadratic_model(at: CurvaturePoint, *, curvature: Curvature | None = None, d
     r"""The model M(delta) = h(theta) + g^T delta + 1/2 delta^T (B + damping I) delta of an objective at theta.
 
     Args:
-        at: The curvature point, for gradient and curvature alike.
         curvature: B, ``curvax.GaussNewton()`` if None.
         damping: lambda, Tikhonov damping (Martens 2016, section 4.6.1).
-
-    Returns:
-        The model, a pytree.
 
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
@@ -43,14 +39,7 @@ def quadratic_model(at: CurvaturePoint, *, curvature: Curvature | None = None, d
 @register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class QuadraticModel:
-    """M(delta) = h + g^T delta + 1/2 delta^T (B + damping I) delta (Martens 2016, eq. 4.1).
-
-    Attributes:
-        loss: h, the value at delta = 0.
-        gradient: g.
-        curvature: B, a linear map.
-        damping: lambda.
-    """
+    """M(delta) = h + g^T delta + 1/2 delta^T (B + damping I) delta (Martens 2016, eq. 4.1)."""
 
     loss: jax.Array
     gradient: PyTree
@@ -77,8 +66,6 @@ def reduction_ratio(loss: Scalar, new_loss: Scalar, predicted_change: Scalar) ->
     either value is not finite, rho is -inf: bad by any rule.
 
     Args:
-        loss: h(theta).
-        new_loss: h(theta + delta) on the same batch.
         predicted_change: M(delta) - M(0), normally negative.
 
     Returns:
@@ -107,12 +94,6 @@ def model_lower_bound(at: CurvaturePoint) -> jax.Array:
     It is -1/2 mean_i g_i^T C_i^+ g_i - l2/2 ||theta||^2, with g_i the gradient and C_i the curvature of the loss in the
     outputs of case i (Martens 2016, section 4.10.1). A model below it means a bug, or gradient and curvature from
     different data. The bound is -inf where the loss has slope but no curvature.
-
-    Args:
-        at: The curvature point.
-
-    Returns:
-        The bound, a scalar, not positive.
 
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())

@@ -360,9 +360,6 @@ class CurvatureOnly(OutputLoss):
     be None where the curvature does not depend on them: the losses with ``natural`` set, ``gaussian()``, and every
     Fisher matrix; a loss ``from_function`` is then given None.
 
-    Attributes:
-        loss: The loss that defines the curvature.
-
     Example:
         >>> loss = curvax.losses.curvature_only(curvax.losses.squared_error())
         >>> objective = curvax.Objective(lambda w, x: x @ w, loss)

@@ -65,7 +65,6 @@ class Objective:
         Args:
             model_fn: (params, inputs) -> outputs z, before the output non-linearity (that belongs to the loss); with
                 ``has_aux`` -> (outputs, aux). Random keys and batch statistics travel in the inputs.
-            loss: The loss on the outputs, from ``curvax.losses``.
             l2: The strength eta of the penalty eta/2 ||theta||^2 (Martens 2016, section 6.8), part of value, gradient
                 and every curvature matrix; None for none. May be traced.
             l2_mask: Which leaves are penalised: a pytree of bools shaped like the parameters, or a function from the
@@ -96,11 +95,6 @@ class Objective:
 
         Args:
             *terms: The terms; each selects its own part of the batch and takes the mean over its own examples.
-            l2: As in the constructor.
-            l2_mask: As in the constructor.
-
-        Returns:
-            The objective.
 
         Example:
             >>> def network(w, x):
@@ -121,11 +115,7 @@ class Objective:
         """The scalar loss h(theta) on a batch; ``jax.value_and_grad(objective)`` works.
 
         Args:
-            params: theta, a pytree of floating-point arrays.
             batch: (inputs, targets), or what ``select`` makes them from.
-
-        Returns:
-            h, a scalar of dtype float32 or wider.
 
         Raises:
             TypeError: A leaf of the parameters is not floating-point, or targets have the wrong dtype.
@@ -146,8 +136,6 @@ class Objective:
         """Loss, gradient, and the curvature point they came from, by one linearisation.
 
         Args:
-            params: theta.
-            batch: The batch.
             has_aux: Return ``(loss, aux)`` in place of the loss; aux is a tuple over terms if there are several.
             chunk_size: How many examples to take through the model at a time; None for all at once.
 
@@ -166,14 +154,9 @@ class Objective:
         """The curvature point at (params, batch): outputs and the linear maps J and J^T of every term.
 
         Args:
-            params: theta, a pytree of floating-point arrays.
-            batch: The batch.
             chunk_size: None stores the linearisation of the whole batch. A number of examples makes every later
                 product go through the batch in chunks of that size, each linearised anew, so that memory is bounded;
                 results do not depend on it.
-
-        Returns:
-            The ``CurvaturePoint``.
 
         Raises:
             TypeError: A leaf of the parameters is not floating-point, or targets have the wrong dtype.

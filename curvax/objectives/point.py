@@ -107,7 +107,6 @@ class CurvaturePoint:
         Everything additive over examples goes through here, and is therefore independent of the chunk size.
 
         Args:
-            function: From a ``Piece`` to a pytree of arrays.
             extras: For each term a pytree whose leaves have the examples on axis 0, handed on as ``piece.extra``.
         """
         if self.chunk_size is None:

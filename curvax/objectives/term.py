@@ -27,7 +27,6 @@ class Term:
 
     Attributes:
         model_fn: (params, inputs) -> outputs, or (outputs, aux) with ``has_aux``.
-        loss: The loss on the outputs.
         select: batch -> (inputs, targets); the batch itself if None.
         weight: A number, perhaps traced, that multiplies the term.
         example_weights: batch -> w, an array whose shape is a leading part of the loss's, such as (examples,) or

@@ -36,7 +36,6 @@ def record(
     x sigmoid(x), becomes one step.
 
     Args:
-        program: The program.
         arguments: Its arguments.
         varies: Which of them are variables.
         roots: Addresses of equations outside of loops whose first result varies by itself.
@@ -61,7 +60,6 @@ class RecordedTerm(NamedTuple):
     """A term's model, recorded.
 
     Attributes:
-        program: The equations.
         outputs: z, flattened.
         params: The leaves of the parameters.
     """

@@ -116,7 +116,6 @@ def value(
     """The node's value at these leaves, with one leading axis for each scan in ``scans`` that it takes slices of.
 
     Args:
-        node: The node.
         leaves: The leaves of the parameters, at least those that the node depends on.
         scans: The scans around the node, outermost first.
         given: The values of ``Given`` nodes by their places.

@@ -55,7 +55,6 @@ def walk(
     """The values of a program's results.
 
     Args:
-        program: The program.
         arguments: The values of its arguments.
         handle: What each equation makes of values.
         constant: The value of an array that the program holds.

@@ -69,13 +69,9 @@ def minimize(
     methods whose matrix is positive definite, such as L-BFGS, end there. For objectives with data use ``curvax.lsr1``.
 
     Args:
-        function: f, from a pytree to a scalar.
-        start: x_0.
         method: "trust_region" (algorithm 1) or "line_search" (algorithm 2).
-        memory_size: m.
         scale: gamma of B_0 = gamma I; the line search starts from H_0 = I / gamma.
         initial_radius: The first radius; ||grad f(x_0)|| by default.
-        max_iterations: The cap.
         tolerance: The norm of the gradient to stop at.
 
     Example:

@@ -41,7 +41,6 @@ class MemoryUpdate(NamedTuple):
     """What ``sr1_update`` returns.
 
     Attributes:
-        memory: The memory.
         skipped: Whether the pair was left out.
         dropped: How many older pairs were dropped because the matrix was no longer well defined.
     """
@@ -68,7 +67,6 @@ def sr1_map(memory: SR1Memory, scale: Scalar) -> CompactMap:
     """The SR1 matrix of a memory, a linear map with ``solve``, ``to_dense``, ``spectrum`` and the rest.
 
     Args:
-        memory: The memory.
         scale: gamma, the number whose multiple of the identity the matrix grew from, as in ``sr1_update``.
     """
     return CompactMap(jnp.asarray(scale, memory.core.dtype), memory.vectors, memory.core, memory.gram, memory.ages > 0)
@@ -91,7 +89,6 @@ def sr1_update(
     rounding), the oldest pair is dropped. Costs two products with Psi, and one more unless B a is given.
 
     Args:
-        memory: The memory.
         operand: a: the step s for the Hessian, the change y of the gradient for its inverse.
         image: b: y or s.
         scale: gamma, not zero.

@@ -68,14 +68,8 @@ def trust_region_step(
 
     Args:
         evaluate: (step) -> (loss, gradient) behind the step.
-        loss: f here.
-        gradient: Its gradient here.
         memory: Of the direct form, pairs (s, y).
-        radius: Delta.
-        scale: gamma.
-        rule: How Delta adapts.
         acceptance: eta, the least ratio of a step that is taken.
-        skip_tolerance: r of the skip rule.
     """
     rule, dtype = RadiusRule() if rule is None else rule, memory.core.dtype
     solution = compact_trust_region(sr1_map(memory, scale), gradient, radius)
@@ -115,14 +109,11 @@ def line_search_step(
 
     Args:
         evaluate: (step) -> (loss, gradient) behind the step.
-        loss: f here.
-        gradient: Its gradient here.
         memory: Of the inverse form, pairs (y, s).
         last_step_size: The step size before; the search starts from min(1, twice that).
         scale: gamma; H_0 = I / gamma.
         sufficient_decrease: c of Armijo's rule.
         most_halvings: The cap on the search.
-        skip_tolerance: r of the skip rule.
         loss_at: (step) -> loss, if that is cheaper than with the gradient.
     """
     dtype = memory.core.dtype

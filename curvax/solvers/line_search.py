@@ -48,7 +48,6 @@ def backtracking_line_search(
         sufficient_decrease: c of Armijo's rule, from 0 to 1.
         shrink: rho, below 1.
         max_tries: The most step sizes to try after the first.
-        initial: a_0.
         first: f(a_0), where it is known.
 
     Example:

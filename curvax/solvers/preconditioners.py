@@ -25,9 +25,6 @@ def diagonal_preconditioner(diagonal: PyTree, *, offset: Scalar = 0.0, exponent:
             with scale-sensitive damping.
         exponent: xi, from 0 (no preconditioning) to 1.
 
-    Returns:
-        P^{-1} as a ``Diagonal`` linear map, for the ``preconditioner`` argument of the solvers.
-
     Raises:
         TypeError: A leaf of ``diagonal`` is not real floating-point.
 

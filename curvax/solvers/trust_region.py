@@ -39,7 +39,6 @@ def dense_trust_region(matrix: Array, gradient: Array, radius: Scalar) -> TrustR
 
     Args:
         matrix: B, symmetric, shape (n, n).
-        gradient: g, shape (n,).
         radius: A positive number.
 
     Raises:

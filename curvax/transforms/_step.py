@@ -133,7 +133,6 @@ class Step(NamedTuple):
     """What a step comes to.
 
     Attributes:
-        update: delta.
         figures: Fields of ``StepInfo``, and further ones that end in ``extra``.
         memory: What the method carries to the next step.
         strength: lambda, the radius or sigma for the next step; None leaves it.

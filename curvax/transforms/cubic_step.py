@@ -183,14 +183,7 @@ def cubic_step_of_examples(
     finds the first two too noisy to be of use.
 
     Args:
-        objective: The objective.
-        params: theta.
         batch: The batch, its examples on axis 0 of every leaf.
-        sigma: The weight of the cubic term.
-        average: What is averaged.
-
-    Returns:
-        The step, a pytree like the parameters.
 
     Example:
         >>> objective = curvax.Objective(lambda w, x: x * w, curvax.losses.squared_error())

@@ -99,10 +99,6 @@ def averaged_params(state: PyTree, *, like: PyTree) -> PyTree:
 
     Args:
         state: The state of the whole chain.
-        like: The parameters.
-
-    Returns:
-        The averaged parameters.
 
     Raises:
         ValueError: The state has no average in it, or several.
