@@ -21,7 +21,7 @@ def sparse(num_nonzeros: int = 15, stddev: float = 1.0) -> Initializer:
 
     Martens 2010 takes 15 weights from N(0, 1) for feed-forward networks, with zero biases, or 0.5 for tanh units;
     Martens 2016 takes N(0, 1/15) for the recurrent and output weights of recurrent networks and N(0, 1) for their input
-    weights.
+    weights. Source: Martens 2010, section 5; Martens 2016, section 4.13.
 
     Args:
         num_nonzeros: Incoming weights of a unit that are not zero.
@@ -37,8 +37,6 @@ def sparse(num_nonzeros: int = 15, stddev: float = 1.0) -> Initializer:
         >>> kernel = curvax.initializers.sparse(num_nonzeros=3)(jax.random.key(0), (8, 5))
         >>> jnp.sum(kernel != 0, axis=0).tolist()
         [3, 3, 3, 3, 3]
-
-    Source: Martens 2010, section 5; Martens 2016, section 4.13.
     """
     if num_nonzeros < 1:
         raise ValueError(f"num_nonzeros is {num_nonzeros}; a unit without incoming weights cannot learn")

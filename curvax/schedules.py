@@ -13,7 +13,8 @@ def exponential_batch_size(
 
     b is such that step ``steps_to_whole`` is the first with the whole set. The progress of a second-order step grows
     faster than the batch while its noise dominates, and its cost in proportion to it. Every new size compiles a step
-    anew; ``multiple_of`` keeps the sizes few, and is the chunk size where batches are taken in chunks.
+    anew; ``multiple_of`` keeps the sizes few, and is the chunk size where batches are taken in chunks. Source: Martens
+    2016, section 6.13.
 
     Args:
         first: m_1, the first batch size.
@@ -31,8 +32,6 @@ def exponential_batch_size(
         >>> size = curvax.schedules.exponential_batch_size(1000, 20_000)
         >>> size(1), size(250), size(500), size(900)
         (1000, 4459, 20000, 20000)
-
-    Source: Martens 2016, section 6.13.
     """
     if not 1 <= first <= whole:
         raise ValueError(f"the first batch of {first} examples must be between 1 and the {whole} there are")

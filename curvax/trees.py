@@ -65,13 +65,7 @@ def add_scaled(left: PyTree, scalar: Scalar, right: PyTree) -> PyTree:
     >>> add_scaled({"a": jnp.array([1.0])}, 2.0, {"a": jnp.array([3.0])})["a"].item()
     7.0
     """
-
-    def one(x, y):
-        product = _scaled(scalar, y)
-        dtype = wider(x.dtype, product.dtype)
-        return (x.astype(dtype) + product.astype(dtype)).astype(x.dtype)
-
-    return jax.tree.map(one, left, right)
+    return jax.tree.map(lambda x, y: _add_promoted(x, _scaled(scalar, y)).astype(x.dtype), left, right)
 
 
 def multiply(left: PyTree, right: PyTree) -> PyTree:
@@ -103,6 +97,11 @@ def all_finite(*trees: PyTree) -> jax.Array:
 def size(tree: PyTree) -> int:
     """The number of entries of all leaves together."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def example_structure(tree: PyTree) -> PyTree:
+    """The ShapeDtypeStructs of one example of ``tree``, whose leaves have the examples on axis 0."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tree)
 
 
 def structure_of(tree: PyTree) -> PyTree:
@@ -138,8 +137,11 @@ def unravel(vector: jax.Array, like: PyTree) -> PyTree:
 
 
 def expand_right(array: jax.Array, ndim: int) -> jax.Array:
-    """The array with axes of length one behind its own, ``ndim`` in all: it then scales the leading axes of another."""
-    return array.reshape(array.shape + (1,) * (ndim - array.ndim))
+    """The array with axes of length one behind its own, ``ndim`` in all, to scale the leading axes of another.
+
+    A scalar stays as it is.
+    """
+    return array if array.ndim == 0 else array.reshape(array.shape + (1,) * (ndim - array.ndim))
 
 
 def wide_dtype(*leaves: Any) -> Any:

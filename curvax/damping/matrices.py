@@ -19,7 +19,24 @@ from curvax.types import PyTree, Scalar
 DiagonalEstimate = Callable[[LinearMap, jax.Array], PyTree]
 
 
-def tikhonov() -> Damping:
+class Damping(abc.ABC):
+    """What is added to a curvature matrix: lambda D."""
+
+    def matrix(self, at: CurvaturePoint, curvature: Curvature, strength: Scalar, key: jax.Array) -> LinearMap:
+        """The damped matrix B + lambda D; what B draws, it draws by ``key`` itself.
+
+        Its diagonal can be estimated by ``chapelle_erhan_diagonal`` where B's can, which is what preconditioners do.
+        """
+        matrix = curvature.at(at, key)
+        return Sum((matrix, self.added(matrix, strength, jax.random.fold_in(key, 1))))
+
+    @abc.abstractmethod
+    def added(self, matrix: LinearMap, strength: Scalar, key: jax.Array) -> LinearMap:
+        """lambda D for the matrix B."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tikhonov(Damping):
     r"""Damping by lambda I: the damped matrix is B + lambda I (Martens 2016, section 4.6.1).
 
     Component j of the step, in the eigenvectors of B, shrinks by lambda_j / (lambda_j + lambda). lambda has the units
@@ -32,19 +49,23 @@ def tikhonov() -> Damping:
         Array([[2.5, 0. ],
                [0. , 2.5]], dtype=float...)
     """
-    return Tikhonov()
+
+    def added(self, matrix: LinearMap, strength: Scalar, key: jax.Array) -> LinearMap:
+        del key
+        strength = jnp.asarray(strength)
+        scalars = jax.tree.map(lambda leaf: strength.astype(trees.wide_dtype(leaf)), matrix.structure)
+        return LeafScalars.of(scalars, matrix.structure)
 
 
-def scale_sensitive(
-    *, exponent: float = 1.0, offset: float = 0.0, diagonal: PyTree | DiagonalEstimate | None = None
-) -> Damping:
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class ScaleSensitive(Damping):
     r"""Damping by lambda D with D = (diag(d) + kappa I)^xi, where d is the diagonal of B (Martens 2016, section 4.6.3).
 
     With xi = 1 and kappa = 0 this is the damping of Marquardt 1963: it does not depend on the scale of any single
     parameter, nor on that of the objective. Martens warns not to use it alone, as it can restrict far too much where B
     is far from diagonal; xi below 1 and kappa above 0 lie between it and Tikhonov's.
 
-    Args:
+    Attributes:
         exponent: xi, in [0, 1].
         offset: kappa, not negative.
         diagonal: d as a fixed pytree shaped like the parameters, such as squared scales known in advance (D = C^T C),
@@ -61,54 +82,20 @@ def scale_sensitive(
         >>> damping.matrix(at, curvax.GaussNewton(), 0.5, jax.random.key(0)).diagonal()
         Array([ 1.5, 13.5], dtype=float...)
     """
-    if not (0 <= exponent <= 1 and offset >= 0):
-        raise ValueError(f"scale_sensitive needs 0 <= exponent <= 1 and offset >= 0, got {exponent} and {offset}")
-    return ScaleSensitive(exponent, offset, _own_or_estimated if diagonal is None else diagonal)
 
+    exponent: float = 1.0
+    offset: float = 0.0
+    diagonal: PyTree | DiagonalEstimate | None = None
 
-class Damping(abc.ABC):
-    """What is added to a curvature matrix: lambda D."""
-
-    def matrix(self, at: CurvaturePoint, curvature: Curvature, strength: Scalar, key: jax.Array) -> LinearMap:
-        """The damped matrix B + lambda D.
-
-        Args:
-            curvature: B, such as ``curvax.GaussNewton()``; what it draws, it draws by ``key`` itself.
-            strength: lambda, a scalar that may be traced.
-
-        Returns:
-            The map on whole parameter pytrees. Its diagonal can be estimated by ``chapelle_erhan_diagonal`` where B's
-            can, which is what preconditioners do.
-        """
-        matrix = curvature.at(at, key)
-        return Sum((matrix, self.added(matrix, strength, jax.random.fold_in(key, 1))))
-
-    @abc.abstractmethod
-    def added(self, matrix: LinearMap, strength: Scalar, key: jax.Array) -> LinearMap:
-        """lambda D for the matrix B."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Tikhonov(Damping):
-    """See ``tikhonov``."""
+    def __post_init__(self):
+        if not (0 <= self.exponent <= 1 and self.offset >= 0):
+            raise ValueError(
+                f"scale_sensitive needs 0 <= exponent <= 1 and offset >= 0, got {self.exponent} and {self.offset}"
+            )
 
     def added(self, matrix: LinearMap, strength: Scalar, key: jax.Array) -> LinearMap:
-        del key
-        strength = jnp.asarray(strength)
-        scalars = jax.tree.map(lambda leaf: strength.astype(trees.wide_dtype(leaf)), matrix.structure)
-        return LeafScalars.of(scalars, matrix.structure)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class ScaleSensitive(Damping):
-    """See ``scale_sensitive``."""
-
-    exponent: float
-    offset: float
-    diagonal: PyTree | DiagonalEstimate
-
-    def added(self, matrix: LinearMap, strength: Scalar, key: jax.Array) -> LinearMap:
-        diagonal = self.diagonal(matrix, key) if callable(self.diagonal) else self.diagonal
+        diagonal = _own_or_estimated if self.diagonal is None else self.diagonal
+        diagonal = diagonal(matrix, key) if callable(diagonal) else diagonal
         trees.check_like(diagonal, matrix.structure, "diagonal")
 
         def entries(leaf):
@@ -120,3 +107,7 @@ class ScaleSensitive(Damping):
 
 def _own_or_estimated(matrix, key):
     return matrix.diagonal() if isinstance(matrix, DenseMap) else chapelle_erhan_diagonal(matrix, key)
+
+
+tikhonov = Tikhonov
+scale_sensitive = ScaleSensitive

@@ -24,8 +24,8 @@ import jax.numpy as jnp
 class DampingRule:
     r"""lambda <- decrease * lambda where rho > good_ratio, lambda <- increase * lambda where rho < bad_ratio.
 
-    rho is the reduction ratio (``curvax.reduction_ratio``); the rule acts once in ``period`` steps. The defaults are
-    those of Martens 2016, section 4.6.5 (after Levenberg and Marquardt).
+    rho is the reduction ratio (``curvax.reduction_ratio``); the rule acts once in ``period`` steps and keeps lambda
+    from ``minimum`` to ``maximum``. The defaults are those of Martens 2016, section 4.6.5, after Levenberg-Marquardt.
 
     Attributes:
         good_ratio: Above it the damping falls.
@@ -33,8 +33,6 @@ class DampingRule:
         decrease: The factor in (0, 1] for good steps.
         increase: The factor, at least 1, for bad steps.
         period: Steps from one adaptation to the next (T_1 in K-FAC).
-        minimum: Damping never falls below it.
-        maximum: Damping never rises above it.
 
     Example:
         >>> rule = curvax.damping.DampingRule()
@@ -55,11 +53,7 @@ class DampingRule:
             raise ValueError(f"a damping rule needs 0 < decrease <= 1 <= increase and bad <= good ratio, got {self}")
 
     def adapt(self, damping: jax.Array, step_ratio: jax.Array, *, count: jax.Array) -> jax.Array:
-        """The damping of the next step.
-
-        Args:
-            count: The number of the step taken, from 1; the rule acts where ``period`` divides it.
-        """
+        """The damping after step number ``count``, from 1; the rule acts where ``period`` divides it."""
         factor = jnp.where(step_ratio > self.good_ratio, self.decrease, 1.0)
         factor = jnp.where(step_ratio < self.bad_ratio, self.increase, factor)
         factor = jnp.where(count % self.period == 0, factor, 1.0)
@@ -85,9 +79,6 @@ def kfac_rule(period: int = 5, base: float = 19 / 20) -> DampingRule:
 
 def curveball_rule(period: int = 5, factor: float = 0.999) -> DampingRule:
     """The rule of CurveBall: lambda times 0.999 where the change is above 3/2 of the predicted, over it below 1/2.
-
-    Args:
-        period: Steps from one adaptation to the next.
 
     Example:
         >>> curvax.damping.curveball_rule().adapt(jnp.array(1.0), jnp.array(2.0), count=5).item()
@@ -115,6 +106,7 @@ class RadiusRule:
     r"""Radius r <- grow * r where rho > good_ratio and the step is long, r <- shrink * r where rho < bad_ratio.
 
     A step is long if its norm is above ``long_step * r``; a short one says nothing about the edge of the region.
+    Source: Nocedal and Wright 2006, algorithm 6.2, which Ramamurthy and Duffy 2017 use for L-SR1.
 
     Attributes:
         good_ratio: Above it the region may grow.
@@ -122,15 +114,11 @@ class RadiusRule:
         grow: The factor, at least 1, for good long steps.
         shrink: The factor in (0, 1) for bad steps.
         long_step: The fraction of the radius from which on a step is long.
-        minimum: The radius never falls below it.
-        maximum: The radius never rises above it.
 
     Example:
         >>> rule = curvax.damping.RadiusRule()
         >>> [rule.adapt(jnp.array(1.0), ratio, step_norm=1.0).item() for ratio in (0.9, 0.5, -1.0)]
         [2.0, 1.0, 0.5]
-
-    Source: Nocedal and Wright 2006, algorithm 6.2, which Ramamurthy and Duffy 2017 use for L-SR1.
     """
 
     good_ratio: float = 3 / 4
@@ -146,11 +134,7 @@ class RadiusRule:
             raise ValueError(f"a radius rule needs 0 < shrink < 1 <= grow and bad <= good ratio, got {self}")
 
     def adapt(self, radius: jax.Array, step_ratio: jax.Array, *, step_norm: jax.Array) -> jax.Array:
-        """The radius of the next step.
-
-        Args:
-            step_norm: Its norm, in the norm of the region.
-        """
+        """The radius after a step whose norm, in the norm of the region, is ``step_norm``."""
         factor = jnp.where((step_ratio > self.good_ratio) & (step_norm > self.long_step * radius), self.grow, 1.0)
         factor = jnp.where(step_ratio < self.bad_ratio, self.shrink, factor)
         return jnp.clip(radius * factor.astype(radius.dtype), self.minimum, self.maximum)
@@ -161,21 +145,18 @@ class BestOfThree:
     r"""The greedy rule of K-FAC's factored damping gamma: of gamma, omega gamma and gamma / omega the best.
 
     A damping that enters an approximate inverse cannot be judged by the reduction ratio alone; every ``period`` steps
-    all three candidates are tried, and the one with the lowest value of the exact quadratic model is kept.
+    all three candidates are tried, and the one with the lowest value of the exact quadratic model is kept. Source:
+    Martens 2016, section 6.6.6.
 
     Attributes:
         factor: omega_2, in (0, 1).
         period: T_2, steps from one trial to the next.
-        minimum: gamma never falls below it.
-        maximum: gamma never rises above it.
 
     Example:
         >>> rule = curvax.damping.BestOfThree(factor=0.5)
         >>> candidates = rule.candidates(jnp.array(4.0))
         >>> candidates.tolist(), rule.choose(candidates, jnp.array([-1.0, -3.0, jnp.nan])).item()
         ([4.0, 2.0, 8.0], 2.0)
-
-    Source: Martens 2016, section 6.6.6.
     """
 
     factor: float = (19 / 20) ** 10

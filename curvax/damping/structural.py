@@ -18,20 +18,14 @@ from curvax.objectives.loss import OutputLoss
 from curvax.objectives.losses import SquaredError
 from curvax.objectives.output_matrix import OutputMatrix
 from curvax.objectives.point import CurvaturePoint, Packed, linearize_term
-from curvax.objectives.term import Term
+from curvax.objectives.term import Term, scale_cases
 from curvax.programs.instrument import evaluate
 from curvax.programs.trace import trace_term
 from curvax.types import Array, PyTree, Scalar
 
 
-def structural(
-    intermediates: Callable[[PyTree], PyTree] | LayerOutputs,
-    *,
-    strength: Scalar = 1 / 30,
-    relative: bool = True,
-    loss: OutputLoss | None = None,
-    base: Damping | None = None,
-) -> Damping:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Structural(Damping):
     r"""Damping by lambda mu D_k with D_k the Gauss-Newton matrix of K = mean_i d(c(theta, x_i), c(theta_k, x_i)).
 
     c are intermediate quantities, such as the hidden states of a recurrent network, whose change a step is to be
@@ -42,9 +36,10 @@ def structural(
 
     The model names c by returning it: make the objective with ``has_aux=True`` and let the model return
     (outputs, aux); terms without aux are not damped in this way. Or c are the outputs of layers that
-    ``curvax.find_layers`` found, and the model stays as it is.
+    ``curvax.find_layers`` found, and the model stays as it is. Source: Martens and Sutskever 2011; Martens 2016,
+    section 4.6.4.
 
-    Args:
+    Attributes:
         intermediates: aux -> c, a pytree of floating-point arrays with the examples on axis 0; or
             ``curvax.damping.LayerOutputs(layers, names)``.
         strength: mu; Martens and Sutskever take 1/30 for recurrent networks. May be traced.
@@ -70,22 +65,14 @@ def structural(
                [2. , 1.5]], dtype=float...)
 
     It is [2, 1]^T [2, 1] + diag(3, 0) + 0.5 I.
-
-    Source: Martens and Sutskever 2011; Martens 2016, section 4.6.4.
     """
-    distance = SquaredError() if loss is None else loss
-    return Structural(intermediates, strength, relative, distance, Tikhonov() if base is None else base)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Structural(Damping):
-    """See ``structural``."""
 
     intermediates: Callable[[PyTree], PyTree] | LayerOutputs
-    strength: Scalar
-    relative: bool
-    loss: OutputLoss
-    base: Damping
+    _: dataclasses.KW_ONLY
+    strength: Scalar = 1 / 30
+    relative: bool = True
+    loss: OutputLoss | None = None
+    base: Damping | None = None
 
     def matrix(self, at: CurvaturePoint, curvature: Curvature, strength: Scalar, key: jax.Array) -> LinearMap:
         if not isinstance(curvature, (GaussNewton, Fisher)):
@@ -93,7 +80,7 @@ class Structural(Damping):
         weight = jnp.asarray(self.strength)
         if self.relative:
             weight = weight.astype(jnp.result_type(strength)) * strength
-        return self.base.matrix(self._extended(at, weight), curvature, strength, key)
+        return (self.base or Tikhonov()).matrix(self._extended(at, weight), curvature, strength, key)
 
     def added(self, matrix: LinearMap, strength: Scalar, key: jax.Array) -> LinearMap:
         raise ValueError("structural damping extends the model, not a matrix that is there; use curvax.hessian_free")
@@ -110,12 +97,13 @@ class Structural(Damping):
         terms, all_cases, linearizations = [], [], []
         for index, (term, cases) in enumerate(zip(at.terms, at.cases, strict=True)):
             if models[index] is not None:
-                inputs_axes, targets_axes = _pair(term.example_axes)
+                axes = term.example_axes
+                inputs_axes, targets_axes = axes if isinstance(axes, (tuple, list)) else (axes, axes)
                 count = at.num_examples(index)
                 term = dataclasses.replace(
                     term,
                     model_fn=models[index],
-                    loss=_WithIntermediates(term.loss, self.loss),
+                    loss=_WithIntermediates(term.loss, self.loss or SquaredError()),
                     example_axes=(inputs_axes, (targets_axes, 0)),
                     has_aux=False,
                 )
@@ -134,6 +122,9 @@ class Structural(Damping):
             linearizations=tuple(linearizations) if at.chunk_size is None else None,
             packed_aux=(),
         )
+
+
+structural = Structural
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,30 +228,17 @@ class _Pair(OutputMatrix):
         return self.first.root_structure, self.second.root_structure
 
     def product(self, vector):
-        return self.first.product(vector[0]), self._weighted(self.second.product(vector[1]), self.weight)
+        return self.first.product(vector[0]), scale_cases(self.weight, self.second.product(vector[1]))
 
     def sqrt_product(self, vector):
         root = jnp.sqrt(self.weight)
-        return self.first.sqrt_product(vector[0]), self._weighted(self.second.sqrt_product(vector[1]), root)
+        return self.first.sqrt_product(vector[0]), scale_cases(root, self.second.sqrt_product(vector[1]))
 
     def sqrt_transpose_product(self, vector):
         root = jnp.sqrt(self.weight)
-        second = self._weighted(self.second.sqrt_transpose_product(vector[1]), root)
+        second = scale_cases(root, self.second.sqrt_transpose_product(vector[1]))
         return self.first.sqrt_transpose_product(vector[0]), second
 
     def pinv_product(self, vector):
         inverse = jnp.where(self.weight > 0, 1 / jnp.where(self.weight > 0, self.weight, 1), 0)
-        return self.first.pinv_product(vector[0]), self._weighted(self.second.pinv_product(vector[1]), inverse)
-
-    def _weighted(self, vector, weight):
-        def times(leaf):
-            return leaf * weight.astype(leaf.dtype).reshape(weight.shape + (1,) * (leaf.ndim - 1))
-
-        return jax.tree.map(times, vector)
-
-
-def _pair(example_axes):
-    if isinstance(example_axes, (tuple, list)):
-        inputs_axes, targets_axes = example_axes
-        return inputs_axes, targets_axes
-    return example_axes, example_axes
+        return self.first.pinv_product(vector[0]), scale_cases(inverse, self.second.pinv_product(vector[1]))

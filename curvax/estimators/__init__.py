@@ -5,14 +5,10 @@ from curvax.estimators.chapelle_erhan import chapelle_erhan_diagonal as chapelle
 from curvax.estimators.curvature_propagation import propagate_curvature as propagate_curvature
 from curvax.estimators.curvature_propagation import sampled_hessian_diagonal as sampled_hessian_diagonal
 from curvax.estimators.diagonals import hutchinson_diagonal as hutchinson_diagonal
-from curvax.estimators.eigenpairs import Eigenpairs as Eigenpairs
 from curvax.estimators.eigenpairs import top_eigenpairs as top_eigenpairs
-from curvax.estimators.lanczos import LanczosResult as LanczosResult
 from curvax.estimators.lanczos import gauss_quadrature as gauss_quadrature
 from curvax.estimators.lanczos import lanczos as lanczos
-from curvax.estimators.spectra import SpectralDensity as SpectralDensity
 from curvax.estimators.spectra import spectral_density as spectral_density
-from curvax.estimators.traces import TraceEstimate as TraceEstimate
 from curvax.estimators.traces import hutch_plus_plus as hutch_plus_plus
 from curvax.estimators.traces import hutchinson_trace as hutchinson_trace
 from curvax.estimators.traces import slq_logdet as slq_logdet

@@ -15,7 +15,7 @@ from curvax.types import Array, PyTree
 
 
 def becker_lecun_diagonal(at: CurvaturePoint, *, hessian: bool = False) -> PyTree:
-    r"""The diagonal of the Gauss-Newton matrix or the Hessian as Becker and LeCun approximate it.
+    r"""The diagonal of the Gauss-Newton matrix or the Hessian, penalty included, as Becker and LeCun approximate it.
 
     From the diagonal of the loss's Hessian at the outputs, second derivatives go backwards through every operation by
     the squares of its Jacobian: q_x = (J * J)^T q_y, so q_a = sq(W)^T q_s at a layer, q_s = sq(phi'(s)) q_a at an
@@ -23,7 +23,8 @@ def becker_lecun_diagonal(at: CurvaturePoint, *, hessian: bool = False) -> PyTre
     come out. It takes one backward sweep, with ``hessian=True`` another for da, has no noise, and is biased wherever
     operations mix their inputs: exact for the last layer, and for networks whose outputs each depend on paths of their
     own (LeCun et al. 1998 use it for learning rates). ``chapelle_erhan_diagonal`` and ``sampled_hessian_diagonal`` are
-    unbiased, by one and by three sweeps.
+    unbiased, by one and by three sweeps. Source: Becker and LeCun 1989; LeCun, Bottou, Orr and Mueller 1998, section 7;
+    Martens 2016, section 4.9.2.
 
     Args:
         at: The curvature point; of any model made of products, sums, elementwise functions and moves.
@@ -38,8 +39,6 @@ def becker_lecun_diagonal(at: CurvaturePoint, *, hessian: bool = False) -> PyTre
         >>> estimate = curvax.estimators.becker_lecun_diagonal(at, hessian=True)
         >>> bool(jnp.allclose(estimate, curvax.hessian(at).diagonal()))                  # nothing is mixed here
         True
-
-    Source: Becker and LeCun 1989; LeCun, Bottou, Orr and Mueller 1998, section 7; Martens 2016, section 4.9.2.
     """
     total = trees.zeros_like(at.params)
     for term, cases, piece in zip(at.terms, at.cases, at.pieces(), strict=True):
@@ -102,10 +101,10 @@ def _through_product(step, index, at_results):
 
 def _diagonal(matrix: OutputMatrix, outputs: PyTree) -> PyTree:
     """The diagonal of every case's matrix, by a product with each unit vector."""
-    count = sum(leaf.size // leaf.shape[0] for leaf in jax.tree.leaves(outputs))
 
     def add_column(total, column):
         vector = unit_vector(outputs, column)
         return trees.add(total, trees.multiply(vector, matrix.product(vector))), None
 
-    return jax.lax.scan(add_column, trees.zeros_like(outputs), jnp.arange(count))[0]
+    columns = jnp.arange(trees.size(trees.example_structure(outputs)))
+    return jax.lax.scan(add_column, trees.zeros_like(outputs), columns)[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 
 from curvax import trees
@@ -9,7 +11,7 @@ from curvax.layers.diagonals import sampled_squares
 from curvax.layers.find import Layers
 from curvax.layers.taps import tap
 from curvax.matrices.curvature import Pullback
-from curvax.matrices.linear_map import Diagonal, LeafScalars, LinearMap, Noise, Sum
+from curvax.matrices.linear_map import Diagonal, LinearMap, Noise, Sum
 from curvax.types import PyTree
 
 
@@ -47,8 +49,8 @@ def chapelle_erhan_diagonal(
             chapelle_erhan_diagonal(part, k, num_samples=num_samples, distribution=distribution, layers=layers)
             for part, k in zip(linear_map.maps, keys, strict=True)
         ]
-        return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *parts)
-    if isinstance(linear_map, (Diagonal, LeafScalars)):
+        return functools.reduce(trees.add, parts)
+    if isinstance(linear_map, Diagonal):
         return linear_map.diagonal()
 
     if layers is not None and isinstance(linear_map, Pullback):

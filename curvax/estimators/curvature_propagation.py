@@ -12,13 +12,13 @@ have E[s t^T] = H, at the cost of a backward pass each: noise is added wherever 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 
 import jax
 import jax.numpy as jnp
 
 from curvax import trees
 from curvax.layers.diagonals import products, with_penalty
+from curvax.layers.per_example import used_once
 from curvax.layers.taps import TappedPoint
 from curvax.objectives.penalty import Penalty
 from curvax.objectives.point import CurvaturePoint
@@ -33,7 +33,8 @@ def propagate_curvature(at: CurvaturePoint, key: Array) -> tuple[PyTree, PyTree]
     Noise is of signs, and independent at every operation and every example, so one draw is unbiased for the whole
     batch. ``s * t`` estimates the diagonal, ``s (t^T v)`` a product, and means over keys improve them; the paper finds
     the variance below that of (H v) v^T. For the Gauss-Newton matrix ``curvax.ggn(...).sample(key)`` is one vector u
-    that serves as both. A ``scan`` is unrolled while tracing.
+    that serves as both. A ``scan`` is unrolled while tracing. Source: Martens, Sutskever and Swersky 2012; Martens
+    2016, sections 3.4.4 and 4.9.4.
 
     Example:
         >>> objective = curvax.Objective(lambda w, x: w**3 * x, curvax.losses.squared_error())
@@ -43,8 +44,6 @@ def propagate_curvature(at: CurvaturePoint, key: Array) -> tuple[PyTree, PyTree]
         >>> s, t = jax.vmap(lambda k: curvax.estimators.propagate_curvature(at, k))(keys)
         >>> bool(jnp.allclose(jnp.mean(s * t, axis=0), jnp.array([9.0, 117.0]), rtol=0.1))
         True
-
-    Source: Martens, Sutskever and Swersky 2012; Martens 2016, sections 3.4.4 and 4.9.4.
     """
     _check_losses(at)
     keys = jax.random.split(key, len(at.terms) + 1)
@@ -71,7 +70,8 @@ def sampled_hessian_diagonal(tapped: TappedPoint, key: Array, *, num_samples: in
 
     Products are taken for each example and in the inputs and cotangents of its layers, so the variance falls with the
     number of examples, for two backward sweeps and the gradient's. Parameters without structure, those used more than
-    once and those under ``scan`` are estimated as by ``propagate_curvature``, from the sums over the examples.
+    once and those under ``scan`` are estimated as by ``propagate_curvature``, from the sums over the examples. Source:
+    Martens, Sutskever and Swersky 2012; the products by layers as in Martens 2016, section 4.9.3.
 
     Raises:
         ValueError: The model couples examples, or weights or a mask over the steps of sequences make the cases finer
@@ -85,8 +85,6 @@ def sampled_hessian_diagonal(tapped: TappedPoint, key: Array, *, num_samples: in
         >>> exact = curvax.hessian(tapped.point).diagonal()
         >>> bool(jnp.allclose(estimate, exact, rtol=0.2))
         True
-
-    Source: Martens, Sutskever and Swersky 2012; the products by layers as in Martens 2016, section 4.9.3.
     """
     scales = tapped.example_scales("sampled_hessian_diagonal")
     if tapped.layers.couples_examples:
@@ -108,13 +106,8 @@ def _layer_products(tapped, scales, key):
     """One draw of sum_i scale_i s_i * t_i, without the penalty."""
     point = tapped.point
     whole_key, *keys = jax.random.split(key, len(point.terms) + 1)
-    layers_of = Counter(leaf for layer in tapped.layers for leaf in layer.leaves)
-    single = {
-        (member.term, member.use)
-        for layer in tapped.layers
-        for member in layer.members
-        if len(layer.members) == 1 and all(layers_of[leaf] == 1 for leaf in layer.leaves) and _is_plain(tapped, member)
-    }
+    once = {(layer.members[0].term, layer.members[0].use): layer for layer in used_once(tapped.layers)}
+    single = {place: layer for place, layer in once.items() if _is_plain(tapped, *place)}
     raw = ([], [])
     for index, (term, cases, piece) in enumerate(zip(point.terms, point.cases, point.pieces(), strict=True)):
         uses = [geometry.use for geometry in tapped.taps[index].uses]
@@ -133,12 +126,7 @@ def _layer_products(tapped, scales, key):
             )
     left, right = (tapped.capture(side) for side in raw)
     estimate = products(tapped, left, right, scales)
-    done = {
-        leaf
-        for layer in tapped.layers
-        if (layer.members[0].term, layer.members[0].use) in single
-        for leaf in layer.leaves
-    }
+    done = {leaf for layer in single.values() for leaf in layer.leaves}
     left_alone = tapped.layers.unstructured if tapped.layers.fallback == "gradient" else ()
     others = [i for i in range(len(tapped.layers.paths)) if i not in done and i not in left_alone]
     if not others:
@@ -203,6 +191,6 @@ def _noise(step: Step, cotangents: list[Array], key: Array) -> tuple[list[Array]
     return [v * balance.astype(v.dtype) for v in signs], [x / balance.astype(x.dtype) for x in bend(*signs)]
 
 
-def _is_plain(tapped, member):
-    use = tapped.taps[member.term].uses[member.use].use
+def _is_plain(tapped, term, place):
+    use = tapped.taps[term].uses[place].use
     return not use.scans and use.side is not None

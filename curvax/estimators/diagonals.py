@@ -19,7 +19,8 @@ def hutchinson_diagonal(
 
     Exact for diagonal maps. Otherwise the variance of entry i is sum_{j != i} A_ij^2 / num_samples for Rademacher
     vectors, and with ``num_samples - 2`` in place of ``num_samples`` for normal ones: it is infinite below three.
-    Samples are taken one after another in the memory of one; ``jax.vmap`` over keys takes several together.
+    Samples are taken one after another in the memory of one; ``jax.vmap`` over keys takes several together. Source:
+    Bekas, Kokiopoulou and Saad 2007.
 
     Args:
         num_samples: How many v to draw, each for one product.
@@ -29,8 +30,6 @@ def hutchinson_diagonal(
         >>> A = curvax.Diagonal({"w": jnp.array([1.0, 2.0]), "b": jnp.array([3.0])})
         >>> curvax.estimators.hutchinson_diagonal(A, jax.random.key(0), num_samples=1)
         {'b': Array([3.], dtype=float...), 'w': Array([1., 2.], dtype=float...)}
-
-    Source: Bekas, Kokiopoulou and Saad 2007.
     """
     dtype = wide.dtype_of(linear_map)
     check_at_least("num_samples", num_samples, 1)

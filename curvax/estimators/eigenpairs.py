@@ -16,18 +16,13 @@ from curvax.types import Array, PyTree, Scalar
 
 
 class Eigenpairs(NamedTuple):
-    """Eigenvalues and eigenvectors, in the order asked for, and how good they are."""
+    """Eigenvalues and eigenvectors, the outermost first, and how good they are; the best found where not converged."""
 
-    values: Array
-    """lambda, shape (num_pairs,)."""
-    vectors: PyTree
-    """Orthonormal eigenvectors along the leading axis of every leaf; in float32 or wider."""
-    residuals: Array
-    """|A x - lambda x| / |A|, shape (num_pairs,), computed from A x; |A| is the largest Ritz value in magnitude."""
-    converged: Array
-    """Which residuals are within the tolerance, booleans of shape (num_pairs,)."""
-    restarts: Array
-    """How often the basis was filled up again, an integer."""
+    values: Array  # lambda, shape (num_pairs,)
+    vectors: PyTree  # orthonormal, along the leading axis of every leaf; in float32 or wider
+    residuals: Array  # |A x - lambda x| / |A|, shape (num_pairs,); |A| is the largest Ritz value in magnitude
+    converged: Array  # which residuals are within the tolerance, booleans of shape (num_pairs,)
+    restarts: Array  # how often the basis was filled up again
 
 
 def top_eigenpairs(
@@ -49,7 +44,8 @@ def top_eigenpairs(
     invariant a random orthogonal direction continues it. Once the wanted pairs have converged the search goes on from a
     random direction orthogonal to them, until it has converged on the same values again with the next Ritz value known
     well enough to stay behind. So eigenvalues are found with their multiplicity, for at least ``num_steps - num_pairs``
-    products more; no method that sees only products can exclude that a further copy was missed.
+    products more; no method that sees only products can exclude that a further copy was missed. Source: Wu and Simon
+    2000.
 
     Args:
         num_pairs: How many pairs; at most the number of parameters.
@@ -61,8 +57,6 @@ def top_eigenpairs(
             over the relative gap.
         which: ``"largest"``, ``"smallest"`` (the most negative end) or ``"magnitude"`` (largest absolute value first).
 
-    Returns:
-        ``Eigenpairs``, the outermost first. Where ``converged`` is false the pair is the best one found.
 
     Raises:
         ValueError: If a count is out of range or ``which`` is unknown.
@@ -71,8 +65,6 @@ def top_eigenpairs(
         >>> A = curvax.Diagonal({"w": jnp.array([5.0, -7.0, 1.0]), "b": jnp.array([5.0, 2.0])})
         >>> curvax.estimators.top_eigenpairs(A, jax.random.key(0), num_pairs=3).values.round(6)
         Array([5., 5., 2.], dtype=float...)
-
-    Source: Wu and Simon 2000.
     """
     dimension = trees.size(linear_map.structure)
     size = _basis_size(dimension, num_pairs, num_steps)

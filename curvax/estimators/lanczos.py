@@ -21,16 +21,11 @@ class LanczosResult(NamedTuple):
     A: A Q_m = Q_m T_m. The other vectors, their entries of T and the residual are zero.
     """
 
-    basis: PyTree
-    """Q: the orthonormal vectors, along the leading axis of every leaf; in float32 or wider."""
-    diagonal: Array
-    """alpha, shape (k,): the diagonal of T."""
-    off_diagonal: Array
-    """beta, shape (k - 1,): the off-diagonal of T."""
-    residual: PyTree
-    """r, one vector: what the next step would normalise."""
-    num_valid: Array
-    """m, an integer: the number of steps made."""
+    basis: PyTree  # Q: the orthonormal vectors, along the leading axis of every leaf; in float32 or wider
+    diagonal: Array  # alpha, shape (k,): the diagonal of T
+    off_diagonal: Array  # beta, shape (k - 1,): the off-diagonal of T
+    residual: PyTree  # r, one vector: what the next step would normalise
+    num_valid: Array  # m, an integer: the number of steps made
 
 
 def lanczos(linear_map: LinearMap, start: PyTree, *, num_steps: int) -> LanczosResult:
@@ -38,7 +33,8 @@ def lanczos(linear_map: LinearMap, start: PyTree, *, num_steps: int) -> LanczosR
 
     Each new vector is orthogonalised twice against all earlier ones, so that the basis is orthonormal to rounding, at
     the price of O(n k^2) operations. A new part that is not above rounding, relative to the largest product so far,
-    means an invariant space and ends the process.
+    means an invariant space and ends the process. Source: Lanczos 1950; Parlett 1998, The Symmetric Eigenvalue Problem,
+    section 6.9 (twice is enough) and chapter 13.
 
     Args:
         start: b, a pytree with the structure of the map, of any non-zero length. From a zero vector no step is made.
@@ -52,8 +48,6 @@ def lanczos(linear_map: LinearMap, start: PyTree, *, num_steps: int) -> LanczosR
         >>> result = curvax.estimators.lanczos(A, {"w": jnp.ones(3)}, num_steps=5)
         >>> result.num_valid.item(), result.diagonal.round(6)
         (3, Array([2., 2., 2., 0., 0.], dtype=float...))
-
-    Source: Lanczos 1950; Parlett 1998, The Symmetric Eigenvalue Problem, section 6.9 (twice is enough) and chapter 13.
     """
     trees.check_like(start, linear_map.structure, "start", "the map's vectors")
     check_at_least("num_steps", num_steps, 1)
@@ -92,7 +86,7 @@ def gauss_quadrature(result: LanczosResult) -> tuple[Array, Array]:
     r"""The Gauss quadrature of k Lanczos steps: b^T f(A) b / |b|^2 ~ sum_j w_j f(theta_j).
 
     The nodes theta_j are the eigenvalues of T, the weights w_j the squared first entries of its eigenvectors. The sum
-    is exact for polynomials f up to degree 2k - 1.
+    is exact for polynomials f up to degree 2k - 1. Source: Golub and Welsch 1969; Golub and Meurant 2010, chapter 6.
 
     Returns:
         ``(nodes, weights)``, each of shape (k,). The first ``num_valid`` nodes ascend and their weights sum to one; the
@@ -103,8 +97,6 @@ def gauss_quadrature(result: LanczosResult) -> tuple[Array, Array]:
         >>> nodes, weights = curvax.estimators.gauss_quadrature(curvax.estimators.lanczos(A, jnp.ones(3), num_steps=2))
         >>> (3 * weights @ nodes**3).item()
         73.0...
-
-    Source: Golub and Welsch 1969; Golub and Meurant 2010, chapter 6.
     """
     order = jnp.arange(result.diagonal.shape[0])
     valid = order < result.num_valid

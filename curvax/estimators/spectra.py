@@ -20,17 +20,11 @@ class SpectralDensity(NamedTuple):
     It is the mean over the samples of sum_j w_j delta(t - theta_j).
     """
 
-    nodes: Array
-    """theta, shape (num_samples, num_steps): the Ritz values, which are points of or between the eigenvalues."""
-    weights: Array
-    """w, of the same shape: non-negative, with sum one for each sample."""
+    nodes: Array  # theta, shape (num_samples, num_steps): the Ritz values, at or between the eigenvalues
+    weights: Array  # w, of the same shape: non-negative, with sum one for each sample
 
     def evaluate(self, grid: Array, width: Scalar) -> Array:
-        """The density smoothed by a Gaussian, at the points of ``grid``.
-
-        Returns:
-            The values, shaped like ``grid``; their integral over the real line is one.
-        """
+        """The density smoothed by a Gaussian of standard deviation ``width``, at the points of ``grid``."""
         width = jnp.asarray(width, self.nodes.dtype)
         height = width * jnp.sqrt(2 * jnp.pi).astype(width.dtype)
         return self._mean(grid, lambda t: jnp.exp(-0.5 * ((t - self.nodes) / width) ** 2) / height)
@@ -51,7 +45,8 @@ def spectral_density(linear_map: LinearMap, key: Array, *, num_steps: int, num_s
 
     From each of ``num_samples`` random directions, ``num_steps`` Lanczos steps give the Gauss quadrature of the
     density as that direction sees it. Moments up to order 2 num_steps - 1 are unbiased; the outermost nodes settle on
-    the outermost eigenvalues first.
+    the outermost eigenvalues first. Source: Lin, Saad and Yang 2016, section 3.2; Ghorbani, Krishnan and Xiao 2019,
+    Algorithm 1.
 
     Args:
         num_steps: Lanczos steps for each sample, and vectors held in memory.
@@ -62,8 +57,6 @@ def spectral_density(linear_map: LinearMap, key: Array, *, num_steps: int, num_s
         >>> density = curvax.estimators.spectral_density(A, jax.random.key(0), num_steps=2, num_samples=3)
         >>> density.cumulative(jnp.array([-1.0, 2.0, 5.0]))
         Array([0.  , 0.75, 1.  ], dtype=float...)
-
-    Source: Lin, Saad and Yang 2016, section 3.2; Ghorbani, Krishnan and Xiao 2019, Algorithm 1.
     """
     check_at_least("num_samples", num_samples, 1)
 

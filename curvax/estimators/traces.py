@@ -19,10 +19,8 @@ from curvax.types import Array, Scalar
 class TraceEstimate(NamedTuple):
     """An unbiased estimate of a trace and what it may be off by."""
 
-    value: Array
-    """The estimate, a scalar."""
-    standard_error: Array
-    """Its estimated standard deviation; infinite where one sample cannot tell."""
+    value: Array  # the estimate, a scalar
+    standard_error: Array  # its estimated standard deviation; infinite where one sample cannot tell
 
 
 def hutchinson_trace(
@@ -32,6 +30,7 @@ def hutchinson_trace(
 
     Costs ``num_samples`` calls of ``linear_map.quadratic``, which for Gauss-Newton and Fisher maps is a forward pass
     only. Samples are taken one after another in the memory of one; ``jax.vmap`` over keys takes several together.
+    Source: Hutchinson 1990; Avron and Toledo 2011 (the variances).
 
     Args:
         distribution: The noise; ``curvax.trees.random_rademacher`` (entries -1 or +1) has the lowest variance, and
@@ -41,8 +40,6 @@ def hutchinson_trace(
         >>> A = curvax.Diagonal({"w": jnp.array([1.0, 2.0]), "b": jnp.array([3.0])})
         >>> curvax.estimators.hutchinson_trace(A, jax.random.key(0), num_samples=2)
         TraceEstimate(value=Array(6., dtype=float...), standard_error=Array(0., dtype=float...))
-
-    Source: Hutchinson 1990; Avron and Toledo 2011 (the variances).
     """
     check_at_least("num_samples", num_samples, 1)
     dtype = wide.dtype_of(linear_map)
@@ -57,15 +54,13 @@ def hutch_plus_plus(linear_map: LinearMap, key: Array, *, num_products: int) -> 
     r"""The trace on the range of a random sketch exactly, and Hutchinson's estimate of the rest.
 
     With Q an orthonormal basis of A S for random S, trace A = trace Q^T A Q + trace P A P, P = I - Q Q^T. The first
-    part takes two thirds of the products, the second is estimated with the remaining third. For positive semi-definite
+    part takes two thirds of the products, the second, whose is the standard error, the rest. For positive semi-definite
     A the relative error falls as 1 / num_products, against 1 / sqrt(num_products) for Hutchinson; a map of rank at most
-    ``num_products // 3`` gives its trace exactly.
+    ``num_products // 3`` gives its trace exactly. Source: Meyer, Musco, Musco and Woodruff 2021, Algorithm 1.
 
     Args:
         num_products: The number of products with A. A third as many vectors are held in memory, three times over.
 
-    Returns:
-        A ``TraceEstimate``; the standard error is that of the second part.
 
     Raises:
         ValueError: If ``num_products`` is less than 3 or the sketch would be wider than the number of parameters.
@@ -74,8 +69,6 @@ def hutch_plus_plus(linear_map: LinearMap, key: Array, *, num_products: int) -> 
         >>> A = curvax.from_matvec(lambda v: jnp.full(50, 2.0) * jnp.sum(v), jnp.zeros(50))  # rank one
         >>> curvax.estimators.hutch_plus_plus(A, jax.random.key(0), num_products=6).value.round(6)
         Array(100., dtype=float...)
-
-    Source: Meyer, Musco, Musco and Woodruff 2021, Algorithm 1.
     """
     check_at_least("num_products", num_products, 3)
     width = num_products // 3
@@ -97,14 +90,13 @@ def xtrace(linear_map: LinearMap, key: Array, *, num_products: int) -> TraceEsti
     With test vectors w_1 ... w_k, k = num_products / 2, and Q_i an orthonormal basis of the products A w_j, j != i, it
     is the mean over i of trace Q_i^T A Q_i + (n - k + 1) u^T A u / |u|^2, u = (I - Q_i Q_i^T) w_i. All come from one
     factorisation of A Omega = Q R: Q_i Q_i^T = Q (I - s_i s_i^T) Q^T for the unit vector s_i orthogonal to the columns
-    of R other than i. A map of rank less than k gives its trace exactly.
+    of R other than i. A map of rank less than k gives its trace exactly. The standard error takes the k leave-one-out
+    estimates as independent, which they are not quite: it can be about a fifth too small. Source: Epperly, Tropp and
+    Webber 2024, XTrace with normalised test vectors.
 
     Args:
         num_products: The number of products with A, even. Half as many vectors are held in memory, five times over.
 
-    Returns:
-        A ``TraceEstimate``; the standard error is that of the k leave-one-out estimates taken as independent, which
-        they are not quite: it can be about a fifth too small.
 
     Raises:
         ValueError: If ``num_products`` is odd, less than 4 or more than twice the number of parameters.
@@ -113,8 +105,6 @@ def xtrace(linear_map: LinearMap, key: Array, *, num_products: int) -> TraceEsti
         >>> A = curvax.from_matvec(lambda v: jnp.full(50, 2.0) * jnp.sum(v), jnp.zeros(50))  # rank one
         >>> curvax.estimators.xtrace(A, jax.random.key(0), num_products=4).value.round(6)
         Array(100., dtype=float...)
-
-    Source: Epperly, Tropp and Webber 2024, XTrace with normalised test vectors.
     """
     if num_products < 4 or num_products % 2:
         raise ValueError(f"num_products is {num_products}; it must be even and at least 4")
@@ -143,17 +133,13 @@ def xtrace(linear_map: LinearMap, key: Array, *, num_products: int) -> TraceEsti
 
 
 def slq_trace(
-    function: Callable[[Array], Array],
-    linear_map: LinearMap,
-    key: Array,
-    *,
-    num_steps: int,
-    num_samples: int,
+    function: Callable[[Array], Array], linear_map: LinearMap, key: Array, *, num_steps: int, num_samples: int
 ) -> TraceEstimate:
     r"""trace f(A) by stochastic Lanczos quadrature: the mean of v^T f(A) v, each by ``num_steps`` Lanczos steps.
 
     The sampling error falls with ``num_samples`` and is what ``standard_error`` tells; the error of the quadrature,
-    zero for polynomials f up to degree 2 num_steps - 1, falls with ``num_steps`` and is not in it.
+    zero for polynomials f up to degree 2 num_steps - 1, falls with ``num_steps`` and is not in it. Source: Ubaru, Chen
+    and Saad 2017, Algorithm 1.
 
     Args:
         function: f, elementwise on arrays of eigenvalues.
@@ -164,8 +150,6 @@ def slq_trace(
         >>> A = curvax.Diagonal(jnp.array([1.0, 4.0, 9.0]))
         >>> curvax.estimators.slq_trace(jnp.sqrt, A, jax.random.key(0), num_steps=3, num_samples=2).value.round(6)
         Array(6., dtype=float...)
-
-    Source: Ubaru, Chen and Saad 2017, Algorithm 1.
     """
     check_at_least("num_samples", num_samples, 1)
     dimension = trees.size(linear_map.structure)
@@ -183,19 +167,18 @@ def slq_logdet(
 ) -> TraceEstimate:
     r"""log det(A + damping I) = trace log(A + damping I), by stochastic Lanczos quadrature.
 
+    It is not a number where the Lanczos process meets a negative eigenvalue of A + damping I. Source: Ubaru, Chen and
+    Saad 2017, section 3.
+
     Args:
         linear_map: A, symmetric, with A + damping I positive definite.
         num_steps: As in ``slq_trace``; about sqrt(condition number) are needed.
 
-    Returns:
-        A ``TraceEstimate``; not a number where the Lanczos process meets a negative eigenvalue of A + damping I.
 
     Example:
         >>> A = curvax.Diagonal(jnp.array([1.0, 2.0, 4.0]))
         >>> curvax.estimators.slq_logdet(A, jax.random.key(0), num_steps=3, num_samples=2).value.round(6)
         Array(2.079442, dtype=float...)
-
-    Source: Ubaru, Chen and Saad 2017, section 3.
     """
 
     def function(nodes):

@@ -14,4 +14,3 @@ from curvax.layers.per_example import per_example_gradients as per_example_gradi
 from curvax.layers.sample_space import gram as gram
 from curvax.layers.taps import TappedPoint as TappedPoint
 from curvax.layers.taps import tap as tap
-from curvax.layers.use import LayerUse as LayerUse

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from curvax.layers.taps import TappedPoint
 from curvax.layers.use import LayerUse
 from curvax.matrices.linear_map import Noise
 from curvax.objectives.output_matrix import OutputMatrix
-from curvax.objectives.point import CurvaturePoint, Piece
+from curvax.objectives.point import CurvaturePoint
 from curvax.types import Array, PyTree
 
 
@@ -63,7 +63,7 @@ def sampled_ggn_diagonal(tapped: TappedPoint, key: Array, *, num_samples: int = 
         Array([[ 5.],
                [10.]], dtype=float...)
     """
-    matrices = output_matrices(tapped, _curvature)
+    matrices = _curvatures(tapped)
     return with_penalty(tapped.point, sampled_squares(tapped, matrices, key, num_samples, trees.random_rademacher))
 
 
@@ -104,7 +104,7 @@ def exact_ggn_diagonal(tapped: TappedPoint) -> PyTree:
         [[1. 1.]]
     """
     scales = tapped.example_scales("exact_ggn_diagonal")
-    matrices = output_matrices(tapped, _curvature)
+    matrices = _curvatures(tapped)
 
     def one(total, column):
         seeds = tuple(matrix.sqrt_transpose_product(unit_vector(matrix.root_structure, column)) for matrix in matrices)
@@ -116,30 +116,21 @@ def exact_ggn_diagonal(tapped: TappedPoint) -> PyTree:
     return with_penalty(tapped.point, trees.add(total, diagonal_without_structure(tapped, matrices, scales)))
 
 
-def output_matrices(tapped: TappedPoint, make: Callable[[Piece], OutputMatrix]) -> list[OutputMatrix]:
-    """The matrix on the outputs of each term."""
-    return [make(piece) for piece in tapped.point.pieces()]
-
-
 def num_columns(matrix: OutputMatrix) -> int:
     """How many columns the root S^T of an output matrix has for each example."""
-    return sum(leaf.size // leaf.shape[0] for leaf in jax.tree.leaves(matrix.root_structure))
+    return trees.size(trees.example_structure(matrix.root_structure))
 
 
 def unit_vector(structure: PyTree, column: Array) -> PyTree:
     """The unit vector e_column for every example, in the arrays of ``structure``; zero behind the last one."""
-    leaves, treedef = jax.tree.flatten(structure)
-    start, filled = 0, []
-    for leaf in leaves:
-        size = leaf.size // leaf.shape[0]
-        unit = (jnp.arange(size) == column - start).astype(leaf.dtype).reshape(leaf.shape[1:])
-        filled.append(jnp.broadcast_to(unit, leaf.shape))
-        start += size
-    return treedef.unflatten(filled)
+    example = trees.example_structure(structure)
+    unit = trees.unravel(jnp.arange(trees.size(example)) == column, example)
+    return jax.tree.map(lambda x, leaf: jnp.broadcast_to(x, leaf.shape), unit, structure)
 
 
-def _curvature(piece):
-    return piece.loss.curvature(piece.outputs, piece.targets)
+def _curvatures(tapped):
+    """The matrix of the Gauss-Newton products on the outputs of each term."""
+    return [piece.loss.curvature(piece.outputs, piece.targets) for piece in tapped.point.pieces()]
 
 
 def products(tapped: TappedPoint, left: list[LayerUse], right: list[LayerUse], scales: list[Array]) -> PyTree:

@@ -41,7 +41,8 @@ def layer_hessian(tapped: TappedPoint) -> LinearMap:
     S^2 + S sum_l |a_l| numbers for S outputs of layers, not the square of the number of parameters; see ``stored``.
 
     The model runs on one example at a time: what it makes from the size of its batch or from places in it, such as a
-    dropout mask from a key of its own, is not seen. Hand such numbers in as inputs.
+    dropout mask from a key of its own, is not seen. Hand such numbers in as inputs. Source: the low-rank structure of
+    "Understanding and exploiting the low-rank structure of deep networks" (2018), eqs. 1 to 7 and appendix B.
 
     Returns:
         The map, with ``to_dense``, ``diagonal``, ``quadratic`` and the rest of the protocol; for objectives without a
@@ -61,9 +62,6 @@ def layer_hessian(tapped: TappedPoint) -> LinearMap:
         True
         >>> H.stored                                                          # numbers for an example, and dense
         (28, 21)
-
-    Source: the low-rank structure of "Understanding and exploiting the low-rank structure of deep networks" (2018),
-        eqs. 1 to 7 and appendix B.
     """
     scales = tapped.example_scales("layer_hessian")
     layers, point = tapped.layers, tapped.point
@@ -95,21 +93,12 @@ def layer_hessian(tapped: TappedPoint) -> LinearMap:
 @register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class TermStructure:
-    """The structure of one term's examples, each leaf with a leading axis of examples.
+    """The structure of one term's examples, each leaf with a leading axis of examples, lists over uses of layers."""
 
-    Attributes:
-        inputs: a, for each use of a layer as the model has it.
-        cotangents: ds, likewise.
-        curvature: K, shape (examples, S, S).
-        responses: A, for each use (..., S); None where the input is data or indices.
-        scale: The factor of each example.
-        parts: How uses and parameters belong together.
-    """
-
-    inputs: list[Array | None]
-    cotangents: list[Array]
-    curvature: Array
-    responses: list[Array | None]
+    inputs: list[Array | None]  # a, as the model has it
+    cotangents: list[Array]  # ds
+    curvature: Array  # K, shape (examples, S, S)
+    responses: list[Array | None]  # A, shape (..., S); None where the input is data or indices
     scale: Array
     parts: _Parts = dataclasses.field(metadata={"static": True})
 
@@ -117,12 +106,7 @@ class TermStructure:
 @register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayerHessian(LinearMap):
-    """The map of ``layer_hessian``, without the penalty.
-
-    Attributes:
-        terms: The structure of each term of the objective.
-        params: The parameters, for their shapes.
-    """
+    """The map of ``layer_hessian``, without the penalty."""
 
     terms: tuple[TermStructure, ...]
     params: PyTree

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from curvax.layers.find import Layer, Layers
 from curvax.layers.taps import TappedPoint
 from curvax.layers.use import LayerUse, rows_of_columns
 from curvax.types import Array, PyTree
@@ -127,13 +128,15 @@ def split_uses(tapped: TappedPoint, captured: list[LayerUse]) -> tuple[list[Laye
 
     For the first kind, squares and inner products of the layer's matrices are those of the parameters' gradients.
     """
-    layers_of = Counter(leaf for layer in tapped.layers for leaf in layer.leaves)
-    apart, together = [], []
-    for use in captured:
-        alone = len(use.layer.members) == 1 and use.layer.only_moves
-        alone = alone and all(layers_of[leaf] == 1 for leaf in use.layer.leaves)
-        (apart if alone else together).append(use)
-    return apart, together
+    single = {layer.name for layer in used_once(tapped.layers) if layer.only_moves}
+    apart = [use for use in captured if use.layer.name in single]
+    return apart, [use for use in captured if use.layer.name not in single]
+
+
+def used_once(layers: Layers) -> list[Layer]:
+    """The layers with a single use that share none of their parameters."""
+    layers_of = Counter(leaf for layer in layers for leaf in layer.leaves)
+    return [x for x in layers if len(x.members) == 1 and all(layers_of[leaf] == 1 for leaf in x.leaves)]
 
 
 def _each_column(tapped, uses):

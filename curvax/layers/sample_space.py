@@ -8,6 +8,7 @@ layers are used once.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 from typing import Literal
 
@@ -21,6 +22,7 @@ from curvax.layers.taps import TappedPoint
 from curvax.layers.use import replicated
 from curvax.matrices.curvature import GaussNewton, OutputCurvature, check_curvature
 from curvax.matrices.linear_map import Diagonal
+from curvax.objectives.term import scale_cases
 from curvax.types import Array, PyTree, Scalar
 
 
@@ -89,8 +91,7 @@ class SampleSpace:
         vector = self._structured(vector)
         parts = []
         for matrix, root, piece in zip(self.matrices, self.roots, self.pieces, strict=True):
-            leaves = jax.tree.leaves(matrix.sqrt_product(piece.jvp(vector)))
-            rows = jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], axis=1)
+            rows = jax.vmap(trees.ravel)(matrix.sqrt_product(piece.jvp(vector)))
             parts.append(replicated(rows * root[:, None].astype(rows.dtype)).reshape(-1))
         return jnp.concatenate(parts)
 
@@ -101,14 +102,9 @@ class SampleSpace:
             size = root.shape[0] * columns
             part = rows[start : start + size].reshape(root.shape[0], columns) * root[:, None].astype(rows.dtype)
             start += size
-            leaves, treedef = jax.tree.flatten(matrix.root_structure)
-            filled, at = [], 0
-            for leaf in leaves:
-                width = leaf.size // leaf.shape[0]
-                filled.append(part[:, at : at + width].reshape(leaf.shape).astype(leaf.dtype))
-                at += width
-            seeds = matrix.sqrt_transpose_product(treedef.unflatten(filled))
-            total = trees.add(total, piece.transpose(seeds))
+            example = trees.example_structure(matrix.root_structure)
+            roots = jax.vmap(functools.partial(trees.unravel, like=example))(part)
+            total = trees.add(total, piece.transpose(matrix.sqrt_transpose_product(roots)))
         return self._structured(total)
 
     def gram(self) -> Array:
@@ -119,32 +115,15 @@ class SampleSpace:
         """y -> K y, without K where every layer has its parameters to itself and one position per example."""
         captured = self._pull_back_rows()
         apart, together = split_uses(self.tapped, captured)
-        simple = all(use.kind == "dense" and use.cotangents.shape[1:4:2] == (1, 1) for use in apart)
-        biases = [use for use in apart if use.kind in ("scale", "shift")]
-        if together or len(self.columns) > 1 or not (simple or biases):
+        factors = [pair for pair in map(_gram_factors, apart) if pair is not None]
+        if together or len(self.columns) > 1 or len(factors) < len(apart):
             return lambda rows: self.project(self.lift(rows))
-        factors = []
-        for use in apart:
-            if use.kind == "dense" and use.cotangents.shape[1:4:2] == (1, 1):
-                assert use.inputs is not None
-                inputs = use.inputs[0, :, 0]
-                factors.append((inputs @ inputs.T, use.cotangents[:, 0, :, 0]))
-            elif use.kind in ("scale", "shift"):
-                each = jax.vmap(lambda ds, use=use: use._replace(cotangents=ds).per_example())(use.cotangents)
-                factors.append((None, each.reshape(*each.shape[:2], -1)))
-            else:
-                return lambda rows: self.project(self.lift(rows))
-        (count,), (columns,) = (root.shape[0] for root in self.roots), self.columns
 
         def product(rows):
-            rows = rows.reshape(count, columns)
+            rows = rows.reshape(-1, self.columns[0])
             total = jnp.zeros_like(rows)
-            for inputs, cotangents in factors:
-                summed = jnp.einsum("nc,cno->no", rows, cotangents)
-                if inputs is None:  # an elementwise parameter: its gradients are the cotangents themselves
-                    total += jnp.einsum("o,cno->nc", jnp.sum(summed, axis=0), cotangents)
-                else:
-                    total += jnp.einsum("no,cno->nc", inputs @ summed, cotangents)
+            for mix, cotangents in factors:
+                total += jnp.einsum("no,cno->nc", mix(jnp.einsum("nc,cno->no", rows, cotangents)), cotangents)
             return total.reshape(-1)
 
         return product
@@ -214,11 +193,24 @@ class SampleSpace:
 
         def seeds(matrix, root, columns):
             def one(column):
-                seed = matrix.sqrt_transpose_product(unit_vector(matrix.root_structure, column))
-                return jax.tree.map(lambda z: z * root.reshape(-1, *(1,) * (z.ndim - 1)).astype(z.dtype), seed)
+                return scale_cases(root, matrix.sqrt_transpose_product(unit_vector(matrix.root_structure, column)))
 
             return jax.vmap(one)(jnp.arange(columns))
 
         terms = zip(self.matrices, self.roots, self.columns, strict=True)
         captured = self.tapped.pull_back_columns(tuple(seeds(*term) for term in terms))
         return [use for use in captured if not self.without & set(use.layer.leaves)]
+
+
+def _gram_factors(use):
+    """(M, dS) with K y = sum_n (M sum_m y_m dS_m)_n dS_n for a use's part of K; None where it has no such form.
+
+    For a layer M is A A^T; the gradients of an elementwise parameter are the cotangents themselves, M sums over all.
+    """
+    if use.kind in ("scale", "shift"):
+        each = jax.vmap(lambda ds: use._replace(cotangents=ds).per_example())(use.cotangents)
+        return lambda summed: jnp.broadcast_to(jnp.sum(summed, axis=0), summed.shape), each.reshape(*each.shape[:2], -1)
+    if use.kind == "dense" and use.cotangents.shape[1:4:2] == (1, 1):
+        inputs = use.inputs[0, :, 0]
+        return functools.partial(jnp.matmul, inputs @ inputs.T), use.cotangents[:, 0, :, 0]
+    return None

@@ -39,33 +39,21 @@ def compact_map(scale: Scalar, vectors: PyTree, core: Array, used: Array | None 
 
 
 class Spectrum(NamedTuple):
-    """The eigenvalues of a compact map.
+    """The eigenvalues of a compact map."""
 
-    Attributes:
-        values: Those along the columns of P = Psi T, an orthonormal basis of the range of Psi; shape (k,).
-        basis: T, shape (k, k). A column is zero where Psi has less than k dimensions, its value then is large.
-        rest: The eigenvalue on everything orthogonal to Psi, gamma; where Psi spans everything gamma is none, and one
-            of the others stands in its place.
-        rank: The dimension of the range of Psi.
-    """
-
+    # Those along the columns of P = Psi T, an orthonormal basis of the range of Psi, shape (k,); and T, shape (k, k). A
+    # column is zero where Psi has less than k dimensions, its value then is large.
     values: Array
     basis: Array
+    # On everything orthogonal to Psi, gamma; where Psi spans everything gamma is none, and it is one of the others.
     rest: Array
-    rank: Array
+    rank: Array  # the dimension of the range of Psi
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class CompactMap(LinearMap):
-    """scale * I + Psi C^{-1} Psi^T; see ``compact_map``.
-
-    Attributes:
-        vectors: Psi, a pytree whose leaves have a leading axis of length k.
-        core: C, shape (k, k).
-        gram: Psi^T Psi, shape (k, k).
-        used: Which vectors count, shape (k,).
-    """
+    """scale * I + Psi C^{-1} Psi^T; the fields are the arguments of ``compact_map``, and ``gram`` is Psi^T Psi."""
 
     scale: Array
     vectors: PyTree
@@ -75,7 +63,7 @@ class CompactMap(LinearMap):
 
     @property
     def structure(self) -> PyTree:
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), self.vectors)
+        return trees.example_structure(self.vectors)
 
     def __call__(self, vector: PyTree) -> PyTree:
         trees.check_like(vector, self.structure, "vector", "the map's vectors")

@@ -52,10 +52,9 @@ def ggn(at: CurvaturePoint) -> LinearMap:
     r"""The generalised Gauss-Newton matrix G = (1/N) sum_i J_i^T C_i J_i, with C the loss's matrix on the outputs.
 
     C is the Hessian H_L of the loss in the outputs for convex losses, else what the loss documents as its
-    ``curvature``; G is positive semi-definite whenever C is. Schraudolph 2002; Martens 2016, eq. 3.3.
+    ``curvature``; G is positive semi-definite whenever C is. ``sample`` draws from N(0, G) by one pull back, unbiased
+    squares of which estimate the diagonal. Schraudolph 2002; Martens 2016, eq. 3.3.
 
-    Returns:
-        The map. ``sample`` draws from N(0, G) by one pull back, unbiased squares of which estimate the diagonal.
 
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.sigmoid_binary_cross_entropy())
@@ -71,13 +70,11 @@ def fisher(at: CurvaturePoint, *, key: jax.Array | None = None, num_samples: int
 
     With ``key`` and ``num_samples`` it is the Monte-Carlo estimate (1/(N S)) sum_is g_is g_is^T with gradients g at
     targets drawn from the model's own distribution; every example has a key of its own, so the draw does not depend on
-    the chunk size. Martens 2016, eq. 5.4.
+    the chunk size. It is ``ggn`` for losses with ``natural`` set. Martens 2016, eq. 5.4.
 
     Args:
         num_samples: S, targets drawn for each example.
 
-    Returns:
-        The map; equal to ``ggn`` for losses with ``natural`` set.
 
     Raises:
         ValueError: Only one of ``key`` and ``num_samples`` is given, or the loss has no exact Fisher matrix.
@@ -116,14 +113,13 @@ def over_batches(
     r"""A curvature matrix over a data loader: the matrix of all batches taken together, accumulated one at a time.
 
     Every term's mean is over its cases in all batches, whatever the sizes of the batches. Each product reads all
-    batches anew; the work on one batch is compiled once for each batch shape.
+    batches anew; the work on one batch is compiled once for each batch shape. The map holds Python objects: call it
+    outside ``jit``.
 
     Args:
         make: (at) -> map, such as ``curvax.ggn`` or ``curvax.hessian``.
         batches: Batches that can be iterated over again and again: a list or a loader, not a generator.
 
-    Returns:
-        The map. It holds Python objects: call it outside ``jit``.
 
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
@@ -135,13 +131,9 @@ def over_batches(
 
 
 class Curvature(abc.ABC):
-    """Which curvature matrix a method uses: a value, so that it can be compared, printed and passed on.
+    """Which curvature matrix a method uses: a value, so that it can be compared, printed and passed on."""
 
-    Attributes:
-        definite: Whether the matrix is positive semi-definite whatever the point.
-    """
-
-    definite: bool = True
+    definite: bool = True  # whether the matrix is positive semi-definite whatever the point
 
     @abc.abstractmethod
     def at(self, point: CurvaturePoint, key: jax.Array | None = None) -> LinearMap:
@@ -153,17 +145,12 @@ class OutputCurvature(Curvature):
 
     @abc.abstractmethod
     def output_matrix(self, piece: Piece) -> OutputMatrix:
-        """C on the outputs of a piece of the batch; ``piece.extra`` holds a key for each example if targets are drawn.
-
-        It is without the weights of the cases.
-        """
+        """C on the outputs of a piece, without weights; ``piece.extra`` holds the keys where targets are drawn."""
 
     def at(self, point: CurvaturePoint, key: jax.Array | None = None) -> LinearMap:
         keys = self.keys(point, key)
-        if point.chunk_size is not None:
-            extras = keys
-        else:
-            extras = tuple(self.output_matrix(piece) for piece in point.pieces(keys))
+        whole = point.chunk_size is None
+        extras = tuple(self.output_matrix(piece) for piece in point.pieces(keys)) if whole else keys
         return with_penalty(Pullback(point, extras, self), point)
 
     def keys(self, point: CurvaturePoint, key: jax.Array | None) -> tuple[Any, ...] | None:
@@ -181,11 +168,7 @@ class GaussNewton(OutputCurvature):
 
 @dataclasses.dataclass(frozen=True)
 class Fisher(OutputCurvature):
-    """The Fisher matrix, see ``fisher``; with ``num_samples`` from targets drawn anew at every step.
-
-    Attributes:
-        num_samples: S, or None for the exact matrix.
-    """
+    """The Fisher matrix, see ``fisher``: exact, or with ``num_samples`` from targets drawn anew at every step."""
 
     num_samples: int | None = None
 
@@ -250,16 +233,10 @@ def check_curvature(name: str, curvature: Any, kind: type = Curvature) -> None:
 @register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pullback(LinearMap):
-    """(1/N) sum_i J_i^T C_i J_i for a matrix C on the outputs; without the penalty.
-
-    Attributes:
-        point: The linearisation.
-        extras: For each term C itself, or in chunks what C is made from.
-        curvature: What makes C.
-    """
+    """(1/N) sum_i J_i^T C_i J_i for a matrix C on the outputs; without the penalty."""
 
     point: CurvaturePoint
-    extras: tuple[Any, ...] | None
+    extras: tuple[Any, ...] | None  # for each term C itself, or in chunks what C is made from
     curvature: OutputCurvature = dataclasses.field(metadata={"static": True})
 
     @property
@@ -275,22 +252,14 @@ class Pullback(LinearMap):
 
         return self.point.accumulate(one, self.extras)
 
-    def quadratic(self, vector: PyTree) -> jax.Array:
-        trees.check_like(vector, self.point.params, "vector")
-
-        def one(piece):
-            tangent = piece.jvp(vector)
-            return trees.vdot(tangent, scale_cases(piece.scale, self._matrix(piece).product(tangent)))
-
-        return self.point.accumulate(one, self.extras)
-
     def bilinear(self, left: PyTree, right: PyTree) -> jax.Array:
-        trees.check_like(left, self.point.params, "left")
-        trees.check_like(right, self.point.params, "right")
+        trees.check_like(left, self.point.params, "vector")
+        trees.check_like(right, self.point.params, "vector")
 
         def one(piece):
-            curved = self._matrix(piece).product(piece.jvp(right))
-            return trees.vdot(piece.jvp(left), scale_cases(piece.scale, curved))
+            tangent = piece.jvp(right)
+            curved = scale_cases(piece.scale, self._matrix(piece).product(tangent))
+            return trees.vdot(tangent if left is right else piece.jvp(left), curved)
 
         return self.point.accumulate(one, self.extras)
 
@@ -305,7 +274,7 @@ class Pullback(LinearMap):
         def one(piece):
             noise_keys, extra = (piece.extra, None) if self.extras is None else piece.extra
             matrix = self._matrix(piece._replace(extra=extra))
-            example = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), matrix.root_structure)
+            example = trees.example_structure(matrix.root_structure)
             noise = jax.vmap(lambda k: distribution(k, example))(noise_keys)
             return piece.transpose(scale_cases(jnp.sqrt(piece.scale), matrix.sqrt_transpose_product(noise)))
 
@@ -342,9 +311,9 @@ class HessianMap(LinearMap):
         return self.point.accumulate(one)
 
     def bilinear(self, left: PyTree, right: PyTree) -> jax.Array:
-        trees.check_like(left, self.point.params, "left")
-        trees.check_like(right, self.point.params, "right")
         params = self.point.params
+        trees.check_like(left, params, "left")
+        trees.check_like(right, params, "right")
 
         def one(piece):
             return jax.jvp(lambda p: jax.jvp(piece.value_at, (p,), (right,))[1], (params,), (left,))[1]
@@ -364,26 +333,28 @@ class OverBatches(LinearMap):
         if not self._counts:
             raise ValueError("over_batches got no batches")
         self._totals = [sum(term) for term in zip(*self._counts, strict=True)]
-        self._product = jax.jit(lambda objective, params, batch, v: make(objective.linearize(params, batch))(v))
-        self._bilinear = jax.jit(lambda o, params, batch, u, v: make(o.linearize(params, batch)).bilinear(u, v))
-        self._quadratic = jax.jit(lambda o, params, batch, v: make(o.linearize(params, batch)).quadratic(v))
+
+        def part(method, objective, params, batch, *vectors):
+            return getattr(make(objective.linearize(params, batch)), method)(*vectors)
+
+        self._part = jax.jit(part, static_argnums=0)
 
     @property
     def structure(self) -> PyTree:
         return trees.structure_of(self._params)
 
     def __call__(self, vector: PyTree) -> PyTree:
-        return self._accumulate(self._product, vector)
+        return self._accumulate("__call__", vector)
 
     def bilinear(self, left: PyTree, right: PyTree) -> jax.Array:
-        return self._accumulate(self._bilinear, left, right)
+        return self._accumulate("bilinear", left, right)
 
     def quadratic(self, vector: PyTree) -> jax.Array:
-        return self._accumulate(self._quadratic, vector)
+        return self._accumulate("quadratic", vector)
 
-    def _accumulate(self, function, *vectors):
+    def _accumulate(self, method, *vectors):
         batches = zip(self._batches, self._counts, strict=True)
-        parts = (function(self._share(counts), self._params, batch, *vectors) for batch, counts in batches)
+        parts = (self._part(method, self._share(counts), self._params, batch, *vectors) for batch, counts in batches)
         return functools.reduce(trees.add, parts)
 
     def _share(self, counts):

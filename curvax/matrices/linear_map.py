@@ -6,6 +6,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -59,13 +60,9 @@ class LinearMap(abc.ABC):
         return trees.vdot(left, self(right))
 
     def solve(self, vector: PyTree, *, damping: Scalar = 0.0) -> PyTree:
-        """(A + damping I)^{-1} v by a dense factorisation; for large maps use ``curvax.solvers``.
+        """(A + damping I)^{-1} v by a dense factorisation; not finite where the damped matrix is singular.
 
-        Args:
-            damping: lambda, a scalar added to the diagonal.
-
-        Returns:
-            The solution, shaped like v; not finite where the damped matrix is singular.
+        For large maps use ``curvax.solvers``.
         """
         trees.check_like(vector, self.structure, "vector", "the map's vectors")
         matrix = _damped(self.to_dense(), damping)
@@ -103,9 +100,8 @@ class LinearMap(abc.ABC):
     def sample(self, key: jax.Array, distribution: Noise = trees.random_normal) -> PyTree:
         """A draw u with E[u u^T] = A, for positive semi-definite A; here by a dense square root.
 
-        Args:
-            distribution: (key, like) -> noise of covariance I: ``curvax.trees.random_normal``, which makes u normal, or
-                ``curvax.trees.random_rademacher``, whose squares vary less.
+        ``distribution`` is (key, like) -> noise of covariance I: ``curvax.trees.random_normal``, which makes u normal,
+        or ``curvax.trees.random_rademacher``, whose squares vary less.
         """
         return self.sqrt(distribution(key, self.structure))
 
@@ -122,19 +118,16 @@ class LinearMap(abc.ABC):
         return jax.lax.map(column, identity).T
 
     def restrict(self, template: PyTree) -> LinearMap:
-        """The principal submatrix of A that belongs to the leaves present in ``template``.
+        """The principal submatrix E^T A E, where E fills the leaves that ``template`` lacks with zeros.
 
         Args:
             template: A pytree with some of the leaves of ``structure``, by path; the others may be None, missing or
                 ``optax.MaskedNode``. Shapes only are read.
-
-        Returns:
-            The map v -> E^T A E v, where E fills the missing leaves with zeros.
         """
         template = trees.structure_of(template)
         if jax.tree.structure(template) == jax.tree.structure(self.structure):
             return self
-        return Restricted(self, _Static(template))
+        return Restricted.of(self, template)
 
     def __add__(self, other: LinearMap) -> LinearMap:
         return Sum((self, other))
@@ -174,7 +167,7 @@ def from_matvec(matvec: Callable[[PyTree], PyTree], like: PyTree) -> LinearMap:
     """
     if not isinstance(matvec, jax.tree_util.Partial):
         matvec = jax.tree_util.Partial(matvec)
-    return MatvecMap(matvec, _Static(trees.structure_of(like)))
+    return MatvecMap.of(matvec, like)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,17 +187,28 @@ class _Static:
         return hash(self._key())
 
 
-@register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class MatvecMap(LinearMap):
-    """The map of ``from_matvec``."""
+class Shaped(LinearMap):
+    """A map that keeps the structure of its vectors, in its last field."""
 
-    matvec: Callable[[PyTree], PyTree]
-    like: _Static = dataclasses.field(metadata={"static": True})
+    like: _Static
+
+    @classmethod
+    def of(cls, content: Any, like: PyTree) -> Self:
+        """The map of that content on vectors like ``like``."""
+        return cls(content, _Static(trees.structure_of(like)))  # pyright: ignore[reportCallIssue]
 
     @property
     def structure(self) -> PyTree:
         return self.like.tree
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class MatvecMap(Shaped):
+    """The map of ``from_matvec``."""
+
+    matvec: Callable[[PyTree], PyTree]
+    like: _Static = dataclasses.field(metadata={"static": True})
 
     def __call__(self, vector: PyTree) -> PyTree:
         return self.matvec(vector)
@@ -235,7 +239,7 @@ class Diagonal(LinearMap):
         return trees.multiply(vector, roots)
 
     def logdet(self, *, damping: Scalar = 0.0) -> jax.Array:
-        flat = trees.ravel(self.entries)
+        flat = trees.ravel(self.diagonal())
         return jnp.sum(jnp.log(jnp.abs(flat + jnp.asarray(damping, flat.dtype))))
 
     def trace(self) -> jax.Array:
@@ -245,56 +249,34 @@ class Diagonal(LinearMap):
         return self.entries
 
     def to_dense(self) -> jax.Array:
-        return jnp.diag(trees.ravel(self.entries))
+        return jnp.diag(trees.ravel(self.diagonal()))
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class LeafScalars(LinearMap):
-    """The diagonal matrix that is constant on each leaf: a penalty's Hessian, or lambda I."""
+class LeafScalars(Shaped, Diagonal):
+    """The diagonal matrix with one scalar for each leaf: a penalty's Hessian, or lambda I."""
 
-    scalars: PyTree
     like: _Static = dataclasses.field(metadata={"static": True})
-
-    @classmethod
-    def of(cls, scalars: PyTree, like: PyTree) -> LeafScalars:
-        """The map on vectors like ``like``, with a scalar for each leaf."""
-        return cls(scalars, _Static(trees.structure_of(like)))
-
-    @property
-    def structure(self) -> PyTree:
-        return self.like.tree
 
     def __call__(self, vector: PyTree) -> PyTree:
         trees.check_like(vector, self.structure, "vector")
-        return trees.multiply(vector, self.scalars)
+        return super().__call__(vector)
 
     def trace(self) -> jax.Array:
-        return trees.vdot(self.scalars, jax.tree.map(lambda x: jnp.asarray(x.size, x.dtype), self.structure))
+        return trees.vdot(self.entries, jax.tree.map(lambda x: jnp.asarray(x.size, x.dtype), self.structure))
 
     def diagonal(self) -> PyTree:
-        return jax.tree.map(lambda x, s: jnp.full(x.shape, s, x.dtype), self.structure, self.scalars)
-
-    def sample(self, key: jax.Array, distribution: Noise = trees.random_normal) -> PyTree:
-        return trees.multiply(distribution(key, self.structure), jax.tree.map(jnp.sqrt, self.scalars))
+        return jax.tree.map(lambda x, s: jnp.full(x.shape, s, x.dtype), self.structure, self.entries)
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class DenseMap(LinearMap):
+class DenseMap(Shaped):
     """A matrix that has been formed, in leaf order with every leaf row-major."""
 
     matrix: jax.Array
     like: _Static = dataclasses.field(metadata={"static": True})
-
-    @classmethod
-    def of(cls, matrix: jax.Array, like: PyTree) -> DenseMap:
-        """The map on vectors like ``like``."""
-        return cls(matrix, _Static(trees.structure_of(like)))
-
-    @property
-    def structure(self) -> PyTree:
-        return self.like.tree
 
     def __call__(self, vector: PyTree) -> PyTree:
         return trees.unravel(self.matrix @ trees.ravel(vector).astype(self.matrix.dtype), vector)
@@ -306,9 +288,31 @@ class DenseMap(LinearMap):
         return self.matrix
 
 
+class Combined(LinearMap):
+    """A map made of others: ``_of`` makes what is linear in the matrix from that of the parts."""
+
+    @abc.abstractmethod
+    def _of(self, function: Callable[[LinearMap], Any]) -> Any: ...
+
+    def __call__(self, vector: PyTree) -> PyTree:
+        return self._of(lambda a: a(vector))
+
+    def bilinear(self, left: PyTree, right: PyTree) -> jax.Array:
+        return self._of(lambda a: a.bilinear(left, right))
+
+    def quadratic(self, vector: PyTree) -> jax.Array:
+        return self._of(lambda a: a.quadratic(vector))
+
+    def trace(self) -> jax.Array:
+        return self._of(lambda a: a.trace())
+
+    def diagonal(self) -> PyTree:
+        return self._of(lambda a: a.diagonal())
+
+
 @register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Sum(LinearMap):
+class Sum(Combined):
     """The sum of maps of one structure."""
 
     maps: tuple[LinearMap, ...]
@@ -317,32 +321,17 @@ class Sum(LinearMap):
     def structure(self) -> PyTree:
         return self.maps[0].structure
 
-    def __call__(self, vector: PyTree) -> PyTree:
-        return self._total(lambda a: a(vector))
-
-    def bilinear(self, left: PyTree, right: PyTree) -> jax.Array:
-        return self._total(lambda a: a.bilinear(left, right))
-
-    def quadratic(self, vector: PyTree) -> jax.Array:
-        return self._total(lambda a: a.quadratic(vector))
-
-    def trace(self) -> jax.Array:
-        return self._total(lambda a: a.trace())
-
-    def diagonal(self) -> PyTree:
-        return self._total(lambda a: a.diagonal())
-
     def sample(self, key: jax.Array, distribution: Noise = trees.random_normal) -> PyTree:
-        keys = jax.random.split(key, len(self.maps))
-        return functools.reduce(trees.add, [a.sample(k, distribution) for a, k in zip(self.maps, keys, strict=True)])
+        keys = iter(jax.random.split(key, len(self.maps)))
+        return self._of(lambda a: a.sample(next(keys), distribution))
 
-    def _total(self, function):
+    def _of(self, function):
         return functools.reduce(trees.add, [function(a) for a in self.maps])
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Scaled(LinearMap):
+class Scaled(Combined):
     """A scalar times a map."""
 
     scalar: Scalar
@@ -352,36 +341,20 @@ class Scaled(LinearMap):
     def structure(self) -> PyTree:
         return self.map.structure
 
-    def __call__(self, vector: PyTree) -> PyTree:
-        return trees.scale(self.scalar, self.map(vector))
-
-    def bilinear(self, left: PyTree, right: PyTree) -> jax.Array:
-        return trees.scale(self.scalar, self.map.bilinear(left, right))
-
-    def quadratic(self, vector: PyTree) -> jax.Array:
-        return trees.scale(self.scalar, self.map.quadratic(vector))
-
-    def trace(self) -> jax.Array:
-        return trees.scale(self.scalar, self.map.trace())
-
-    def diagonal(self) -> PyTree:
-        return trees.scale(self.scalar, self.map.diagonal())
-
     def sample(self, key: jax.Array, distribution: Noise = trees.random_normal) -> PyTree:
         return trees.scale(jnp.sqrt(jnp.asarray(self.scalar)), self.map.sample(key, distribution))
+
+    def _of(self, function):
+        return trees.scale(self.scalar, function(self.map))
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Restricted(LinearMap):
+class Restricted(Shaped):
     """The principal submatrix on some of the leaves; see ``LinearMap.restrict``."""
 
     map: LinearMap
-    template: _Static = dataclasses.field(metadata={"static": True})
-
-    @property
-    def structure(self) -> PyTree:
-        return self.template.tree
+    like: _Static = dataclasses.field(metadata={"static": True})
 
     def __call__(self, vector: PyTree) -> PyTree:
         return trees.extract(self.map(self._embed(vector)), vector)
@@ -393,7 +366,7 @@ class Restricted(LinearMap):
         return self.map.quadratic(self._embed(vector))
 
     def sample(self, key: jax.Array, distribution: Noise = trees.random_normal) -> PyTree:
-        return trees.extract(self.map.sample(key, distribution), self.template.tree)
+        return trees.extract(self.map.sample(key, distribution), self.structure)
 
     def _embed(self, vector):
         return trees.embed(vector, trees.zeros_like(self.map.structure))

@@ -59,17 +59,12 @@ class QuadraticModel:
 
 
 def reduction_ratio(loss: Scalar, new_loss: Scalar, predicted_change: Scalar) -> jax.Array:
-    r"""rho = (h(theta + delta) - h(theta)) / (M(delta) - M(0)), made safe.
+    r"""rho = (h(theta + delta) - h(theta)) / (M(delta) - M(0)), made safe: Martens 2016, eq. 4.9, with M(0) subtracted.
 
     Both changes are shifted down by ten units of rounding of the loss, so that at convergence, where both are nothing
     but rounding, rho is close to 1 (Conn, Gould, Toint 2000, section 17.4.2). Where the model predicts no decrease, or
     either value is not finite, rho is -inf: bad by any rule.
 
-    Args:
-        predicted_change: M(delta) - M(0), normally negative.
-
-    Returns:
-        rho, a scalar. Martens 2016, eq. 4.9, with M(0) subtracted as it must be.
 
     Example:
         >>> print(f"{curvax.reduction_ratio(jnp.array(2.0), jnp.array(1.0), jnp.array(-2.0)):.6f}")

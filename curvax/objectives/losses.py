@@ -18,6 +18,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from curvax import trees
 from curvax.checks import check_choice
 from curvax.objectives.loss import OutputLoss, check_array, check_targets, described
 from curvax.objectives.output_matrix import AutodiffOutputs, DiagonalOutputs, SoftmaxOutputs
@@ -344,8 +345,7 @@ class FunctionLoss(OutputLoss):
         return super().sample(key, output) if self.sampler is None else self.sampler(key, output)
 
     def check(self, outputs, targets):
-        example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (outputs, targets))
-        loss = jax.eval_shape(self.function, *example)
+        loss = jax.eval_shape(self.function, *trees.example_structure((outputs, targets)))
         if not isinstance(loss, jax.ShapeDtypeStruct) or loss.shape:
             raise ValueError(
                 f"{self}: function(output, target) must return one scalar for one example, got {described(loss)}"

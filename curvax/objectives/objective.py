@@ -76,15 +76,7 @@ class Objective:
                 ``jax.vmap``'s ``in_axes``; None marks what all examples share, such as a key.
             has_aux: Whether the model returns auxiliary outputs, such as new batch statistics.
         """
-        term = Term(
-            model_fn,
-            loss,
-            select=select,
-            example_weights=example_weights,
-            mask=mask,
-            example_axes=example_axes,
-            has_aux=has_aux,
-        )
+        term = Term(model_fn, loss, select, 1.0, example_weights, mask, example_axes, has_aux)
         self.terms, self.penalty = (term,), Penalty.of(l2, l2_mask)
 
     @classmethod
@@ -93,8 +85,7 @@ class Objective:
     ) -> Objective:
         """The sum of several terms, h = sum_t weight_t mean_i L_t + l2/2 ||theta||^2.
 
-        Args:
-            *terms: The terms; each selects its own part of the batch and takes the mean over its own examples.
+        Each selects its own part of the batch and takes the mean over its own examples.
 
         Example:
             >>> def network(w, x):
@@ -112,7 +103,7 @@ class Objective:
         return cls.tree_unflatten(None, (tuple(terms), Penalty.of(l2, l2_mask)))
 
     def __call__(self, params: PyTree, batch: PyTree) -> jax.Array:
-        """The scalar loss h(theta) on a batch; ``jax.value_and_grad(objective)`` works.
+        """The scalar loss h(theta) on a batch, in float32 or wider; ``jax.value_and_grad(objective)`` works.
 
         Args:
             batch: (inputs, targets), or what ``select`` makes them from.
@@ -157,10 +148,6 @@ class Objective:
             chunk_size: None stores the linearisation of the whole batch. A number of examples makes every later
                 product go through the batch in chunks of that size, each linearised anew, so that memory is bounded;
                 results do not depend on it.
-
-        Raises:
-            TypeError: A leaf of the parameters is not floating-point, or targets have the wrong dtype.
-            ValueError: The batch is empty, or shapes do not fit.
         """
         return compiled_if_eager(_linearize, self, params, batch, chunk_size=chunk_size)
 

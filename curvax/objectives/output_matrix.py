@@ -123,9 +123,8 @@ class SoftmaxOutputs(OutputMatrix):
 class RankOneOutputs(OutputMatrix):
     r"""The matrix (1/S) sum_s g_s g_s^T for each case, from S vectors: the Monte-Carlo and the empirical Fisher.
 
-    Attributes:
-        vectors: g, shaped like the outputs with one more axis of length S behind the axes of the cases.
-        case_axes: How many leading axes of the outputs number the cases: 1 for examples, 2 for the steps of sequences.
+    ``vectors`` are g, shaped like the outputs with one more axis of length S behind the axes of the cases; of those
+    there are ``case_axes``: 1 for examples, 2 for the steps of sequences.
     """
 
     vectors: PyTree
@@ -167,13 +166,9 @@ class RankOneOutputs(OutputMatrix):
 class AutodiffOutputs(OutputMatrix):
     r"""The Hessian of a per-example loss by automatic differentiation, its eigenvalues treated as ``treatment`` says.
 
-    Attributes:
-        function: (output, target) -> loss of one example.
-        outputs: z, batch axis first.
-        targets: y, batch axis first.
-        treatment: "exact" takes the Hessian as it is, "absolute" the absolute values of its eigenvalues, "clipped"
-            drops the negative ones (Martens 2016, section 4.4.3; the last two form the Hessian of each example).
-        convex: Whether the Hessian is known to be positive semi-definite.
+    "exact" takes the Hessian as it is, "absolute" the absolute values of its eigenvalues, "clipped" drops the negative
+    ones (Martens 2016, section 4.4.3; the last two form the Hessian of each example); a ``convex`` one is known to be
+    positive semi-definite.
     """
 
     function: Callable[[PyTree, PyTree], jax.Array] = dataclasses.field(metadata={"static": True})

@@ -28,12 +28,8 @@ class CurvaturePoint:
     take the containers of pytrees apart. Crossing a ``jit`` boundary again and again does not retrace.
 
     Attributes:
-        terms: The terms of the objective, with their weights as they were.
-        penalty: Its l2 penalty.
-        packed_params: theta; see ``params``.
         cases: For each term its inputs, targets and weighting.
         linearizations: For each term its outputs, J and J^T; None where the point works in chunks.
-        packed_aux: The model's auxiliary outputs for each term; see ``aux``.
         chunk_size: Examples in a chunk, or None.
     """
 
@@ -104,10 +100,8 @@ class CurvaturePoint:
     def accumulate(self, function: Callable[[Piece], PyTree], extras: tuple[PyTree, ...] | None = None) -> PyTree:
         """The sum of ``function(piece)`` over all terms and, where the point works in chunks, over their chunks.
 
-        Everything additive over examples goes through here, and is therefore independent of the chunk size.
-
-        Args:
-            extras: For each term a pytree whose leaves have the examples on axis 0, handed on as ``piece.extra``.
+        Everything additive over examples goes through here, and is therefore independent of the chunk size. ``extras``
+        are for each term a pytree with the examples on axis 0, handed on as ``piece.extra``.
         """
         if self.chunk_size is None:
             parts = [function(piece) for piece in self.pieces(extras)]

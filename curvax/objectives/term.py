@@ -112,7 +112,7 @@ def weighting(term: Term, batch: PyTree, outputs: PyTree, targets: PyTree) -> tu
         weights = term.example_weights(batch)
         _check_weights("example_weights", weights, term, outputs, targets)
         ndim = max(scale.ndim, weights.ndim)
-        scale = expand_right(scale, ndim) * expand_right(weights.astype(dtype), ndim)
+        scale = trees.expand_right(scale, ndim) * trees.expand_right(weights.astype(dtype), ndim)
     return scale / jnp.where(count > 0, count, 1), count
 
 
@@ -120,22 +120,17 @@ def weighted_sum(scale: jax.Array, values: jax.Array) -> jax.Array:
     """sum_i scale_i values_i, where the axes of ``scale`` are leading axes of ``values``."""
     if scale.ndim == 0:
         return scale * jnp.sum(values)
-    return jnp.sum(_times(expand_right(scale, values.ndim), values))
+    return jnp.sum(_times(trees.expand_right(scale, values.ndim), values))
 
 
 def scale_cases(scale: jax.Array, outputs: PyTree) -> PyTree:
     """Every case of ``outputs`` times its factor."""
-    return jax.tree.map(lambda z: _times(expand_right(scale, z.ndim).astype(z.dtype), z), outputs)
+    return jax.tree.map(lambda z: _times(trees.expand_right(scale, z.ndim).astype(z.dtype), z), outputs)
 
 
 def _times(scale, values):
     """``scale * values``, zero where the scale is zero even if a case that is left out has an infinite loss."""
     return scale * values if scale.ndim == 0 else jnp.where(scale == 0, 0, scale * values)
-
-
-def expand_right(array: jax.Array, ndim: int) -> jax.Array:
-    """``array`` with axes of length one appended up to ``ndim``; a scalar stays as it is."""
-    return array if array.ndim == 0 else array.reshape(array.shape + (1,) * (ndim - array.ndim))
 
 
 def _num_examples(outputs, targets):

@@ -1,10 +1,7 @@
 """Quasi-Newton methods of limited memory: SR1 matrices, steps with them, and minimisation of plain functions."""
 
 from curvax.quasi_newton.minimize import MinimizeReason as MinimizeReason
-from curvax.quasi_newton.minimize import MinimizeResult as MinimizeResult
 from curvax.quasi_newton.minimize import minimize as minimize
-from curvax.quasi_newton.sr1 import MemoryUpdate as MemoryUpdate
-from curvax.quasi_newton.sr1 import SR1Memory as SR1Memory
 from curvax.quasi_newton.sr1 import sr1_map as sr1_map
 from curvax.quasi_newton.sr1 import sr1_memory as sr1_memory
 from curvax.quasi_newton.sr1 import sr1_update as sr1_update

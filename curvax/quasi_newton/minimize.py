@@ -27,26 +27,15 @@ class MinimizeReason(Reason):
 
 
 class MinimizeResult(NamedTuple):
-    """What ``minimize`` returns.
-
-    Attributes:
-        value: x, a pytree like the start.
-        function_value: f(x).
-        gradient_norm: ||grad f(x)||.
-        reason: A ``MinimizeReason``.
-        iterations: Steps tried.
-        accepted: Steps taken.
-        skipped_pairs: Pairs that were left out of the memory.
-        memory: The memory at the end.
-    """
+    """What ``minimize`` returns: x, f(x), ||grad f(x)||, a ``MinimizeReason``, and the memory at the end."""
 
     value: PyTree
     function_value: Array
     gradient_norm: Array
     reason: Array
-    iterations: Array
-    accepted: Array
-    skipped_pairs: Array
+    iterations: Array  # steps tried
+    accepted: Array  # steps taken
+    skipped_pairs: Array  # pairs that were left out of the memory
     memory: SR1Memory
 
 
@@ -67,6 +56,7 @@ def minimize(
     tolerance but the matrix has a negative eigenvalue, as it does next to a saddle point after the first pair that
     shows it, the trust region goes on, with this matrix and ever smaller steps, until one is taken or twenty were not;
     methods whose matrix is positive definite, such as L-BFGS, end there. For objectives with data use ``curvax.lsr1``.
+    Source: Ramamurthy and Duffy 2017, algorithms 1 and 2.
 
     Args:
         method: "trust_region" (algorithm 1) or "line_search" (algorithm 2).
@@ -82,8 +72,6 @@ def minimize(
         'the gradient is within the tolerance'
         >>> bool(abs(abs(result.value[1]) - 1) < 1e-3)
         True
-
-    Source: Ramamurthy and Duffy 2017, algorithms 1 and 2.
     """
     check_choice("method", method, ("trust_region", "line_search"))
     cap = check_at_least("max_iterations", max_iterations, 0)

@@ -22,32 +22,20 @@ from curvax.types import Array, PyTree, Scalar
 
 
 class SR1Memory(NamedTuple):
-    """The pairs of a limited-memory SR1 matrix, as a ring buffer of arrays with fixed shapes.
+    """The pairs of a limited-memory SR1 matrix, as a ring buffer of arrays with fixed shapes."""
 
-    Attributes:
-        vectors: Psi at unit lengths, a pytree like the parameters with a leading axis of slots.
-        core: C, scaled likewise, shape (slots, slots).
-        gram: Psi^T Psi, shape (slots, slots).
-        ages: When each slot was filled, counted from 1; 0 for an empty slot.
-    """
-
-    vectors: PyTree
-    core: Array
-    gram: Array
-    ages: Array
+    vectors: PyTree  # Psi at unit lengths, with a leading axis of slots
+    core: Array  # C, scaled likewise, shape (slots, slots)
+    gram: Array  # Psi^T Psi, shape (slots, slots)
+    ages: Array  # when each slot was filled, counted from 1; 0 for an empty slot
 
 
 class MemoryUpdate(NamedTuple):
-    """What ``sr1_update`` returns.
-
-    Attributes:
-        skipped: Whether the pair was left out.
-        dropped: How many older pairs were dropped because the matrix was no longer well defined.
-    """
+    """What ``sr1_update`` returns."""
 
     memory: SR1Memory
-    skipped: Array
-    dropped: Array
+    skipped: Array  # whether the pair was left out
+    dropped: Array  # how many older pairs were dropped, as the matrix was no longer well defined
 
 
 def sr1_memory(params: PyTree, size: int = 5) -> SR1Memory:
@@ -86,7 +74,8 @@ def sr1_update(
 
     A pair is left out if |a^T r| < tolerance ||a|| ||r|| with r = b - B a, as it would make the update unbounded, or if
     it is not finite or already obeyed. Then, as long as C is singular or Psi has dependent columns (relative to
-    rounding), the oldest pair is dropped. Costs two products with Psi, and one more unless B a is given.
+    rounding), the oldest pair is dropped. Costs two products with Psi, and one more unless B a is given. Source:
+    Ramamurthy and Duffy 2017, section 3 and appendix; Nocedal and Wright 2006, section 6.2.
 
     Args:
         operand: a: the step s for the Hessian, the change y of the gradient for its inverse.
@@ -103,8 +92,6 @@ def sr1_update(
         ...     memory, _, _ = curvax.quasi_newton.sr1_update(memory, a, H @ a, scale=0.5)
         >>> bool(jnp.allclose(curvax.quasi_newton.sr1_map(memory, 0.5).to_dense(), H, atol=1e-4))
         True
-
-    Source: Ramamurthy and Duffy 2017, section 3 and appendix; Nocedal and Wright 2006, section 6.2.
     """
     dtype = memory.core.dtype
     scale = jnp.asarray(scale, dtype)

@@ -20,36 +20,20 @@ Evaluate = Callable[[PyTree], tuple[Array, PyTree]]
 
 @dataclasses.dataclass(frozen=True)
 class SR1Step:
-    """One iteration of L-SR1.
-
-    Attributes:
-        step: What was tried.
-        step_norm: Its norm.
-        new_loss: f there.
-        new_gradient: Its gradient there.
-        predicted_change: The change of the quadratic model.
-        step_ratio: The actual over the predicted change.
-        accepted: Whether the step shall be taken.
-        reach: How far the next iteration goes: the radius, or the step size that the next search starts from.
-        memory: The memory with the new pair, be the step taken or not.
-        skipped: Whether the pair was left out.
-        hard_case: Whether the trust-region problem was in its hard case; for a line search, whether the direction
-            pointed upwards and was turned round.
-        finite: Whether loss, gradient and model are finite; the memory is as it was where not.
-    """
+    """One iteration of L-SR1: what was tried, what came of it, and what the next iteration starts from."""
 
     step: PyTree
     step_norm: Array
-    new_loss: Array
+    new_loss: Array  # behind the step, whether it shall be taken or not
     new_gradient: PyTree
     predicted_change: Array
     step_ratio: Array
     accepted: Array
-    reach: Array
-    memory: SR1Memory
-    skipped: Array
-    hard_case: Array
-    finite: Array
+    reach: Array  # the radius, or the step size that the next search starts from
+    memory: SR1Memory  # with the new pair, be the step taken or not, where all is finite
+    skipped: Array  # whether the pair was left out
+    hard_case: Array  # of the trust-region problem; of a line search, whether the direction was turned round
+    finite: Array  # whether loss, gradient and model are
 
 
 def trust_region_step(
@@ -64,7 +48,7 @@ def trust_region_step(
     acceptance: Scalar = 1e-4,
     skip_tolerance: Scalar = 1e-8,
 ) -> SR1Step:
-    """One iteration of algorithm 1: the exact step in the region, its judgement, the pair, the radius.
+    """One iteration of algorithm 1 at loss f and its gradient: the exact step in ||s|| <= radius, the pair, the radius.
 
     Args:
         evaluate: (step) -> (loss, gradient) behind the step.

@@ -1,27 +1,19 @@
 """Iterative and exact solvers of linear systems and trust-region problems on pytrees."""
 
-from curvax.solvers.backtracking import BacktrackResult as BacktrackResult
 from curvax.solvers.backtracking import backtrack as backtrack
 from curvax.solvers.backtracking import best_stored as best_stored
 from curvax.solvers.backtracking import last_stored as last_stored
-from curvax.solvers.conjugate_gradient import CGResult as CGResult
-from curvax.solvers.conjugate_gradient import StoredIterates as StoredIterates
 from curvax.solvers.conjugate_gradient import cg as cg
 from curvax.solvers.conjugate_gradient import geometric_iterations as geometric_iterations
-from curvax.solvers.krylov_subspace import KrylovSubspace as KrylovSubspace
-from curvax.solvers.krylov_subspace import SubspaceMinimum as SubspaceMinimum
 from curvax.solvers.krylov_subspace import krylov_subspace as krylov_subspace
 from curvax.solvers.krylov_subspace import minimize_in_subspace as minimize_in_subspace
-from curvax.solvers.line_search import LineSearch as LineSearch
 from curvax.solvers.line_search import backtracking_line_search as backtracking_line_search
 from curvax.solvers.monitors import Monitor as Monitor
 from curvax.solvers.monitors import lookback_monitor as lookback_monitor
 from curvax.solvers.monitors import reduction_monitor as reduction_monitor
 from curvax.solvers.preconditioners import diagonal_preconditioner as diagonal_preconditioner
-from curvax.solvers.steihaug import SteihaugResult as SteihaugResult
 from curvax.solvers.steihaug import steihaug as steihaug
 from curvax.solvers.stop_reasons import StopReason as StopReason
-from curvax.solvers.trust_region import TrustRegionStep as TrustRegionStep
 from curvax.solvers.trust_region import compact_trust_region as compact_trust_region
 from curvax.solvers.trust_region import dense_trust_region as dense_trust_region
 from curvax.solvers.trust_region import diagonal_trust_region as diagonal_trust_region

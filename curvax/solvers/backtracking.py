@@ -14,15 +14,7 @@ from curvax.types import Array, PyTree
 
 
 class BacktrackResult(NamedTuple):
-    """What ``backtrack``, ``best_stored`` and ``last_stored`` return.
-
-    Attributes:
-        value: The chosen iterate.
-        iteration: Its number in the run of conjugate gradients.
-        model_value: q there.
-        objective: The objective there.
-        evaluations: How often the objective was evaluated.
-    """
+    """The chosen iterate, its number, q and the objective there, and how often the objective was evaluated."""
 
     value: PyTree
     iteration: Array
@@ -35,14 +27,13 @@ def backtrack(stored: StoredIterates, objective: Callable[[PyTree], Array]) -> B
     """Goes from the last stored iterate backwards for as long as the objective improves.
 
     Along a run of conjugate gradients the quadratic model always improves, but the objective may have been best long
-    before the end.
+    before the end. A last iterate where the objective is not finite counts as worst. Source: Martens 2016, sections
+    4.6.7 and 4.11.
 
     Args:
         stored: ``CGResult.stored``, of a run with ``store_at``.
         objective: x -> h, the objective at the parameters plus x, a scalar; a representative part of the data will do.
 
-    Returns:
-        A ``BacktrackResult``. A last iterate where the objective is not finite counts as worst.
 
     Example:
         >>> result = curvax.solvers.cg(
@@ -51,8 +42,6 @@ def backtrack(stored: StoredIterates, objective: Callable[[PyTree], Array]) -> B
         >>> chosen = curvax.solvers.backtrack(result.stored, lambda x: (jnp.linalg.norm(x) - 1.0) ** 2)
         >>> chosen.iteration.item(), chosen.evaluations.item()
         (2, 3)
-
-    Source: Martens 2016, sections 4.6.7 and 4.11.
     """
 
     def evaluate(slot):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from curvax import trees
+from curvax import blocks, trees
 from curvax.checks import check_at_least
 from curvax.solvers._scaled_system import ScaledSystem, scaled_system, start_of_run
 from curvax.solvers.monitors import Monitor
@@ -20,18 +20,12 @@ from curvax.types import Array, PyTree, Scalar
 
 
 class StoredIterates(NamedTuple):
-    """Some iterates of a run of ``cg``, in their order, the last iterate always among them.
+    """Some iterates of a run of ``cg``, in their order, the last iterate always among them, and q at each.
 
     The slots after the first ``used`` hold the starting point x_0, as iterate 0.
-
-    Attributes:
-        values: The iterates; every leaf has a leading axis over the slots.
-        iterations: The number of each iterate, shape (slots,).
-        model_values: q at each iterate, shape (slots,).
-        used: The number of slots in use.
     """
 
-    values: PyTree
+    values: PyTree  # every leaf has a leading axis over the slots
     iterations: Array
     model_values: Array
     used: Array
@@ -84,7 +78,8 @@ def cg(
 
     The residual that is tested and returned is that of the recurrence. The true one follows it down to the rounding of
     the largest iterate times A, about u |A| |x| at worst with u the unit roundoff, and stays there; a tolerance below
-    that is met by the recurrence only. A second run with ``x0=result.value`` refines what the first one left.
+    that is met by the recurrence only. A second run with ``x0=result.value`` refines what the first one left. Source:
+    Martens 2016, Algorithm 2, eq. 4.2 (the progress rule) and section 4.6.7 (the stored iterates).
 
     Args:
         matvec: v -> A v, linear and symmetric; a ``LinearMap`` or any function of a pytree shaped like b. A should be
@@ -110,8 +105,6 @@ def cg(
         >>> result = curvax.solvers.cg(lambda v: A @ v, jnp.array([1.0, 2.0]), max_iterations=10, tolerance=1e-10)
         >>> jnp.allclose(A @ result.value, jnp.array([1.0, 2.0])), result.iterations.item()
         (Array(True, dtype=bool), 2)
-
-    Source: Martens 2016, Algorithm 2, eq. 4.2 (the progress rule) and section 4.6.7 (the stored iterates).
     """
     cap = check_at_least("max_iterations", max_iterations, 1)
     if not isinstance(cap, int) and not (progress_tolerance is None and store_at is None):
@@ -167,19 +160,11 @@ class _Store(NamedTuple):
 def _start(system, x, residual, threshold, cap, store_at, monitor):
     model_value = _model_value(system, x, residual)
     residual_norm, descent, direction, reason = start_of_run(system, residual, model_value, threshold)
-    return _State(
-        iteration=jnp.zeros((), jnp.int32),
-        reason=reason,
-        x=x,
-        residual=residual,
-        direction=direction,
-        descent=descent,
-        residual_norm=residual_norm,
-        model_value=model_value,
-        trace=jnp.full((cap + 1,), model_value) if isinstance(cap, int) else None,
-        stored=None if store_at is None else _empty_store(system, x, store_at, cap),
-        monitor_state=None if monitor is None else monitor.state,
-    )
+    trace = jnp.full((cap + 1,), model_value) if isinstance(cap, int) else None
+    stored = None if store_at is None else _empty_store(system, x, store_at, cap)
+    watched, zero = None if monitor is None else monitor.state, jnp.zeros((), jnp.int32)
+    run = x, residual, direction, descent, residual_norm, model_value
+    return _State(zero, reason, *run, trace, stored, watched)
 
 
 def _model_value(system, x, residual):
@@ -259,12 +244,8 @@ def _empty_store(system, x, store_at, max_iterations):
     if unknown:
         raise ValueError(f"store_at asks for iterate {unknown[0]}; iterates are numbered 1 to {max_iterations}")
     numbers = jnp.array(sorted({*store_at, max_iterations}), jnp.int32)
-    first = system.outward(x)
-    return _Store(
-        values=jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (numbers.size, *leaf.shape)), first),
-        iterations=jnp.zeros_like(numbers),
-        numbers=numbers,
-    )
+    values = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (numbers.size, *leaf.shape)), system.outward(x))
+    return _Store(values, jnp.zeros_like(numbers), numbers)
 
 
 def _stored(store, system, x, iteration):
@@ -272,15 +253,8 @@ def _stored(store, system, x, iteration):
     if store is None:
         return None
     slot = jnp.sum(store.numbers < iteration, dtype=jnp.int32)
-
-    def write(values, value):
-        return jax.lax.dynamic_update_index_in_dim(values, value, slot, 0)
-
-    return _Store(
-        values=jax.tree.map(write, store.values, system.outward(x)),
-        iterations=store.iterations.at[slot].set(iteration),
-        numbers=store.numbers,
-    )
+    values = blocks.with_row(store.values, slot, system.outward(x))
+    return _Store(values, store.iterations.at[slot].set(iteration), store.numbers)
 
 
 def _result(system, state):

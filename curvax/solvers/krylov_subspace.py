@@ -53,18 +53,16 @@ def krylov_subspace(
     The space contains the iterates of conjugate gradients from zero on (A + lambda I) x = b for every lambda, if P = I.
     Each new vector is orthogonalised twice against all others (Lanczos with full re-orthogonalisation), so that the
     basis is orthonormal to rounding. One product with A is used for each vector. The space counts as exhausted when the
-    part of a new vector outside it is within some roundings of the whole.
+    part of a new vector outside it is within some roundings of the whole; where a product is not finite, its vector and
+    the later ones are left out. Source: Vinyals and Povey 2012, Algorithm 1.
 
     Args:
         matvec: v -> A v, linear and symmetric; a ``LinearMap`` or any function of a pytree shaped like b.
         b: The starting vector, a pytree of floating-point arrays.
         num_vectors: The dimension asked for, without ``extra``.
         preconditioner: r -> P^{-1} r with P symmetric positive definite, or None for P = I.
-        extra: One more vector for the space, shaped like b; Vinyals and Povey add the previous search direction.
+        extra: One vector more, shaped like b; Vinyals and Povey add the previous search direction.
 
-    Returns:
-        A ``KrylovSubspace`` with m = ``num_vectors``, or one more where ``extra`` is given. Where a product is not
-        finite, its vector and the later ones of the Krylov sequence are left out.
 
     Raises:
         TypeError: A leaf of b is not real floating-point.
@@ -75,8 +73,6 @@ def krylov_subspace(
         >>> subspace = curvax.solvers.krylov_subspace(lambda v: A @ v, jnp.ones(4), num_vectors=3)
         >>> subspace.active                                  # two distinct eigenvalues: the space has dimension two
         Array([ True,  True, False], dtype=bool)
-
-    Source: Vinyals and Povey 2012, Algorithm 1.
     """
     check_at_least("num_vectors", num_vectors, 1)
     system, _, residual = scaled_system(matvec, b, None, preconditioner)
@@ -109,13 +105,7 @@ def krylov_subspace(
 
 
 class SubspaceMinimum(NamedTuple):
-    """What ``minimize_in_subspace`` returns.
-
-    Attributes:
-        value: The best x found, a pytree like the basis vectors; zero if nothing better was found.
-        objective: The objective there.
-        iterations: The number of L-BFGS steps.
-    """
+    """The best x found, zero if nothing better was found, the objective there, and the number of L-BFGS steps."""
 
     value: PyTree
     objective: Array
@@ -133,7 +123,8 @@ def minimize_in_subspace(
     r"""Minimises a function over a subspace by L-BFGS with a Wolfe line search, from zero.
 
     The coefficients are c = U |Lambda|^{-1/2} z with Q^T A Q = U Lambda U^T, so that a function with curvature A is
-    round in z; eigenvalues below 10^{-4} of the largest count as that.
+    round in z; eigenvalues below 10^{-4} of the largest count as that. The result is never above the objective at zero.
+    Source: Vinyals and Povey 2012, section 3.
 
     Args:
         objective: x -> h, a differentiable scalar function of a pytree like the basis vectors, for instance the loss at
@@ -143,8 +134,6 @@ def minimize_in_subspace(
         tolerance: Stop when the gradient in z has shrunk to this fraction of its first norm.
         max_linesearch_steps: The most evaluations of the function and its gradient in one step.
 
-    Returns:
-        A ``SubspaceMinimum``. The objective there is never above that at zero, if the latter is finite.
 
     Example:
         >>> A = jnp.diag(jnp.array([1.0, 2.0, 4.0]))
@@ -153,8 +142,6 @@ def minimize_in_subspace(
         >>> best = curvax.solvers.minimize_in_subspace(objective, subspace, max_iterations=10, tolerance=1e-9)
         >>> jnp.allclose(best.value, jnp.array([1.0, 0.5, 0.25]))
         Array(True, dtype=bool)
-
-    Source: Vinyals and Povey 2012, section 3.
     """
     cap = check_at_least("max_iterations", max_iterations, 0)
     values, vectors = jnp.linalg.eigh(subspace.matrix)

@@ -12,17 +12,11 @@ from curvax.types import Array, Scalar
 
 
 class LineSearch(NamedTuple):
-    """What ``backtracking_line_search`` returns.
-
-    Attributes:
-        step_size: The last one tried.
-        value: The loss there.
-        found: Whether it falls enough; if not, no step should be taken.
-    """
+    """The last step size that was tried and the loss there."""
 
     step_size: Array
     value: Array
-    found: Array
+    found: Array  # whether it falls enough; if not, no step should be taken
 
 
 def backtracking_line_search(
@@ -39,7 +33,7 @@ def backtracking_line_search(
     r"""The first a of a_0, rho a_0, rho^2 a_0 ... at which the loss has fallen enough, f(a) <= f(0) + c a f'(0).
 
     A loss that is not a number has not fallen. An ascent direction is never followed, however little it rises, and
-    costs no search.
+    costs no search. Source: Nocedal and Wright 2006, algorithm 3.1; Martens 2016, section 4.6.8.
 
     Args:
         loss_at: a -> f(a), along the direction.
@@ -54,8 +48,6 @@ def backtracking_line_search(
         >>> search = curvax.solvers.backtracking_line_search(lambda a: (a - 0.2) ** 2, 0.04, jnp.array(-0.4))
         >>> search.step_size.item(), search.found.item()                                    # 1 and 1/2 lead too far up
         (0.25, True)
-
-    Source: Nocedal and Wright 2006, algorithm 3.1; Martens 2016, section 4.6.8.
     """
     slope = jnp.asarray(slope)
     start, sufficient_decrease, shrink, initial = (

@@ -41,7 +41,7 @@ class Monitor(NamedTuple):
 def reduction_monitor(
     objective: Callable[[PyTree], Array], initial_value: Scalar, *, fraction: Scalar = 0.9, period: int = 1
 ) -> Monitor:
-    """Stops once the reduction h(0) - h(x) falls below a fraction of the largest one seen in this run.
+    """Stops once the reduction h(0) - h(x) falls below a fraction of the largest one seen in this run, its state.
 
     Args:
         objective: x -> h, the objective at the parameters plus x, a scalar.
@@ -49,8 +49,6 @@ def reduction_monitor(
         fraction: Martens takes 0.9.
         period: The objective is evaluated at every ``period``-th iterate.
 
-    Returns:
-        A ``Monitor`` whose state is the largest reduction seen.
 
     Source: Martens 2016, section 4.13 (the recurrent-network runs).
     """
@@ -76,7 +74,7 @@ def lookback_monitor(
     margin: Scalar = 0.0,
     period: int = 1,
 ) -> Monitor:
-    """Stops once the objective is worse than it was ``window`` iterates ago.
+    """Stops once the objective is worse than it was ``window`` iterates ago; its values since then are the state.
 
     Args:
         objective: x -> h, the objective at the parameters plus x on the curvature batch, a scalar.
@@ -85,8 +83,6 @@ def lookback_monitor(
         margin: Worse by more than ``margin * |h(0)|`` counts.
         period: The objective is evaluated at every ``period``-th iterate, and the window rounded to a multiple of it.
 
-    Returns:
-        A ``Monitor`` whose state is the values of the objective over the window, the oldest first.
 
     Source: Martens 2016, section 4.11 (the second recipe).
     """

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from curvax import trees
 from curvax.matrices.linear_map import Diagonal
+from curvax.solvers._scaled_system import wide
 from curvax.types import PyTree, Scalar
 
 
@@ -17,6 +18,7 @@ def diagonal_preconditioner(diagonal: PyTree, *, offset: Scalar = 0.0, exponent:
 
     An exponent below one makes the preconditioner milder than the estimate of the diagonal, which is noisy. Entries of
     d + kappa below the unit roundoff of their largest count as that, so that P is positive definite whatever d is.
+    Source: Martens 2010, section 4.7; Martens 2016, sections 4.9 and 4.11.
 
     Args:
         diagonal: d, an estimate of the diagonal of the damped matrix that the solver inverts: the diagonal of the
@@ -31,11 +33,10 @@ def diagonal_preconditioner(diagonal: PyTree, *, offset: Scalar = 0.0, exponent:
     Example:
         >>> curvax.solvers.diagonal_preconditioner(jnp.array([3.0, 15.0]), offset=1.0, exponent=0.5)(jnp.ones(2))
         Array([0.5 , 0.25], dtype=float...)
-
-    Source: Martens 2010, section 4.7; Martens 2016, sections 4.9 and 4.11.
     """
     trees.check_floating(diagonal, "diagonal")
-    shifted = jax.tree.map(lambda leaf: _plus(jnp.asarray(leaf), offset), diagonal)
+    diagonal = wide(jax.tree.map(jnp.asarray, diagonal))
+    shifted = jax.tree.map(lambda leaf: leaf + jnp.asarray(offset, leaf.dtype), diagonal)
     dtype = trees.wide_dtype(*jax.tree.leaves(shifted))
     largest = functools.reduce(jnp.maximum, [jnp.max(leaf).astype(dtype) for leaf in jax.tree.leaves(shifted)])
     largest = jnp.where(largest > 0, largest, 1)
@@ -45,8 +46,3 @@ def diagonal_preconditioner(diagonal: PyTree, *, offset: Scalar = 0.0, exponent:
         return jnp.maximum(leaf, floor) ** -jnp.asarray(exponent, leaf.dtype)
 
     return Diagonal(jax.tree.map(inverse_power, shifted))
-
-
-def _plus(leaf, offset):
-    leaf = leaf.astype(trees.wide_dtype(leaf))
-    return leaf + jnp.asarray(offset, leaf.dtype)

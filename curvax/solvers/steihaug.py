@@ -16,14 +16,12 @@ from curvax.types import Array, PyTree, Scalar
 
 
 class SteihaugResult(NamedTuple):
-    """What ``steihaug`` returns.
+    """What ``steihaug`` returns; the step x is finite whatever happened.
 
     Attributes:
-        value: The step x, in the dtypes of b; finite whatever happened.
-        reason: Why the run stopped, a ``StopReason`` code: CONVERGED and MAX_ITERATIONS in the interior, BOUNDARY and
-            NEGATIVE_CURVATURE on the boundary.
+        reason: A ``StopReason`` code: CONVERGED and MAX_ITERATIONS in the interior, BOUNDARY and NEGATIVE_CURVATURE on
+            the boundary.
         iterations: The number of steps taken, the one to the boundary included.
-        on_boundary: Whether ||x||_P = radius.
         negative_curvature: Whether the last step followed a direction without positive curvature.
         norm: ||x||_P.
         residual_norm: |A x - b|, by the recurrence.
@@ -54,7 +52,8 @@ def steihaug(
     Conjugate gradients from zero, along which ||x||_P grows, until the next iterate would leave the region or a
     direction without positive curvature shows; then on along that direction to the boundary. A may be indefinite. For
     positive semi-definite A the decrease is at least half of what the exact solution of the trust-region problem
-    attains, provided the run is not cut short by ``tolerance`` or ``max_iterations`` (Yuan 2000).
+    attains, provided the run is not cut short by ``tolerance`` or ``max_iterations`` (Yuan 2000). Source: Steihaug
+    1983; Martens 2016, section 4.6.6.
 
     Args:
         matvec: v -> A v, linear and symmetric; a ``LinearMap`` or any function of a pytree shaped like b.
@@ -65,8 +64,6 @@ def steihaug(
         max_iterations: The hard cap.
         tolerance: Stop when |A x - b| <= tolerance * |b|.
 
-    Returns:
-        A ``SteihaugResult``. Where b is zero, x is zero.
 
     Raises:
         TypeError: A leaf of b is not real floating-point.
@@ -77,8 +74,6 @@ def steihaug(
         >>> result = curvax.solvers.steihaug(lambda v: A @ v, jnp.ones(2), radius=3.0, max_iterations=9, tolerance=1e-8)
         >>> result.on_boundary.item(), result.negative_curvature.item(), round(result.norm.item(), 6)
         (True, True, 3.0)
-
-    Source: Steihaug 1983; Martens 2016, section 4.6.6.
     """
     cap = check_at_least("max_iterations", max_iterations, 1)
     system, zero, residual = scaled_system(matvec, b, None, preconditioner)

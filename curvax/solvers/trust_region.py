@@ -35,7 +35,8 @@ def dense_trust_region(matrix: Array, gradient: Array, radius: Scalar) -> TrustR
     r"""Minimises g^T p + 1/2 p^T B p over ||p|| <= radius exactly, for any symmetric B, definite or not.
 
     The solution is the one with (B + sigma I) p = -g, B + sigma I positive semi-definite, sigma >= 0 and
-    sigma (||p|| - radius) = 0: Tikhonov damping of strength sigma.
+    sigma (||p|| - radius) = 0: Tikhonov damping of strength sigma. Source: More and Sorensen 1983; Martens 2016,
+    section 4.6.6.
 
     Args:
         matrix: B, symmetric, shape (n, n).
@@ -48,8 +49,6 @@ def dense_trust_region(matrix: Array, gradient: Array, radius: Scalar) -> TrustR
         >>> solution = curvax.solvers.dense_trust_region(jnp.diag(jnp.array([-1.0, 2.0])), jnp.array([0.0, 3.0]), 2.0)
         >>> solution.hard_case.item(), solution.multiplier.item(), solution.step[1].item()
         (True, 1.0, -1.0)
-
-    Source: More and Sorensen 1983; Martens 2016, section 4.6.6.
     """
     if gradient.ndim != 1 or matrix.shape != gradient.shape * 2:
         raise ValueError(
@@ -64,25 +63,20 @@ def dense_trust_region(matrix: Array, gradient: Array, radius: Scalar) -> TrustR
 
 
 def diagonal_trust_region(eigenvalues: Array, gradient: Array, radius: Scalar) -> TrustRegionStep:
-    r"""``dense_trust_region`` for a diagonal B, in which every structured B that can be diagonalised ends.
+    r"""``dense_trust_region`` for a diagonal B; gradient and step are their components along the eigenvectors.
 
     sigma is the root of 1/||p(sigma)|| = 1/radius with p_i(sigma) = -g_i / (lambda_i + sigma). It is sought as
     s = sigma + lambda_min, which keeps its digits near the hard case, by Newton's method from below, from where the
-    concave left side makes it converge monotonically.
+    concave left side makes it converge monotonically. Source: More and Sorensen 1983, section 3.
 
     Args:
         eigenvalues: lambda, shape (n,), in any order.
-        gradient: The components of g along the eigenvectors, shape (n,).
         radius: A positive number.
 
-    Returns:
-        A ``TrustRegionStep`` whose ``step`` holds the components along the eigenvectors.
 
     Example:
         >>> curvax.solvers.diagonal_trust_region(jnp.array([1.0, 2.0]), jnp.array([3.0, 0.0]), 1.0).multiplier.item()
         2.0
-
-    Source: More and Sorensen 1983, section 3.
     """
     dtype = trees.wide_dtype(eigenvalues, gradient)
     radius = jnp.asarray(radius, dtype)
@@ -125,13 +119,8 @@ def compact_trust_region(matrix: CompactMap, gradient: PyTree, radius: Scalar) -
     r"""Minimises g^T p + 1/2 p^T B p over ||p|| <= radius exactly, for B = gamma I + Psi C^{-1} Psi^T, definite or not.
 
     In an orthonormal basis of the range of Psi and one direction outside of it B is diagonal, so the problem has k + 1
-    unknowns whatever the number of parameters; the solution obeys (B + sigma I) p = -g, B + sigma I positive
-    semi-definite, sigma >= 0, sigma (||p|| - radius) = 0.
+    unknowns whatever the number of parameters; the conditions are those of ``dense_trust_region``.
 
-    Args:
-        matrix: B, from ``curvax.compact_map`` or a quasi-Newton memory.
-        gradient: g, a pytree with the map's structure.
-        radius: A positive number.
 
     Example:
         >>> B = curvax.compact_map(1.0, jnp.array([[1.0, 0.0, 0.0]]), jnp.array([[-0.5]]))     # diag(-1, 1, 1)

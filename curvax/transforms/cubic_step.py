@@ -96,8 +96,7 @@ def scale_by_cubic_step(
         seed: Seed of that estimate.
 
     Returns:
-        The transformation; its updates are ready for ``optax.apply_updates``. ``state.info`` holds the figures:
-        ``step_size`` is alpha, ||update|| / ||d||, negative where d pointed upwards and was turned round; in ``extra``
+        The transformation. ``step_size`` is alpha, ||update|| / ||d||, negative where d was turned round; in ``extra``
         ``sigma``, ``slope`` d^T g, and ``curvature`` d^T H d, by leaves and variables of the diagonal blocks.
 
     Raises:

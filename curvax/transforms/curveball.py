@@ -54,9 +54,8 @@ def curveball(
         gradient: Where g comes from, the "incoming" updates or "recomputed" at the point.
 
     Returns:
-        The transformation; its updates are ready for ``optax.apply_updates``. ``state.info`` holds the figures, with
-        ``momentum`` rho and ``learning_rate`` beta in ``extra``; the ratio is that of the last step at which it was
-        measured.
+        The transformation, with ``momentum`` rho and ``learning_rate`` beta in ``state.info.extra``; the ratio is that
+        of the last step at which it was measured.
 
     Example:
         >>> def residuals(w, x):                                            # of Rosenbrock's function

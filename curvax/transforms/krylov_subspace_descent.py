@@ -34,8 +34,7 @@ def krylov_subspace_descent(
         seed: Seed of what ``curvature`` draws.
 
     Returns:
-        The transformation; its updates are ready for ``optax.apply_updates``. ``state.info`` holds the figures, with
-        ``dimension``, that of the subspace with the last step's direction, in ``extra``.
+        The transformation, with the subspace's ``dimension``, the last direction counted, in ``state.info.extra``.
 
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())

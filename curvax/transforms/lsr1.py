@@ -40,8 +40,7 @@ def lsr1(
         skip_tolerance: r: pairs with |s^T (y - B s)| < r ||s|| ||y - B s|| are left out.
 
     Returns:
-        The transformation; its updates are ready for ``optax.apply_updates``. ``state.info`` holds the figures, with
-        ``hard_case`` (of the trust-region problem), ``pairs`` in memory and ``skipped_pairs`` so far in ``extra``.
+        The transformation, with ``hard_case``, ``pairs`` in memory and ``skipped_pairs`` in ``state.info.extra``.
 
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
@@ -107,9 +106,7 @@ def lsr1_linesearch(
         skip_tolerance: r: pairs with |y^T (s - H y)| < r ||y|| ||s - H y|| are left out.
 
     Returns:
-        The transformation; its updates are ready for ``optax.apply_updates``. ``state.info`` holds the figures, with
-        ``turned`` (whether the direction pointed upwards), ``pairs`` in memory and ``skipped_pairs`` so far in
-        ``extra``.
+        The transformation, with ``turned``, ``pairs`` in memory and ``skipped_pairs`` in ``state.info.extra``.
 
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())

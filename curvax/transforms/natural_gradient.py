@@ -40,9 +40,8 @@ def natural_gradient(
         seed: Seed of what ``curvature`` draws.
 
     Returns:
-        The transformation; its updates are ready for ``optax.apply_updates``. ``state.info`` holds the figures, with
-        ``residual``, ||(F + lambda I) x - g|| / ||g||, and ``divergence``, 1/2 delta^T F delta (0 without
-        ``max_divergence``) in ``extra``.
+        The transformation, with ``residual``, ||(F + lambda I) x - g|| / ||g||, and ``divergence``, 1/2 delta^T F delta
+        (0 without ``max_divergence``) in ``state.info.extra``.
 
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())

@@ -40,8 +40,7 @@ def newton_cg(
         seed: Seed of what ``curvature`` draws.
 
     Returns:
-        The transformation; its updates are ready for ``optax.apply_updates``. ``state.info`` holds the figures, with
-        ``negative_curvature``, whether the step ends along a direction of negative curvature, in ``extra``.
+        The transformation, with ``negative_curvature``, whether the step follows it, in ``state.info.extra``.
 
     Example:
         >>> loss = curvax.losses.from_function(lambda z, y: z**4 / 4 - z**2 / 2, convex=False)     # minima at -1, 1
