@@ -166,7 +166,7 @@ class Captured(NamedTuple):
         if self.kind in ("dense", "conv") and self.cotangents.shape[2] == 1:
             assert self.inputs is not None
             inputs, cotangents = _square(self.inputs[:, :, 0]), self.cotangents[:, :, 0] * others[:, :, 0]
-            result = jnp.einsum("bni,bno->bio", inputs, cotangents * weights[None, :, None])
+            result = _sum_of_products("bni,bno->bio", inputs, cotangents * weights[None, :, None])
             return result.swapaxes(1, 2) if self.swapped else result
         rows = self.per_example()
         other_rows = rows if others is self.cotangents else self._replace(cotangents=others).per_example()
@@ -180,7 +180,8 @@ class Captured(NamedTuple):
         if self.kind == "embedding":
             result = self._rows(cotangents, per_example="n" in spec[-4:])
         else:
-            result = jnp.einsum(spec, self.inputs, cotangents)
+            contract = jnp.einsum if "n" in spec[-4:] else _sum_of_products
+            result = contract(spec, self.inputs, cotangents)
         return result.swapaxes(-1, -2) if self.swapped else result
 
     def _rows(self, cotangents, per_example):
@@ -395,6 +396,14 @@ def _check_leaves(params, layers):
             f"the parameters are not those that find_layers saw: missing {missing}, surplus {surplus}; call"
             " find_layers with parameters of this structure"
         )
+
+
+def _sum_of_products(spec, inputs, cotangents):
+    """An einsum over the examples: where they are sharded explicitly, the sum is on every device, as parameters are."""
+    axes = [jax.typeof(array).sharding.spec for array in (inputs, cotangents)]
+    explicit = any(axis is not None for spec in axes for axis in spec)
+    target = jax.sharding.PartitionSpec(None, axes[0][-1], axes[1][-1]) if explicit else None
+    return jnp.einsum(spec, inputs, cotangents, out_sharding=target)
 
 
 def _square(array):
