@@ -323,7 +323,7 @@ def _check_arguments(name, points, arguments):
         if isinstance(value, CurvaturePoint) or argument == "batch" or near:
             advice = f"; did you mean {near[0]}=?" if near else ""
             raise TypeError(
-                f"{name}: update takes {', '.join(f'{point}=' for point in points)} not {argument}={advice}"
+                f"{name}: update takes {', '.join(f'{point}=' for point in points)}, not {argument}={advice}"
             )
 
 
