@@ -93,9 +93,9 @@ class Block:
 
 def blocks_of(layers: Layers) -> tuple[Block, ...]:
     """The blocks of all layers, in their order."""
-    ridden = {}
+    ridden, known = {}, {}
     for layer in layers:
-        if layer.bias is not None and layer.kind in ("dense", "conv") and (order := _bias_order(layers, layer)):
+        if layer.bias is not None and layer.kind in ("dense", "conv") and (order := _bias_order(layers, layer, known)):
             ridden[layer.name] = layers[layer.bias], order
     joined = {bias.name for bias, _ in ridden.values()}
     rest = (layer for layer in layers if layer.name not in joined)
@@ -149,11 +149,11 @@ def _first(layers: Layers, layer: Layer) -> Geometry:
     return layers.geometries[layer.members[0].term][layer.members[0].use]
 
 
-def _bias_order(layers, layer) -> tuple[int, ...]:
+def _bias_order(layers, layer, known) -> tuple[int, ...]:
     """For each (block, output) of a layer the feature of its bias; () where they do not match one to one.
 
     Every use of the layer must have one of the bias riding on it. To learn how the axes lie, each output is given the
-    number of its (block, output) and is looked at as the bias sees it.
+    number of its (block, output) and is looked at as the bias sees it, once for layers that lie alike (``known``).
     """
     bias = layers[layer.bias]
     blocks, _, outputs = layer.shape
@@ -170,9 +170,20 @@ def _bias_order(layers, layer) -> tuple[int, ...]:
         if rider.use.rides_on is None or rider.use.rides_on[0] not in geometry.get(member.term, {}):
             return ()
         weights, permutation = rider.use.rides_on
-        orders.add(_seen_by(rider, geometry[member.term][weights], permutation))
+        own = geometry[member.term][weights]
+        key = _layout(rider), _layout(own), permutation
+        if key not in known:
+            known[key] = _seen_by(rider, own, permutation)
+        orders.add(known[key])
     (first, *others) = orders
     return () if others or sorted(first) != list(range(blocks * outputs)) else first
+
+
+def _layout(geometry: Geometry) -> tuple[Any, ...]:
+    """All that says how the axes of a use lie."""
+    use = geometry.use
+    axes = geometry.block_axes, geometry.in_axes, geometry.out_axes, geometry.order, geometry.feature_axes
+    return *axes, geometry.groups, use.operation, use.operand_shape, use.output_shape, use.layered, use.output_axis
 
 
 def _seen_by(rider: Geometry, weights: Geometry, permutation: tuple[int, ...]) -> tuple[int, ...]:

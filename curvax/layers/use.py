@@ -68,7 +68,8 @@ class LayerUse(NamedTuple):
             assert rows is not None
             if homogeneous:
                 rows = jnp.concatenate([rows, jnp.ones((*rows.shape[:-1], 1), rows.dtype)], axis=-1)
-            return jnp.einsum("bnri,bnrj->bij", rows * weights[None, :, None, None].astype(rows.dtype), rows)
+            weighted = rows * weights[None, :, None, None].astype(rows.dtype)
+            return _sum_over_examples("bnri,bnrj->bij", weighted, rows)
         assert self.inputs is not None  # the indices: a one-hot input's second moment is diagonal and counts rows
         counts = jnp.broadcast_to(weights[:, None], self.inputs[0].shape)
         return self._added_to_rows(self.inputs[0], counts[..., None])[None, :, 0]
@@ -93,7 +94,7 @@ class LayerUse(NamedTuple):
         if self.kind in ("dense", "conv") and self.cotangents.shape[2] == 1:
             assert self.inputs is not None
             inputs, cotangents = jnp.square(self.inputs[:, :, 0]), self.cotangents[:, :, 0] * others[:, :, 0]
-            result = jnp.einsum("bni,bno->bio", inputs, cotangents * weights[None, :, None])
+            result = _sum_over_examples("bni,bno->bio", inputs, cotangents * weights[None, :, None])
             return result.swapaxes(1, 2) if self.swapped else result
         rows = self.per_example()
         other_rows = rows if others is self.cotangents else self._replace(cotangents=others).per_example()
@@ -133,8 +134,10 @@ class LayerUse(NamedTuple):
             add = jax.vmap(self._added_to_rows) if per_example else self._added_to_rows
             result = add(self._rows_read(), cotangents[0])
             result = result[:, None] if per_example else result[None]
+        elif per_example:
+            result = jnp.einsum("bnri,bnro->nbio", self.inputs, cotangents)
         else:
-            result = jnp.einsum("bnri,bnro->nbio" if per_example else "bnri,bnro->bio", self.inputs, cotangents)
+            result = _sum_over_examples("bnri,bnro->bio", self.inputs, cotangents)
         return result.swapaxes(-1, -2) if self.swapped else result
 
     # --- embeddings -------------------------------------------------------------------------------------------------
@@ -158,6 +161,14 @@ class LayerUse(NamedTuple):
         assert self.inputs is not None
         positions, inputs, outputs = self.cotangents.shape[2], self.inputs.shape[-1], self.cotangents.shape[3]
         return positions * (inputs + outputs) <= inputs * outputs
+
+
+def _sum_over_examples(spec, inputs, cotangents):
+    """An einsum over the examples: where they are sharded explicitly, the sum is on every device, as parameters are."""
+    axes = [jax.typeof(array).sharding.spec for array in (inputs, cotangents)]
+    explicit = any(axis is not None for spec in axes for axis in spec)
+    target = jax.sharding.PartitionSpec(None, axes[0][-1], axes[1][-1]) if explicit else None
+    return jnp.einsum(spec, inputs, cotangents, out_sharding=target)
 
 
 def rows_of_columns(leaf: Array) -> Array:

@@ -149,8 +149,7 @@ class OutputCurvature(Curvature):
 
     def at(self, point: CurvaturePoint, key: jax.Array | None = None) -> LinearMap:
         keys = self.keys(point, key)
-        whole = point.chunk_size is None
-        extras = tuple(self.output_matrix(piece) for piece in point.pieces(keys)) if whole else keys
+        extras = keys if point.chunk_size is not None else compiled_if_eager(_matrices, (point, keys), curvature=self)
         return with_penalty(Pullback(point, extras, self), point)
 
     def keys(self, point: CurvaturePoint, key: jax.Array | None) -> tuple[Any, ...] | None:
@@ -382,6 +381,11 @@ def example_keys(point: CurvaturePoint, key: jax.Array) -> tuple[jax.Array, ...]
 
 def _case_axes(piece):
     return max(piece.scale.ndim, 1)
+
+
+def _matrices(given, *, curvature):
+    point, keys = given
+    return tuple(curvature.output_matrix(piece) for piece in point.pieces(keys))
 
 
 def _linear_gradient(point):

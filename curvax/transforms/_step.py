@@ -8,12 +8,12 @@ not accepted, and asks a judge about the last step where there is one.
 ``scale_by_...`` take any vector), so whatever stands in front in an ``optax.chain`` has its effect. ``update`` takes
 ``at=``, the third result of ``objective.value_and_grad``, and the further points that a method names; what else it is
 given raises at trace time. The updates of a whole method are ready for ``optax.apply_updates``, and ``state.info``
-holds the figures of the step. Inside
-``optax.masked`` and ``optax.partition`` a method acts on the leaves it is given, by path. Under ``optax.MultiSteps``
-the gradient is the mean over the mini-batches, and curvature and losses are those of the last point. A step in which
-anything is not finite is skipped and counted: updates are zero and the state stays. Numbers may be traced, and where a
-docstring says so a schedule of the step; ``optax.inject_hyperparams`` works on every method as it is. Under ``vmap``
-a ``lax.cond`` becomes a ``select``, so periodic work is then done at every step.
+holds the figures of the step. Inside ``optax.masked`` and ``optax.partition`` a method acts on the leaves it is given,
+by path. Under ``optax.MultiSteps`` the gradient is the mean over the mini-batches, and curvature and losses are those
+of the last point. A step in which anything is not finite is skipped and counted: updates are zero and the state stays.
+Numbers may be traced, or a schedule of the step unless they name where something begins; ``optax.inject_hyperparams``
+works on every method as it is. Under ``vmap`` a ``lax.cond`` becomes a ``select``, so periodic work is then done at
+every step.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class StepInfo(NamedTuple):
         update_norm: The norm of delta.
         accepted: Whether the step was taken.
         skipped_steps: How many steps so far were skipped because something was not finite.
+        undone_steps: How many were undone by a judge.
         extra: What the method adds, by name.
     """
 
@@ -66,6 +67,7 @@ class StepInfo(NamedTuple):
     update_norm: Array
     accepted: Array
     skipped_steps: Array
+    undone_steps: Array
     extra: dict[str, Array]
 
 
@@ -154,9 +156,12 @@ class Step(NamedTuple):
 
 
 class LastStep(NamedTuple):
-    """What a judge is told of the step before: its update (zero if it was not taken) and the change it predicted."""
+    """What a judge is told of the step before: where it began and the change that it predicted, 0 if it was undone.
 
-    update: PyTree
+    Where it began and not how long it was: what stands behind the method in a chain may have changed the update.
+    """
+
+    params: PyTree
     predicted_change: Array
 
 
@@ -216,7 +221,7 @@ def stepper(
 
     def update(updates: PyTree, state: StepState, params: PyTree = None, **arguments: Any) -> tuple[PyTree, StepState]:
         given = _given(name, points, updates, state, params, arguments)
-        undo = jnp.array(False)
+        undo, here = jnp.array(False), trees.extract(given.at.params, updates)
         if judge is not None:
             verdict = judge(state.last, given)
             undo = verdict.undo & (state.steps > 0)
@@ -231,7 +236,7 @@ def stepper(
             strength=given.strength if taken.strength is None else taken.strength.astype(given.dtype),
             key=state.key,
             memory=taken.memory,
-            last=() if judge is None else LastStep(moved, jnp.asarray(taken.figures["predicted_change"], given.dtype)),
+            last=() if judge is None else LastStep(here, jnp.asarray(taken.figures["predicted_change"], given.dtype)),
             info=_info(taken, accepted, added, given),
         )
         finite = trees.all_finite(moved, updates if taken.reads_updates else ()) & taken.finite
@@ -240,10 +245,12 @@ def stepper(
         if taken.guarded:
             skipped = skipped._replace(memory=taken.memory)
         if judge is not None:
-            back = trees.scale(-1.0, state.last.update)
+            back = trees.cast_like(trees.sub(state.last.params, here), updates)
+            undone_steps = jnp.asarray(optax.safe_increment(state.info.undone_steps))
             reverted = state._replace(
                 strength=given.strength,
-                last=LastStep(trees.zeros_like(back), jnp.zeros((), given.dtype)),
+                last=state.last._replace(predicted_change=jnp.zeros((), given.dtype)),
+                info=state.info._replace(undone_steps=undone_steps),
             )
             moved, after = trees.where(undo, back, moved), trees.where(undo, reverted, after)
             finite = finite | undo
@@ -259,7 +266,8 @@ def _empty_info(added, dtype):
     """An info before the first step; a buffer for each figure, so that states can be donated."""
     fields: dict[str, Any] = {field: jnp.full((), jnp.nan, dtype) for field in StepInfo._fields}
     fields |= {field: jnp.full((), -1, jnp.int32) for field in _COUNTS}
-    fields |= {"accepted": jnp.zeros((), jnp.bool_), "skipped_steps": jnp.zeros((), jnp.int32)}
+    fields |= {field: jnp.zeros((), jnp.int32) for field in ("skipped_steps", "undone_steps")}
+    fields["accepted"] = jnp.zeros((), jnp.bool_)
     fields["extra"] = {name: jnp.zeros((), dtype if kind is None else kind) for name, kind in added.items()}
     return StepInfo(**fields)
 
@@ -272,8 +280,8 @@ def _info(taken, accepted, added, given):
     empty = _empty_info(added, given.dtype)
     extra = {name: jnp.asarray(figures.pop(name)).astype(empty.extra[name].dtype) for name in added}
     figures = {name: jnp.asarray(value).astype(getattr(empty, name).dtype) for name, value in figures.items()}
-    fixed = {"accepted": accepted, "skipped_steps": given.info.skipped_steps, "extra": extra}
-    return empty._replace(**figures, **fixed)
+    counts = {"skipped_steps": given.info.skipped_steps, "undone_steps": given.info.undone_steps}
+    return empty._replace(**figures, **counts, accepted=accepted, extra=extra)
 
 
 def _given(name, points, updates, state, params, arguments):
@@ -318,11 +326,13 @@ def _given(name, points, updates, state, params, arguments):
 def _check_arguments(name, points, arguments):
     """Arguments of other names may be for another transformation of the chain, but not those that look like ours."""
     for argument, value in arguments.items():
+        if argument in ("at", "curvature_at", "held_out_at"):  # of another method that takes it
+            continue
         near = difflib.get_close_matches(argument, points, n=1, cutoff=0.75)
         if isinstance(value, CurvaturePoint) or argument == "batch" or near:
             advice = f"; did you mean {near[0]}=?" if near else ""
             raise TypeError(
-                f"{name}: update takes {', '.join(f'{point}=' for point in points)} not {argument}={advice}"
+                f"{name}: update takes {', '.join(f'{point}=' for point in points)}, not {argument}={advice}"
             )
 
 

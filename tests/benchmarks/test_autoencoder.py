@@ -41,6 +41,7 @@ def test_batches_are_a_function_of_the_step_and_cover_every_epoch():
     np.testing.assert_array_equal(np.sort(whole[0], axis=0), inputs)
 
 
+@pytest.mark.many_compilations("the benchmark initialises networks and writes figures eagerly")
 @pytest.mark.parametrize("name", [pytest.param("hessian_free", marks=pytest.mark.slow), "adam"])
 def test_an_interrupted_run_goes_on_to_the_same_end(name, tmp_path):
     problem = tiny()
@@ -69,6 +70,7 @@ def test_losses_are_above_the_floor_and_errors_are_squared_errors():
     np.testing.assert_allclose(problem.objective(problem.params, batch), cross_entropy, rtol=1e-5)
 
 
+@pytest.mark.many_compilations("the benchmark initialises networks and writes figures eagerly")
 def test_layers_scale_and_must_fit_the_data():
     problem = autoencoder.make_problem("digits", scale=0.5, num_train=5, num_test=5)
     assert problem.sizes == (64, 30, 15, 5)
@@ -97,16 +99,17 @@ def test_every_optimiser_of_the_registry_reduces_the_loss(name):
 def test_nesterov_is_sutskevers_with_its_growing_momentum():
     """v <- mu v - epsilon grad h(theta + mu v), theta <- theta + v; optax keeps theta + mu v as its parameters."""
     rate, top = 0.1, 0.9
-    tx = OPTIMIZERS["nag"].make(None, learning_rate=rate, momentum=top)
+    tx = OPTIMIZERS["nag"].make(learning_rate=rate, momentum=top)
     curvature = jnp.array([1.0, 3.0], jnp.float32)
     shown = jnp.array([1.0, -1.0], jnp.float32)
-    state, v = tx.init(shown), jnp.zeros(2)
+    update = jax.jit(tx.update)
+    state, v = jax.jit(tx.init)(shown), jnp.zeros(2)
     mus = []
     for step in range(600):
         mu = min(1 - 2 ** (-1 - np.log2(step // 250 + 1)), top)
         mus.append(mu)
         gradient = curvature * shown
-        updates, state = tx.update(gradient, state, shown)
+        updates, state = update(gradient, state, shown)
         v = mu * v - rate * gradient
         expected = shown + mu * v - rate * gradient
         shown = optax.apply_updates(shown, updates)
@@ -126,6 +129,7 @@ def test_unknown_settings_and_names_are_refused():
         train("", optax.sgd(0.1), None, None, None, evaluate=None)
 
 
+@pytest.mark.many_compilations("the benchmark initialises networks and writes figures eagerly")
 def test_the_command_line_leaves_log_plots_and_reconstructions(tmp_path, capsys):
     options = "--data digits --sizes 64-8-2 --num-train 40 --optimizer adam --optimizer sgd --steps 3"
     autoencoder.main([*options.split(), "--output", str(tmp_path)])

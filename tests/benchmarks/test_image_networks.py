@@ -51,7 +51,7 @@ def test_it_takes_a_step(name, make):
     keys = jax.random.split(jax.random.key(0))
     params = jax.jit(network.init)(keys[0])
     batch = (jax.random.normal(keys[1], (4, *network.image_shape)), jnp.arange(4))
-    tx = make(objective)
+    tx = make()
 
     @jax.jit
     def step(params, state):

@@ -1,9 +1,12 @@
 """Counted operations of curvature products: the algorithm's floors and a few per cent for elementwise work."""
 
+import pytest
+
 from benchmarks import product_cost
 from benchmarks.operations import flops
 
 
+@pytest.mark.many_compilations("the benchmark draws its data and linearises before it counts")
 def test_costs_in_gradients_on_an_existing_linearisation():
     calls = product_cost.operations(*product_cost.setting())
     counts = {name: flops(function, *arguments) for name, (function, arguments) in calls.items()}

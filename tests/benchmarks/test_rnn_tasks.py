@@ -126,9 +126,11 @@ def test_a_lag_too_short_for_the_windows_is_an_error(name, lag, least):
 def test_the_network_is_the_recursion_and_has_outputs_where_there_are_targets(name):
     task, lag = TASKS[name], 11
     inputs, targets = draw(name, lag, count=3)
-    params = rnn_tasks.initial(task, 30, jax.random.key(0))
-    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
-    outputs, aux = rnn_tasks.network(task)(params, jnp.asarray(inputs, jnp.float64 if inputs.ndim == 3 else None))
+    params = jax.jit(lambda key: rnn_tasks.initial(task, 30, key))(jax.random.key(0))
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    outputs, aux = jax.jit(rnn_tasks.network(task))(
+        params, jnp.asarray(inputs, jnp.float64 if inputs.ndim == 3 else None)
+    )
 
     w = jax.tree.map(np.asarray, params)
     expected, states = [], []
@@ -197,7 +199,7 @@ def test_mini_batches_are_the_products_and_the_gradients_share_and_too_many_are_
 
     def step(params, state, batch):
         params, state = trainer.step(params, state, batch)
-        iterations.append(int(state.info.cg_iterations))
+        iterations.append(int(state.info.inner_iterations))
         return params, state
 
     monkeypatch.setattr(rnn_tasks, "make_trainer", lambda settings: trainer._replace(step=step))
