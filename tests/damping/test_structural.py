@@ -168,7 +168,7 @@ def test_outputs_of_layers_serve_as_intermediates():
     with_aux = curvax.Objective(model, curvax.losses.squared_error(), has_aux=True)
     plain = curvax.Objective(lambda params, x: model(params, x)[0], curvax.losses.squared_error())
     layers = curvax.find_layers(plain, params, batch)
-    by_layer = curvax.damping.structural(curvax.layers.LayerOutputs(layers, ("bias",)), strength=0.7)
+    by_layer = curvax.damping.structural(curvax.damping.LayerOutputs(layers, ("bias",)), strength=0.7)
     by_aux = curvax.damping.structural(lambda inputs: inputs, strength=0.7)
     ours, theirs = (
         jax.jit(lambda p, b, o=o, piece=piece: piece.matrix(o.linearize(p, b), GGN, 0.3, KEY).to_dense())(params, batch)
@@ -181,6 +181,6 @@ def test_unknown_layers_are_refused():
     objective = curvax.Objective(lambda w, x: x @ w["w"], curvax.losses.squared_error())
     params, batch = {"w": jnp.ones((2, 1))}, (jnp.ones((3, 2)), jnp.ones((3, 1)))
     layers = curvax.find_layers(objective, params, batch)
-    damping = curvax.damping.structural(curvax.layers.LayerOutputs(layers, ("v",)))
+    damping = curvax.damping.structural(curvax.damping.LayerOutputs(layers, ("v",)))
     with pytest.raises(KeyError, match="there is no layer 'v'"):
         damping.matrix(objective.linearize(params, batch), GGN, 1.0, KEY)
