@@ -25,7 +25,6 @@ def sparse(num_nonzeros: int = 15, stddev: float = 1.0) -> Initializer:
 
     Args:
         num_nonzeros: Incoming weights of a unit that are not zero.
-        stddev: Their standard deviation.
 
     Returns:
         A function (key, shape, dtype) -> array, like those of ``jax.nn.initializers``; flax and haiku take it as it is.

@@ -6,6 +6,7 @@ by normalised paths such as ``"encoder/0/kernel"``, the same for dicts, flax, eq
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Collection
@@ -107,6 +108,23 @@ def example_structure(tree: PyTree) -> PyTree:
 def structure_of(tree: PyTree) -> PyTree:
     """The pytree of ``jax.ShapeDtypeStruct`` that describes ``tree``."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree)
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """A pytree of hashable leaves, itself hashable, equal to those of equal pytrees, as jit asks of what is static."""
+
+    tree: PyTree
+
+    def _key(self):
+        leaves, treedef = jax.tree.flatten(self.tree)
+        return treedef, tuple(leaves)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Static) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
 
 
 def random_normal(key: jax.Array, like: PyTree) -> PyTree:

@@ -74,9 +74,8 @@ def hutch_plus_plus(linear_map: LinearMap, key: Array, *, num_products: int) -> 
     width = num_products // 3
     _check_products(linear_map, num_products, 3)
     sketch_key, rest_key = jax.random.split(key)
-    basis, _ = blocks.orthonormalise(
-        wide.block_product(linear_map, _draw_block(linear_map, sketch_key, width, trees.random_normal))
-    )
+    sketch = _draw_block(linear_map, sketch_key, width, trees.random_normal)
+    basis, _ = blocks.orthonormalise(wide.block_product(linear_map, sketch))
     tests = _draw_block(linear_map, rest_key, num_products - 2 * width, trees.random_rademacher)
     tests = blocks.without(tests, basis)
     exact = jnp.sum(blocks.row_dots(basis, wide.block_product(linear_map, basis)))

@@ -154,7 +154,6 @@ class Layer:
         name: The paths of its leaves.
         kind: The kind of its first use.
         leaves: The places of its leaves among those of the parameters.
-        members: Its uses.
         shape: (blocks, inputs, outputs) of its matrices.
         bias: The layer's name whose parameters are added to this one's results, or None.
         only_moves: Whether every entry of its matrices is one entry of a leaf.
@@ -178,9 +177,6 @@ class Layers:
     """What ``find_layers`` found; print it to see it as a table.
 
     Attributes:
-        paths: The path of every leaf of the parameters.
-        structs: Its shape and dtype.
-        layers: The layers.
         geometries: For each term those of its uses that have structure, in the program that was looked at.
         outlines: For each term and use its kind and leaves, by which the program is known again.
         fit: For each term and use whether it has structure.
@@ -188,8 +184,6 @@ class Layers:
         reasons: For each leaf without structure, by its place, why.
         couples_examples: Whether an example's output may depend on other examples, as with batch statistics in
             training. Then gradients of examples are those of the sum of all losses, cut up by example.
-        fallback: As given.
-        through_custom_rules: As given.
     """
 
     paths: tuple[str, ...]

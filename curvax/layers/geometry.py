@@ -31,7 +31,6 @@ class Geometry:
     Attributes:
         base: What of the parameters is seen as one array: the operand without its transpositions, or for elementwise
             uses without its copies.
-        base_shape: Its shape.
         block_axes: Of the base, those that number independent matrices.
         in_axes: Of the base, those that the input is contracted with.
         out_axes: Of the base, those of the output's features.

@@ -140,11 +140,8 @@ class SampleSpace:
         """((G + lambda I)^{-1} v, conjugate gradient steps); parameters without structure as ``fallback`` says.
 
         Args:
-            damping: lambda, above 0.
             method: "cholesky" of K, with one step of refinement; "cg" with K's products; "auto" takes the first up to
                 1024 rows.
-            max_iterations: The cap on conjugate gradient steps.
-            tolerance: The relative residual they stop at.
         """
         if method == "auto":
             method = "cholesky" if self.num_rows <= 1024 else "cg"

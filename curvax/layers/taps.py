@@ -73,12 +73,8 @@ class TermTap(NamedTuple):
     """One term's model, tapped and linearised.
 
     Attributes:
-        outputs: z.
-        inputs: The inputs of all uses as the model has them.
         given: What else parameters are combined with, see ``views.Given``.
         jvp: (tangents of the leaves of the parameters, perturbations) -> tangent of the outputs.
-        transpose: Its transpose.
-        uses: The geometries of the uses.
     """
 
     outputs: PyTree
@@ -107,7 +103,6 @@ class TappedPoint:
     Attributes:
         point: The curvature point, to be given as ``at=``.
         taps: For each term its outputs, inputs of uses and linear maps.
-        layers: The layers.
     """
 
     point: CurvaturePoint

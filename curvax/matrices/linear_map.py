@@ -170,32 +170,15 @@ def from_matvec(matvec: Callable[[PyTree], PyTree], like: PyTree) -> LinearMap:
     return MatvecMap.of(matvec, like)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Static:
-    """A pytree of ShapeDtypeStructs as hashable metadata of a registered dataclass."""
-
-    tree: PyTree
-
-    def _key(self):
-        leaves, treedef = jax.tree.flatten(self.tree)
-        return treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-
-    def __eq__(self, other):
-        return isinstance(other, _Static) and self._key() == other._key()
-
-    def __hash__(self):
-        return hash(self._key())
-
-
 class Shaped(LinearMap):
     """A map that keeps the structure of its vectors, in its last field."""
 
-    like: _Static
+    like: trees.Static
 
     @classmethod
     def of(cls, content: Any, like: PyTree) -> Self:
         """The map of that content on vectors like ``like``."""
-        return cls(content, _Static(trees.structure_of(like)))  # pyright: ignore[reportCallIssue]
+        return cls(content, trees.Static(trees.structure_of(like)))  # pyright: ignore[reportCallIssue]
 
     @property
     def structure(self) -> PyTree:
@@ -208,7 +191,7 @@ class MatvecMap(Shaped):
     """The map of ``from_matvec``."""
 
     matvec: Callable[[PyTree], PyTree]
-    like: _Static = dataclasses.field(metadata={"static": True})
+    like: trees.Static = dataclasses.field(metadata={"static": True})
 
     def __call__(self, vector: PyTree) -> PyTree:
         return self.matvec(vector)
@@ -257,7 +240,7 @@ class Diagonal(LinearMap):
 class LeafScalars(Shaped, Diagonal):
     """The diagonal matrix with one scalar for each leaf: a penalty's Hessian, or lambda I."""
 
-    like: _Static = dataclasses.field(metadata={"static": True})
+    like: trees.Static = dataclasses.field(metadata={"static": True})
 
     def __call__(self, vector: PyTree) -> PyTree:
         trees.check_like(vector, self.structure, "vector")
@@ -276,7 +259,7 @@ class DenseMap(Shaped):
     """A matrix that has been formed, in leaf order with every leaf row-major."""
 
     matrix: jax.Array
-    like: _Static = dataclasses.field(metadata={"static": True})
+    like: trees.Static = dataclasses.field(metadata={"static": True})
 
     def __call__(self, vector: PyTree) -> PyTree:
         return trees.unravel(self.matrix @ trees.ravel(vector).astype(self.matrix.dtype), vector)
@@ -354,7 +337,7 @@ class Restricted(Shaped):
     """The principal submatrix on some of the leaves; see ``LinearMap.restrict``."""
 
     map: LinearMap
-    like: _Static = dataclasses.field(metadata={"static": True})
+    like: trees.Static = dataclasses.field(metadata={"static": True})
 
     def __call__(self, vector: PyTree) -> PyTree:
         return trees.extract(self.map(self._embed(vector)), vector)

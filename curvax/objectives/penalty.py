@@ -57,21 +57,11 @@ class Penalty:
         return jax.tree.structure(params).unflatten(scalars)
 
 
-@dataclasses.dataclass(frozen=True)
-class Constant:
-    """A function that returns the same pytree whatever it is given; equal to those of equal pytrees, as jit asks."""
-
-    value: PyTree
+class Constant(trees.Static):
+    """A function that returns the same pytree whatever it is given."""
 
     def __call__(self, *_: Any) -> PyTree:
-        return self.value
+        return self.tree
 
     def _key(self):
-        leaves, treedef = jax.tree.flatten(self.value)
-        return treedef, tuple(map(bool, leaves))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Constant) and self._key() == other._key()
-
-    def __hash__(self) -> int:
-        return hash(self._key())
+        return jax.tree.structure(self.tree), tuple(map(bool, jax.tree.leaves(self.tree)))

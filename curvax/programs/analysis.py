@@ -45,7 +45,6 @@ def analyse(twins: Twins, num_leaves: int, through_custom_rules: bool = False) -
     """Walks a program of (params, inputs) -> (outputs, aux), and its twin for the axes of the examples.
 
     Args:
-        twins: The programs.
         num_leaves: How many of their arguments are leaves of the parameters.
         through_custom_rules: Look into functions with custom derivative rules, as if the rules were those of their
             bodies.

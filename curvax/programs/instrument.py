@@ -30,9 +30,6 @@ def evaluate(
     sharding and calls.
 
     Args:
-        program: The program, as it was analysed.
-        arguments: Its arguments, flattened.
-        uses: The uses to tap.
         perturbations: For each use an array of the shape of its output (behind the axes of the scans around it), or
             None. It counts as zero: only derivatives with respect to it have a meaning.
         given: The places of further operands to return, see ``Given``.

@@ -36,7 +36,6 @@ def record(
     x sigmoid(x), becomes one step.
 
     Args:
-        arguments: Its arguments.
         varies: Which of them are variables.
         roots: Addresses of equations outside of loops whose first result varies by itself.
 
@@ -57,12 +56,7 @@ def record_term(term: Term, params: PyTree, inputs: PyTree, roots: Collection[Ad
 
 
 class RecordedTerm(NamedTuple):
-    """A term's model, recorded.
-
-    Attributes:
-        outputs: z, flattened.
-        params: The leaves of the parameters.
-    """
+    """A term's model, recorded."""
 
     program: RecordedProgram
     outputs: list[Value]

@@ -35,9 +35,6 @@ class Node:
     """A value that depends on leaves and constants alone.
 
     What is asked of every node again and again is kept with it, so that graphs are walked once.
-
-    Attributes:
-        operands: What it is computed from.
     """
 
     operands: tuple[Node, ...] = dataclasses.field(default=(), kw_only=True)

@@ -55,11 +55,9 @@ def walk(
     """The values of a program's results.
 
     Args:
-        arguments: The values of its arguments.
         handle: What each equation makes of values.
         constant: The value of an array that the program holds.
         address: The address of the equation whose body the program is.
-        where: The same for people.
     """
     jaxpr = program.jaxpr
     values = dict(zip(jaxpr.constvars, map(constant, program.consts), strict=True))

@@ -42,7 +42,6 @@ def sr1_memory(params: PyTree, size: int = 5) -> SR1Memory:
     """An empty memory for vectors like ``params``.
 
     Args:
-        params: A pytree with the shapes and dtypes of the parameters.
         size: m, how many pairs it keeps.
     """
     check_at_least("size", size, 1)

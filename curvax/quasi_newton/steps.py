@@ -96,8 +96,6 @@ def line_search_step(
         memory: Of the inverse form, pairs (y, s).
         last_step_size: The step size before; the search starts from min(1, twice that).
         scale: gamma; H_0 = I / gamma.
-        sufficient_decrease: c of Armijo's rule.
-        most_halvings: The cap on the search.
         loss_at: (step) -> loss, if that is cheaper than with the gradient.
     """
     dtype = memory.core.dtype

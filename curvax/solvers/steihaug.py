@@ -61,7 +61,6 @@ def steihaug(
         radius: r > 0, finite.
         preconditioner: r -> P^{-1} r with P symmetric positive definite. It sets the shape of the region,
             ||x||_P = sqrt(x^T P x), which is tracked without products with P. None: the Euclidean ball.
-        max_iterations: The hard cap.
         tolerance: Stop when |A x - b| <= tolerance * |b|.
 
 

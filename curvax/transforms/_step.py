@@ -44,11 +44,8 @@ class StepInfo(NamedTuple):
         damping: lambda that the step was computed with.
         radius: The radius of the trust region that the step was computed with.
         step_size: The factor of the step along its direction, from a line search or in closed form.
-        inner_iterations: Iterations of the inner solver.
         reason: Why they stopped, a ``curvax.solvers.StopReason``.
         gradient_norm: The norm of the incoming updates.
-        update_norm: The norm of delta.
-        accepted: Whether the step was taken.
         skipped_steps: How many steps so far were skipped because something was not finite.
         undone_steps: How many were undone by a judge.
         extra: What the method adds, by name.
@@ -75,12 +72,10 @@ class StepState(NamedTuple):
     """The state of every method.
 
     Attributes:
-        steps: Steps so far.
         strength: What adapts: lambda, the radius or sigma for the next step; 0 for methods in which nothing does.
         key: Raw data of the PRNG key that the key of every step comes from.
         memory: What the method carries from step to step, such as its last direction.
         last: The last step, for the judge; () without one.
-        info: Figures of the last step.
     """
 
     steps: Array
@@ -97,16 +92,8 @@ class Given:
 
     Attributes:
         gradient: The incoming updates g.
-        at: The point of the gradient.
         curvature_at: The point of the curvature, and of the losses that judge the step; ``at`` unless given.
         held_out_at: A point on data that the step was not computed from; None unless given.
-        strength: lambda, the radius or sigma.
-        memory: What the method carries.
-        steps: Steps before this one.
-        key: The PRNG key of this step.
-        info: Figures of the step before.
-        params: The parameters, where ``update`` got them.
-        extra: Arguments for other transformations.
     """
 
     gradient: PyTree
@@ -198,13 +185,9 @@ def stepper(
     """The transformation of a method.
 
     Args:
-        name: The name of the method, for errors.
-        step: What one step is.
         start: params -> what the method carries; parameters may be ShapeDtypeStructs.
         strength: lambda_0, the first radius or sigma.
-        seed: Seed of the keys of the steps.
         extra: The names of the figures that the method adds, with their dtypes (None for that of the losses).
-        points: The points that ``update`` takes.
         judge: What judges the last step before a new one is computed. One that it undoes is taken back by the
             update, in place of a new step.
     """

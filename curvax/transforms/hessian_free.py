@@ -70,7 +70,6 @@ def hessian_free(
     and the damping grows; ``curvax.newton_cg`` makes use of such a direction.
 
     Args:
-        initial_damping: lambda_0.
         rule: How lambda adapts; by default times 2/3 above rho = 3/4 and times 3/2 below 1/4.
         damping_matrix: D: ``curvax.damping.tikhonov()`` by default, ``scale_sensitive()`` or ``structural(...)``.
         warm_start: zeta, in [0, 1], a number or a schedule.

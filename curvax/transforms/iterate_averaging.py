@@ -17,7 +17,6 @@ class IterateAveragingState(NamedTuple):
     """State of ``average_iterates``.
 
     Attributes:
-        steps: k, steps so far.
         average: The average of theta_0 ... theta_k, in float32 or wider.
     """
 
@@ -40,11 +39,7 @@ def average_iterates(
     6.13, reports the better of the two).
 
     Args:
-        scheme: One of the three.
         decay: beta_max, or xi in the third.
-
-    Returns:
-        The transformation. Its ``update`` needs the parameters.
 
     Raises:
         ValueError: ``scheme`` is none of the three, ``decay`` is not in [0, 1), or ``update`` got no parameters.

@@ -28,7 +28,6 @@ def krylov_subspace_descent(
 
     Args:
         num_vectors: The dimension of the Krylov space, 20 if None; memory is one copy of the parameters for each.
-        max_subspace_iterations: The cap on L-BFGS steps.
         tolerance: They stop where the gradient in the subspace has shrunk to this fraction.
         curvature: B, ``curvax.GaussNewton()`` by default.
         seed: Seed of what ``curvature`` draws.

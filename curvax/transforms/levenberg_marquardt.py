@@ -32,7 +32,6 @@ def levenberg_marquardt(
     loss that judges the step belong.
 
     Args:
-        initial_damping: lambda_0.
         rule: How lambda adapts; by default times 2/3 above rho = 3/4 and times 3/2 below 1/4.
         damping_matrix: D: ``curvax.damping.tikhonov()`` by default (Levenberg 1944), or ``scale_sensitive()``, with
             the exact diagonal of B (Marquardt 1963).

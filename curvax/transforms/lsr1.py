@@ -102,7 +102,6 @@ def lsr1_linesearch(
     Args:
         memory_size: m, pairs to keep, 5 if None.
         scale: gamma; H_0 = I / gamma.
-        sufficient_decrease: c of Armijo's rule.
         skip_tolerance: r: pairs with |y^T (s - H y)| < r ||y|| ||s - H y|| are left out.
 
     Returns:

@@ -33,7 +33,6 @@ def natural_gradient(
         learning_rate: alpha, a number or a schedule.
         damping: lambda, above 0, a number or a schedule.
         max_divergence: The bound c on the divergence of a step, a number or a schedule; None for none.
-        max_iterations: The cap on conjugate gradient steps.
         tolerance: The relative residual to stop at.
         warm_start: The solve starts from this times the last solution; above 0 only where F changes little.
         curvature: F, ``curvax.Fisher()`` by default; ``curvax.Fisher(num_samples=1)`` draws targets anew at every step.

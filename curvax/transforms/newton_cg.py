@@ -31,9 +31,7 @@ def newton_cg(
     optionally ``curvature_at=``, a point on another batch for the products and the reduction ratio.
 
     Args:
-        initial_radius: r_0.
         rule: How r adapts; by default doubled above rho = 3/4 for steps to the edge, halved below 1/10.
-        max_iterations: The cap on conjugate gradient steps.
         tolerance: The loosest relative residual to stop at.
         acceptance: The least rho of a step that is taken.
         curvature: ``curvax.Hessian()`` by default.

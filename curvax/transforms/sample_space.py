@@ -46,7 +46,6 @@ def scale_by_sample_space(
         curvature: ``curvax.GaussNewton()`` by default, ``curvax.Fisher()`` or ``curvax.EmpiricalFisher()``.
         method: "cholesky" forms R R^T and factorises it; "cg" solves by conjugate gradients on it; "auto" takes the
             first for up to 1024 rows.
-        max_iterations: The cap on conjugate gradient steps.
         tolerance: The relative residual at which they stop.
         seed: Seed of what ``curvature`` draws.
 
