@@ -179,7 +179,7 @@ class OutputCurvature(Curvature):
 
     def at(self, point: CurvaturePoint, key: jax.Array | None = None) -> LinearMap:
         keys = self.keys(point, key)
-        extras = keys if point.chunk_size is not None else compiled_if_eager(_matrices, (point, keys), curvature=self)
+        extras = keys if point.chunk_size is not None else compiled_if_eager(_matrices, point, keys, curvature=self)
         return with_penalty(Pullback(point, extras, self), point)
 
     def keys(self, point: CurvaturePoint, key: jax.Array | None) -> tuple[Any, ...] | None:
@@ -429,8 +429,7 @@ def _case_axes(piece):
     return max(piece.scale.ndim, 1)
 
 
-def _matrices(given, *, curvature):
-    point, keys = given
+def _matrices(point, keys, *, curvature):
     return tuple(curvature.output_matrix(piece) for piece in point.pieces(keys))
 
 
