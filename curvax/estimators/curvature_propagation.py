@@ -104,10 +104,6 @@ def sampled_hessian_diagonal(tapped: TappedPoint, key: Array, *, num_samples: in
     Source: Martens, Sutskever and Swersky 2012; the products by layers as in Martens 2016, section 4.9.3.
     """
     scales = tapped.example_scales("sampled_hessian_diagonal")
-    if tapped.layers.couples_examples:
-        raise ValueError(
-            "sampled_hessian_diagonal: the model couples examples, as batch statistics do; use propagate_curvature"
-        )
 
     _check_losses(tapped.point)
 

@@ -115,7 +115,8 @@ def test_the_preconditioner_with_a_schedule_on_some_of_the_leaves(marquardt):
         added = np.diag(np.diag(block)) if marquardt else np.eye(len(block))
         expected = -0.5 * gradient(GOAL, taken.before, DATA)
         expected[rows] = np.linalg.solve(block + strength * added, expected[rows])
-        np.testing.assert_allclose(flat(taken.updates), expected, rtol=1e-6, atol=1e-9 * np.linalg.norm(expected))
+        # optax's schedule counts in single precision, so lambda is right to some 1e-8 of itself.
+        np.testing.assert_allclose(flat(taken.updates), expected, rtol=1e-6, atol=1e-8 * np.linalg.norm(expected))
 
 
 def test_parameters_that_do_nothing_are_left_where_they_are():
