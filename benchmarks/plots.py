@@ -93,7 +93,7 @@ def plot_accuracy(
 
 
 def plot_figures(runs: Runs, path: str | Path, *, keys: Sequence[str], title: str) -> None:
-    """One panel per figure, such as ``damping``, ``step_ratio`` or ``cg_iterations``, against steps.
+    """One panel per figure, such as ``damping``, ``step_ratio`` or ``inner_iterations``, against steps.
 
     A panel is logarithmic where the figure is positive throughout and spans more than a factor of 30.
     """

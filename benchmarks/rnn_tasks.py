@@ -144,7 +144,7 @@ def run(settings: Settings, seed: int, deadline: float = math.inf) -> dict[str, 
             batch = task.draw(training, settings.lag, settings.gradient_batch)
             params, state = trainer.step(params, state, batch)
             steps += 1
-            mini_batches += settings.gradient_batch / settings.curvature_batch + int(state.info.cg_iterations)
+            mini_batches += settings.gradient_batch / settings.curvature_batch + int(state.info.inner_iterations)
             test_error = error_rate(trainer.misclassified, params, test)
             shown = {name: getattr(state.info, name) for name in ("damping", "step_ratio", "inner_iterations")}
             progress.update(int(mini_batches), {"loss": state.info.loss, "error_rate": test_error} | shown)

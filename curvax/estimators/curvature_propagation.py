@@ -87,10 +87,6 @@ def sampled_hessian_diagonal(tapped: TappedPoint, key: Array, *, num_samples: in
         True
     """
     scales = tapped.example_scales("sampled_hessian_diagonal")
-    if tapped.layers.couples_examples:
-        raise ValueError(
-            "sampled_hessian_diagonal: the model couples examples, as batch statistics do; use propagate_curvature"
-        )
 
     _check_losses(tapped.point)
 

@@ -32,7 +32,7 @@ def per_example_gradients(tapped: TappedPoint) -> PyTree:
         Array([[-1., -2.],
                [-3., -4.]], dtype=float...)
     """
-    _check_separate(tapped, "per_example_gradients")
+    tapped.check_separate("per_example_gradients")
     return rows_of(tapped, tapped.pull_back(tapped.loss_cotangents()))
 
 
@@ -49,7 +49,7 @@ def gradient_norms(tapped: TappedPoint) -> Array:
         >>> curvax.layers.gradient_norms(tapped)
         Array([5., 1.], dtype=float...)
     """
-    _check_separate(tapped, "gradient_norms")
+    tapped.check_separate("gradient_norms")
     captured = tapped.pull_back(tapped.loss_cotangents())
     apart, together = split_uses(tapped, captured)
     counts = [tapped.point.num_examples(i) for i in range(len(tapped.taps))]
@@ -77,7 +77,7 @@ def gradient_inner_products(tapped: TappedPoint) -> Array:
         Array([[25.,  4.],
                [ 4.,  1.]], dtype=float...)
     """
-    _check_separate(tapped, "gradient_inner_products")
+    tapped.check_separate("gradient_inner_products")
     columns = jax.tree.map(lambda leaf: leaf[None], tapped.loss_cotangents())
     return inner_products(tapped, tapped.pull_back_columns(columns))
 
@@ -147,11 +147,3 @@ def _each_column(tapped, uses):
         return tapped.to_params([(use, use._replace(cotangents=ds).per_example()) for use, ds in pairs])
 
     return jax.vmap(one)(*(use.cotangents for use in uses))
-
-
-def _check_separate(tapped, name):
-    if tapped.layers.couples_examples:
-        raise ValueError(
-            f"{name}: the model couples examples, as batch statistics do, so the gradient of one example is not"
-            " defined; evaluate the model with fixed statistics"
-        )

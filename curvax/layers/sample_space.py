@@ -71,8 +71,6 @@ class SampleSpace:
         key: Array | None = None,
     ):
         check_curvature("sample space", curvature, OutputCurvature)
-        if tapped.layers.couples_examples:
-            raise ValueError("sample space: the model couples examples, as batch statistics do; fix the statistics")
         self.tapped = tapped
         self.roots = [jnp.sqrt(scale) for scale in tapped.example_scales("sample space")]
         self.pieces = tapped.point.pieces(curvature.keys(tapped.point, key))

@@ -129,8 +129,10 @@ class TappedPoint:
         """For each term the factor of each example's loss, which cotangents are without; for ``name``, in errors.
 
         Raises:
-            ValueError: Weights or a mask over the steps of sequences make the cases finer than examples.
+            ValueError: The model couples examples, or weights or a mask over the steps of sequences make the cases
+                finer than examples.
         """
+        self.check_separate(name)
         scales = []
         for index, cases in enumerate(self.point.cases):
             if cases.scale.ndim > 1:
@@ -140,6 +142,14 @@ class TappedPoint:
                 )
             scales.append(jnp.broadcast_to(cases.scale, (self.point.num_examples(index),)))
         return scales
+
+    def check_separate(self, name: str) -> None:
+        """Raises a ValueError where the gradient of one example is not defined."""
+        if self.layers.couples_examples:
+            raise ValueError(
+                f"{name}: the model couples examples, as batch statistics do, so the gradient of one example is not"
+                " defined; evaluate the model with fixed statistics"
+            )
 
     def by_layer(self, uses: Sequence[LayerUse]) -> dict[str, list[LayerUse]]:
         """Uses grouped by the name of their layer, in the order of the layers."""

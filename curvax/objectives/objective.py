@@ -180,7 +180,9 @@ class Objective:
         return f"Objective({terms}, l2={self.penalty.l2})"
 
 
-def compiled_if_eager(function: Callable[..., Any], first: PyTree, *others: PyTree, **static: Any) -> Any:
+def compiled_if_eager(
+    function: Callable[..., Any], first: Objective | CurvaturePoint, *others: PyTree, **static: Any
+) -> Any:
     """``function(first, *others, **static)``, through ``jit`` where nothing is being traced.
 
     ``first`` may hold numbers, such as the strength of a penalty; the others arrays alone, as a number or a flag among

@@ -46,8 +46,8 @@ def sr1_memory(params: PyTree, size: int = 5) -> SR1Memory:
     """
     check_at_least("size", size, 1)
     dtype = trees.wide_dtype(*jax.tree.leaves(params))
-    square = jnp.zeros((size, size), dtype)
-    return SR1Memory(blocks.zeros(params, size), square, square, jnp.zeros(size, jnp.int32))
+    core, gram = (jnp.zeros((size, size), dtype) for _ in range(2))  # a buffer each, so that states can be donated
+    return SR1Memory(blocks.zeros(params, size), core, gram, jnp.zeros(size, jnp.int32))
 
 
 def sr1_map(memory: SR1Memory, scale: Scalar) -> CompactMap:

@@ -1,5 +1,7 @@
 """Diagonals, norms and inner products by taps, against dense matrices of autodiff."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -180,6 +182,9 @@ def test_coupled_examples_and_cases_finer_than_examples_are_refused():
             curvax.layers.gradient_norms,
             curvax.layers.gradient_inner_products,
             curvax.layers.per_example_gradients,
+            curvax.layers.empirical_fisher_diagonal,
+            curvax.layers.exact_ggn_diagonal,
+            functools.partial(curvax.layers.sampled_ggn_diagonal, key=jax.random.key(0)),
         ):
             with pytest.raises(ValueError, match="couples examples"):
                 function(tapped)
