@@ -162,6 +162,11 @@ def expand_right(array: jax.Array, ndim: int) -> jax.Array:
     return array if array.ndim == 0 else array.reshape(array.shape + (1,) * (ndim - array.ndim))
 
 
+def scale_rows(scales: jax.Array, tree: PyTree) -> PyTree:
+    """Entry i of the leading axes of every leaf times ``scales[i]``, in the dtypes of ``tree``."""
+    return jax.tree.map(lambda leaf: leaf * expand_right(scales, leaf.ndim).astype(leaf.dtype), tree)
+
+
 def wide_dtype(*leaves: Any) -> Any:
     """The dtype in which scalars about these leaves are accumulated: their widest, and at least float32."""
     return functools.reduce(wider, [leaf.dtype for leaf in leaves], jnp.dtype(jnp.float32))

@@ -18,7 +18,7 @@ from curvax.objectives.loss import OutputLoss
 from curvax.objectives.losses import SquaredError
 from curvax.objectives.output_matrix import OutputMatrix
 from curvax.objectives.point import CurvaturePoint, Packed, linearize_term
-from curvax.objectives.term import Term, scale_cases
+from curvax.objectives.term import Term
 from curvax.programs.instrument import evaluate
 from curvax.programs.trace import trace_term
 from curvax.types import Array, PyTree, Scalar
@@ -228,17 +228,17 @@ class _Pair(OutputMatrix):
         return self.first.root_structure, self.second.root_structure
 
     def product(self, vector):
-        return self.first.product(vector[0]), scale_cases(self.weight, self.second.product(vector[1]))
+        return self.first.product(vector[0]), trees.scale_rows(self.weight, self.second.product(vector[1]))
 
     def sqrt_product(self, vector):
         root = jnp.sqrt(self.weight)
-        return self.first.sqrt_product(vector[0]), scale_cases(root, self.second.sqrt_product(vector[1]))
+        return self.first.sqrt_product(vector[0]), trees.scale_rows(root, self.second.sqrt_product(vector[1]))
 
     def sqrt_transpose_product(self, vector):
         root = jnp.sqrt(self.weight)
-        second = scale_cases(root, self.second.sqrt_transpose_product(vector[1]))
+        second = trees.scale_rows(root, self.second.sqrt_transpose_product(vector[1]))
         return self.first.sqrt_transpose_product(vector[0]), second
 
     def pinv_product(self, vector):
         inverse = jnp.where(self.weight > 0, 1 / jnp.where(self.weight > 0, self.weight, 1), 0)
-        return self.first.pinv_product(vector[0]), scale_cases(inverse, self.second.pinv_product(vector[1]))
+        return self.first.pinv_product(vector[0]), trees.scale_rows(inverse, self.second.pinv_product(vector[1]))

@@ -22,7 +22,6 @@ from curvax.layers.taps import TappedPoint
 from curvax.layers.use import replicated
 from curvax.matrices.curvature import GaussNewton, OutputCurvature, check_curvature
 from curvax.matrices.linear_map import Diagonal
-from curvax.objectives.term import scale_cases
 from curvax.types import Array, PyTree, Scalar
 
 
@@ -188,7 +187,7 @@ class SampleSpace:
 
         def seeds(matrix, root, columns):
             def one(column):
-                return scale_cases(root, matrix.sqrt_transpose_product(unit_vector(matrix.root_structure, column)))
+                return trees.scale_rows(root, matrix.sqrt_transpose_product(unit_vector(matrix.root_structure, column)))
 
             return jax.vmap(one)(jnp.arange(columns))
 

@@ -185,14 +185,15 @@ def compiled_if_eager(
 ) -> Any:
     """``function(first, *others, **static)``, through ``jit`` where nothing is being traced.
 
-    ``first`` may hold numbers, such as the strength of a penalty; the others arrays alone, as a number or a flag among
-    the inputs of a model is for Python to read.
+    ``first`` may hold numbers, such as the strength of a penalty; the others and the batch of a point arrays alone, as
+    a number or a flag among the inputs of a model is for Python to read.
 
     What ``jax.linearize`` returns holds a program that is new at every call, so that whatever is compiled for one
     result is compiled anew for the next. ``jit`` traces once for each function and shapes, and what it returns is the
     same program again.
     """
-    arrays = all(isinstance(leaf, (jax.Array, np.ndarray, np.generic)) for leaf in jax.tree.leaves(others))
+    data = others, [cases.packed for cases in getattr(first, "cases", ())]
+    arrays = all(isinstance(leaf, (jax.Array, np.ndarray, np.generic)) for leaf in jax.tree.leaves(data))
     tracing = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((first, others)))
     try:
         # What cannot be hashed, such as a dataclass with arrays in it, has no plain answer to == either, which jit asks
