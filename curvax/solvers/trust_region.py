@@ -121,10 +121,9 @@ def compact_trust_region(matrix: CompactMap, gradient: PyTree, radius: Scalar) -
     In an orthonormal basis of the range of Psi and one direction outside of it B is diagonal, so the problem has k + 1
     unknowns whatever the number of parameters; the conditions are those of ``dense_trust_region``.
 
-
     Example:
         >>> B = curvax.compact_map(1.0, jnp.array([[1.0, 0.0, 0.0]]), jnp.array([[-0.5]]))     # diag(-1, 1, 1)
-        >>> solution = curvax.solvers.compact_trust_region(B, jnp.array([0.0, 4.0, 0.0]), 3.0)
+        >>> solution = jax.jit(curvax.solvers.compact_trust_region)(B, jnp.array([0.0, 4.0, 0.0]), 3.0)
         >>> solution.step[1].item(), solution.multiplier.item(), solution.hard_case.item()
         (-2.0, 1.0, True)
 

@@ -58,6 +58,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(name, tmp_path):
     assert resumed.records[-1]["loss"] < resumed.records[0]["loss"]
 
 
+@pytest.mark.many_compilations("the benchmark initialises networks and writes figures eagerly")
 def test_losses_are_above_the_floor_and_errors_are_squared_errors():
     problem = tiny()
     figures = problem.evaluate()(problem.params)
@@ -81,6 +82,7 @@ def test_layers_scale_and_must_fit_the_data():
 
 
 # The others are those of the conformance matrix, and meet the registry under `make test-all`.
+@pytest.mark.many_compilations("the benchmark initialises networks and writes figures eagerly")
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=() if name in ("hessian_free", "nag") else pytest.mark.slow) for name in OPTIMIZERS],

@@ -193,6 +193,7 @@ def test_the_defaults_are_those_of_the_paper():
         Settings("addition", 50, gradient_batch=10, curvature_batch=20)
 
 
+@pytest.mark.many_compilations("the benchmark draws and initialises eagerly")
 def test_mini_batches_are_the_products_and_the_gradients_share_and_too_many_are_a_failure(monkeypatch):
     small = Settings("addition", 10, max_mini_batches=25, **SMALL)
     trainer, iterations = rnn_tasks.make_trainer(small), []

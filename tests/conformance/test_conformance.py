@@ -465,7 +465,7 @@ def test_zero_gradient_and_a_batch_of_one_example(method):
     new_params, new_state, loss = step(params, state, alone)
     assert skeleton(new_state) == skeleton(state)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(new_params))
-    assert goal(new_params, alone) <= loss * (1 + 1e-9)
+    assert jax.jit(goal)(new_params, alone) <= loss * (1 + 1e-9)
 
     @jax.jit
     def still(params, state, data):
@@ -473,7 +473,7 @@ def test_zero_gradient_and_a_batch_of_one_example(method):
         return tx.update(jax.tree.map(jnp.zeros_like, params), state, params, at=at)
 
     updates, after = still(params, state, batch())
-    assert_equal(updates, jax.tree.map(jnp.zeros_like, updates))
+    assert_equal(updates, jax.tree.map(np.zeros_like, updates))
     after = step_state(after)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((after.memory, after.strength)))
 

@@ -108,9 +108,15 @@ def test_products_of_a_draw_vary_less_than_a_hessian_product_times_its_vector():
     assert ours < naive
 
 
-@pytest.mark.parametrize(
-    "name", ["mlp_x_at_w", "stacked_slices", "convolutions_channels_first", "tied_embedding", "dense_used_twice"]
+# With the pass switched off (XLA_FLAGS=--xla_disable_hlo_passes=convolution-canonicalization), or from 0.8.2 on, jit
+# gives what the same equations give one by one.
+CHANNELS_FIRST = pytest.param(
+    "convolutions_channels_first",
+    marks=pytest.mark.skipif(jax.__version__ == "0.8.1", reason="XLA 0.8.1 compiles a convolution's transpose wrong"),
 )
+
+
+@pytest.mark.parametrize("name", ["mlp_x_at_w", "stacked_slices", CHANNELS_FIRST, "tied_embedding", "dense_used_twice"])
 def test_the_diagonal_by_layers(name):
     weights = jnp.array([0.5, 2.0, 1.0, 0.0, 3.0])
     objective, params, batch = setting(name, l2=0.3, example_weights=lambda batch: weights)

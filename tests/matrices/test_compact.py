@@ -122,8 +122,7 @@ def test_where_the_vectors_span_everything_the_scale_is_no_eigenvalue(scale, dam
 def test_no_rank_is_promoted():
     compact = matrix()
     with jax.numpy_rank_promotion("raise"):
-        spectrum = jax.jit(lambda compact: compact.spectrum())(compact)
-        solution = jax.jit(lambda compact, vector: compact.solve(compact(vector)))(compact, one(7))
+        spectrum, solution = jax.jit(lambda c, v: (c.spectrum(), c.solve(c(v))))(compact, one(7))
         np.testing.assert_allclose(trees.ravel(solution), trees.ravel(one(7)), rtol=1e-9)
     expected = np.linalg.eigvalsh(dense(compact))
     got = np.sort(np.append(spectrum.values, np.full(7, spectrum.rest)))

@@ -171,6 +171,7 @@ def test_models_that_cannot_be_hashed_work_eagerly():
         np.testing.assert_allclose(at.outputs, x @ w @ v, rtol=1e-12)
 
 
+@pytest.mark.many_compilations("what Python has to read keeps the model out of jit")
 @pytest.mark.parametrize("flag", [True, False, "double", "plain"])
 def test_a_flag_or_a_name_among_the_inputs_is_for_python_to_read(flag):
     def model(params, inputs):

@@ -300,6 +300,7 @@ def bad_calls():
     }
 
 
+@pytest.mark.many_compilations("an error ends the trace, so nothing is compiled as a whole")
 @pytest.mark.parametrize("case", bad_calls())
 def test_bad_input_is_an_error_that_says_where(case):
     call, error, message = bad_calls()[case]

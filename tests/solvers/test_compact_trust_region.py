@@ -67,12 +67,20 @@ def test_the_hard_case(where):
         assert bool(solution.hard_case) == (radius == 10.0)
 
 
-def test_vectors_that_span_everything_and_a_memory_that_is_empty():
+def test_vectors_that_span_everything():
     scale, psi, core, gradient = random_problem(3, size=3, count=3)
     solution, dense, _ = solve(scale, psi, core, gradient, 0.5)
     check_optimal(solution, np.asarray(dense), np.asarray(gradient), 0.5)
-    empty = curvax.compact_map(2.0, psi, core, jnp.zeros(3, bool))
-    np.testing.assert_allclose(compact_trust_region(empty, gradient, 1e9).step, -gradient / 2, rtol=1e-12)
+
+
+@jax.jit
+def solve_empty(psi, core, gradient):
+    return compact_trust_region(curvax.compact_map(2.0, psi, core, jnp.zeros(3, bool)), gradient, 1e9).step
+
+
+def test_an_empty_memory_is_a_multiple_of_the_identity():
+    _, psi, core, gradient = random_problem(3, size=3, count=3)
+    np.testing.assert_allclose(solve_empty(psi, core, gradient), -gradient / 2, rtol=1e-12)
 
 
 def test_pytrees_and_single_precision():
@@ -81,11 +89,17 @@ def test_pytrees_and_single_precision():
         name: jnp.asarray(generator.normal(size=(3, *shape)), jnp.float32)
         for name, shape in (("a", (40, 30)), ("b", (7,)))
     }
-    core = jnp.diag(jnp.array([1.0, -300.0, 50.0], jnp.float32))
-    matrix = curvax.compact_map(jnp.float32(1), psi, core)
-    gradient = jax.tree.map(lambda leaf: leaf[0] + 1, psi)
-    solution = jax.jit(compact_trust_region)(matrix, gradient, jnp.float32(2))
-    assert solution.step["a"].dtype == jnp.float32
-    np.testing.assert_allclose(trees.norm(solution.step), 2, rtol=1e-5)
-    residual = trees.add(trees.add_scaled(matrix(solution.step), solution.multiplier, solution.step), gradient)
-    assert trees.norm(residual) < 1e-4 * trees.norm(gradient)
+
+    @jax.jit
+    def norms(psi, radius):
+        core = jnp.diag(jnp.array([1.0, -300.0, 50.0], jnp.float32))
+        matrix = curvax.compact_map(jnp.float32(1), psi, core)
+        gradient = jax.tree.map(lambda leaf: leaf[0] + 1, psi)
+        solution = compact_trust_region(matrix, gradient, radius)
+        assert solution.step["a"].dtype == jnp.float32
+        residual = trees.add(trees.add_scaled(matrix(solution.step), solution.multiplier, solution.step), gradient)
+        return [trees.norm(x) for x in (solution.step, residual, gradient)]
+
+    step, residual, gradient = norms(psi, jnp.float32(2))
+    np.testing.assert_allclose(step, 2, rtol=1e-5)
+    assert residual < 1e-4 * gradient

@@ -70,15 +70,19 @@ def test_ends_where_the_path_of_conjugate_gradients_leaves_the_region(preconditi
     matrix, b = symmetric(rng, np.geomspace(0.1, 10, N)), rng.standard_normal(N)
     preconditioner = symmetric(rng, np.geomspace(0.5, 5, N)) if precondition else np.eye(N)
     inverse = np.linalg.inv(preconditioner)
-    path = solvers.cg(
-        lambda v: matrix @ v,
-        b,
-        preconditioner=lambda r: inverse @ r,
-        max_iterations=N - 1,
-        tolerance=0.0,
-        store_at=tuple(range(1, N)),
-    ).stored.values
-    path = np.vstack([np.zeros(N), path])
+    run = jax.jit(
+        lambda b: (
+            solvers.cg(
+                lambda v: matrix @ v,
+                b,
+                preconditioner=lambda r: inverse @ r,
+                max_iterations=N - 1,
+                tolerance=0.0,
+                store_at=tuple(range(1, N)),
+            ).stored.values
+        )
+    )
+    path = np.vstack([np.zeros(N), run(b)])
     norms = [norm_in(preconditioner, x) for x in path]
     assert np.all(np.diff(norms) > 0)
     for radius in np.linspace(0.05, 0.99, 12) * norms[-1]:
