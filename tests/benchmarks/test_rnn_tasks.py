@@ -148,7 +148,7 @@ def test_the_network_is_the_recursion_and_has_outputs_where_there_are_targets(na
 
 
 def test_the_initial_network_has_fifteen_connections_into_a_unit_and_a_little_over_ten_thousand_parameters():
-    params = rnn_tasks.initial(TASKS["temporal_order"], 100, jax.random.key(0))
+    params = jax.jit(lambda key: rnn_tasks.initial(TASKS["temporal_order"], 100, key))(jax.random.key(0))
     assert {name: leaf.dtype for name, leaf in params.items()} == dict.fromkeys(params, jnp.float32)
     assert 10_000 < sum(leaf.size for leaf in params.values()) < 12_000
     for name, connections, variance in [("input", 6, 1.0), ("recurrent", 15, 1 / 15), ("output", 15, 1 / 15)]:
