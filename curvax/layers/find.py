@@ -307,8 +307,9 @@ def _key(geometry):
     """What uses of the same parameters in the same way have in common."""
     if not geometry.elementwise:
         return False, geometry.base.signature
-    # Elementwise uses are told apart by their leaves, copies taken away; a shift is so even from other kinds.
-    key = geometry.base.leaves, len(geometry.feature_axes)
+    # Elementwise uses are told apart by the entries of their leaves, copies taken away; a shift is so even from other
+    # kinds.
+    key = geometry.base.leaves, len(geometry.feature_axes), geometry.arriving
     return True, key if geometry.use.kind == "shift" else (geometry.use.kind, key)
 
 

@@ -38,6 +38,7 @@ class Geometry:
         groups: Of a convolution: the first of ``out_axes`` is (groups, channels of a group).
         feature_axes: Of an elementwise use's operand, those along which the parameter varies.
         only_moves: Whether every entry of the base is one entry of a leaf, none twice.
+        arriving: Of an elementwise use, what tells apart which entries of its leaves it takes.
     """
 
     use: Use
@@ -50,6 +51,7 @@ class Geometry:
     groups: int = 1
     feature_axes: Axes = ()
     only_moves: bool = True
+    arriving: bytes = b""
 
     def at(self, use: Use) -> Geometry:
         """The same for this use in a program traced now."""
@@ -182,9 +184,9 @@ def geometry_of(use: Use, structs: Sequence[jax.ShapeDtypeStruct]) -> Geometry:
     own = tuple(scan.length for scan in use.scans if scan in use.operand.scans)
     operation, shape = use.operation, use.operand_shape
     if isinstance(operation, Elementwise):
-        feature_axes, moves = varying_axes(use.operand, structs, use.scans)
+        feature_axes, moves, arriving = varying_axes(use.operand, structs, use.scans)
         base_shape = tuple(length for i, length in enumerate((*own, *shape)) if i in feature_axes)
-        return Geometry(use, use.operand, base_shape, feature_axes=feature_axes, only_moves=moves)
+        return Geometry(use, use.operand, base_shape, feature_axes=feature_axes, only_moves=moves, arriving=arriving)
     base, order = without_permutation(use.operand)
     # The operand is transpose(base, order): its axis i is axis order[i] of the base.
     order = order or tuple(range(len(shape)))

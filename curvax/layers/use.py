@@ -51,7 +51,8 @@ class LayerUse(NamedTuple):
             The factor, (blocks, inputs, inputs); of an embedding its diagonal, (blocks, rows).
 
         Raises:
-            ValueError: The layer is a scale or a shift, whose curvature has no Kronecker factors.
+            ValueError: The layer is a scale or a shift, whose curvature has no Kronecker factors; or ``homogeneous`` is
+                asked of an embedding or of weights tied to one.
         """
         return self._factor(self.swapped, weights, homogeneous)
 
@@ -62,6 +63,8 @@ class LayerUse(NamedTuple):
     def _factor(self, of_cotangents, weights, homogeneous):
         if self.kind in ("scale", "shift"):
             raise ValueError(f"layer {self.layer.name!r} is a {self.kind}: its curvature has no Kronecker factors")
+        if homogeneous and (self.swapped or self.kind == "embedding"):
+            raise ValueError(f"layer {self.layer.name!r}: no bias rides on an embedding or on weights tied to one")
         weights = jnp.ones(self.cotangents.shape[1], self.cotangents.dtype) if weights is None else weights
         if of_cotangents or self.kind != "embedding":
             rows = self.cotangents if of_cotangents else self.inputs

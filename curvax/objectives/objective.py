@@ -130,6 +130,9 @@ class Objective:
             has_aux: Return ``(loss, aux)`` in place of the loss; aux is a tuple over terms if there are several.
             chunk_size: How many examples to take through the model at a time; None for all at once.
 
+        Outside of ``jit`` the work is compiled, once for each shape: what ``model_fn`` reads besides its arguments,
+        such as an attribute, is read then.
+
         Returns:
             ``(loss, gradient, at)``; ``at`` is a pytree to give to transformations (``tx.update(..., at=at)``), to
             ``curvax.ggn(at)`` and its siblings, and to ``curvax.tap(layers, at)``.
@@ -193,7 +196,7 @@ def compiled_if_eager(
     same program again.
     """
     data = others, [cases.packed for cases in getattr(first, "cases", ())]
-    arrays = all(isinstance(leaf, (jax.Array, np.ndarray, np.generic)) for leaf in jax.tree.leaves(data))
+    arrays = all(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in jax.tree.leaves(data))
     tracing = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((first, others)))
     try:
         # What cannot be hashed, such as a dataclass with arrays in it, has no plain answer to == either, which jit asks

@@ -191,7 +191,8 @@ class _Walk:
                     self.consumed(factor, f"{use.unfit} ({site.path})")
         use = self.uses[-1]
         if operation.kind == "shift":
-            use.rides_on = source = inputs[1 - side].source
+            # A difference turns the sign of one of the two, so that they are no sum with a one for the bias.
+            use.rides_on = source = None if site.name == "sub" else inputs[1 - side].source
         else:
             source = None if use.cofactors else (use, tuple(range(len(use.output.shape))))
         return result if use.unfit else [dataclasses.replace(result[0], source=source)]

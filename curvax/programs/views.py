@@ -212,10 +212,10 @@ def without_permutation(node: Node) -> tuple[Node, tuple[int, ...]]:
 
 def varying_axes(
     node: Node, structs: Sequence[jax.ShapeDtypeStruct], scans: Sequence[Scan]
-) -> tuple[tuple[int, ...], bool]:
-    """(axes along which a node's value depends on different entries of the parameters, whether it only moves them).
+) -> tuple[tuple[int, ...], bool, bytes]:
+    """(axes along which a node's value depends on different entries of parameters, whether it only moves them, which).
 
-    Found by evaluating it with a number for each entry of its leaves; for small leaves such as scales and biases.
+    The last tells nodes apart at which other entries arrive. Found by evaluating it with a number for each entry of its leaves; for small leaves such as scales and biases.
     """
     sizes = [math.prod(structs[i].shape) for i in node.leaves]
     total, starts = sum(sizes), np.cumsum([1, *sizes[:-1]])
@@ -234,10 +234,16 @@ def varying_axes(
         # Digits that every dtype holds exactly; they add up to the number of the entry that arrives.
         places = range(math.ceil(math.log(total + 2, 64)))
         codes = np.sum([64**place * (at(lambda n, place=place: n // 64**place % 64) - low) for place in places], 0)
+        # A sum of two entries may arrive at the number of a third; at other entries it gives itself away.
+        tables = np.random.default_rng(0).integers(1, 64, (2, total + 1))
+        probes = [(table, at(lambda n, table=table: table[n]) - low) for table in tables]
     axes = tuple(i for i in range(codes.ndim) if codes.shape[i] > 1 and np.any(codes != np.take(codes, [0], axis=i)))
     entries = codes[tuple(slice(None) if i in axes else 0 for i in range(codes.ndim))].ravel()
     numbers = set(entries.tolist())
-    return axes, not node.unknown and len(numbers) == entries.size and numbers <= set(range(1, 1 + total))
+    if node.unknown or len(numbers) < entries.size or not numbers <= set(range(1, 1 + total)):
+        return axes, False, entries.tobytes()
+    moves = all(np.array_equal(table[codes.astype(int)], probe) for table, probe in probes)
+    return axes, moves, entries.tobytes()
 
 
 def _stand_in(array):

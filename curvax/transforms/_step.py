@@ -7,13 +7,13 @@ not accepted, and asks a judge about the last step where there is one.
 **The contract of all methods.** The incoming updates are read as the gradient of the objective at the point (methods
 ``scale_by_...`` take any vector), so whatever stands in front in an ``optax.chain`` has its effect. ``update`` takes
 ``at=``, the third result of ``objective.value_and_grad``, and the further points that a method names; what else it is
-given raises at trace time. The updates of a whole method are ready for ``optax.apply_updates``, and ``state.info``
-holds the figures of the step. Inside ``optax.masked`` and ``optax.partition`` a method acts on the leaves it is given,
-by path. Under ``optax.MultiSteps`` the gradient is the mean over the mini-batches, and curvature and losses are those
-of the last point. A step in which anything is not finite is skipped and counted: updates are zero and the state stays.
-Numbers may be traced, or a schedule of the step unless they name where something begins; ``optax.inject_hyperparams``
-works on every method as it is. Under ``vmap`` a ``lax.cond`` becomes a ``select``, so periodic work is then done at
-every step.
+given raises at trace time, unless it may be for another transformation of the chain. The updates of a whole method are
+ready for ``optax.apply_updates``, and ``state.info`` holds the figures of the step. Inside ``optax.masked`` and
+``optax.partition`` a method acts on the leaves it is given, by path. Under ``optax.MultiSteps`` the gradient is the
+mean over the mini-batches, and curvature and losses are those of the last point. A step in which anything is not
+finite is skipped and counted: updates are zero and the state stays. Numbers may be traced, or a schedule of the step
+unless they name where something begins; ``optax.inject_hyperparams`` works on every method as it is. Under ``vmap`` a
+``lax.cond`` becomes a ``select``, so periodic work is then done at every step.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class Step(NamedTuple):
 
 
 class LastStep(NamedTuple):
-    """What a judge is told of the step before: where it began and the change that it predicted, 0 if it was undone.
+    """What a judge is told of the step before: where it began and the change that it predicted, 0 if it was not taken.
 
     Where it began and not how long it was: what stands behind the method in a chain may have changed the update.
     """
@@ -192,6 +192,8 @@ def stepper(
             update, in place of a new step.
     """
     added = {} if extra is None else dict(extra)
+    if callable(strength):
+        raise TypeError(f"{name}: what adapts begins with a number, which a schedule is not; see damping rules")
 
     def init(params: PyTree) -> StepState:
         dtype = trees.wide_dtype(*jax.tree.leaves(params))
@@ -219,7 +221,7 @@ def stepper(
             strength=given.strength if taken.strength is None else taken.strength.astype(given.dtype),
             key=state.key,
             memory=taken.memory,
-            last=() if judge is None else LastStep(here, jnp.asarray(taken.figures["predicted_change"], given.dtype)),
+            last=() if judge is None else LastStep(here, jnp.where(accepted, taken.figures["predicted_change"], 0)),
             info=_info(taken, accepted, added, given),
         )
         finite = trees.all_finite(moved, updates if taken.reads_updates else ()) & taken.finite
@@ -284,11 +286,7 @@ def _given(name, points, updates, state, params, arguments):
             "or, with gradients of your own, at=objective.linearize(params, batch)"
         )
     for point, value in own.items():
-        if value is not None and not isinstance(value, CurvaturePoint):
-            raise TypeError(
-                f"{name}: {point}= takes a curvature point, the third result of objective.value_and_grad or"
-                f" objective.linearize(params, batch), got {type(value).__name__}"
-            )
+        _check_point(name, point, value)
     trees.check_floating(updates, "updates")
     trees.check_like(trees.embed(updates, at.params), at.params, "updates")
     return Given(
@@ -306,13 +304,22 @@ def _given(name, points, updates, state, params, arguments):
     )
 
 
+def _check_point(name, argument, value):
+    if value is not None and not isinstance(value, CurvaturePoint):
+        raise TypeError(
+            f"{name}: {argument}= takes a curvature point, the third result of objective.value_and_grad or"
+            f" objective.linearize(params, batch), got {type(value).__name__}"
+        )
+
+
 def _check_arguments(name, points, arguments):
     """Arguments of other names may be for another transformation of the chain, but not those that look like ours."""
     for argument, value in arguments.items():
         if argument in ("at", "curvature_at", "held_out_at"):  # of another method that takes it
+            _check_point(name, argument, value)
             continue
         near = difflib.get_close_matches(argument, points, n=1, cutoff=0.75)
-        if isinstance(value, CurvaturePoint) or argument == "batch" or near:
+        if isinstance(value, CurvaturePoint) or argument in ("objective", "batch", "held_out") or near:
             advice = f"; did you mean {near[0]}=?" if near else ""
             raise TypeError(
                 f"{name}: update takes {', '.join(f'{point}=' for point in points)}, not {argument}={advice}"

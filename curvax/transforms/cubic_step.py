@@ -119,6 +119,8 @@ def scale_by_cubic_step(
         raise ValueError(f"ascent must be 'turn' or 'keep', got {ascent!r}")
     if acceptance is not None and rule is None:
         raise ValueError("acceptance needs a rule, such as curvax.damping.cubic_rule(), to try another sigma by")
+    if rule is not None and callable(sigma):
+        raise ValueError("with a rule sigma adapts: give the number that it begins with, not a schedule")
     inner = optax.with_extra_args_support(inner)
 
     def step(given: Given) -> Step:

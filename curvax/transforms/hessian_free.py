@@ -42,7 +42,7 @@ def hessian_free(
     max_iterations: int | None = None,
     progress_tolerance: optax.ScalarOrSchedule = 5e-4,
     stop: Literal["progress", "lookback", "reduction"] = "progress",
-    stop_period: int = 5,
+    stop_period: int | None = None,
     choice: Literal["walk", "best", "last"] = "walk",
     sufficient_decrease: optax.ScalarOrSchedule = 1e-2,
     curvature: Curvature | None = None,
@@ -79,7 +79,7 @@ def hessian_free(
         progress_tolerance: The threshold of eq. 4.2.
         stop: A further rule that looks at the loss on the curvature batch: "lookback" stops once it is worse than ten
             iterates ago, "reduction" once the reduction is below 90 per cent of the largest seen (section 4.13).
-        stop_period: That rule looks at every iterate of this period.
+        stop_period: That rule looks at every iterate of this period, 5 if None.
         choice: "walk" goes back from the last kept iterate as long as the loss falls, "best" takes the best of all that
             are kept, "last" takes the last.
         sufficient_decrease: c of the line search.
@@ -137,7 +137,7 @@ def hessian_free(
             tolerance=float(jnp.finfo(dtype).eps),
             progress_tolerance=given.number(progress_tolerance),
             store_at=solvers.geometric_iterations(count),
-            monitor=make_monitor(local_loss, loss, stop_period),
+            monitor=make_monitor(local_loss, loss, static_count("hessian_free", "stop_period", stop_period, 5)),
         )
         assert result.stored is not None
         chosen = choose(result.stored, judged_loss)

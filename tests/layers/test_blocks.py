@@ -105,6 +105,47 @@ def test_a_bias_that_is_shared_otherwise_than_its_weights_is_a_block_of_its_own(
     assert all(block.bias is None for block in layers.blocks)
 
 
+NO_ROW = {
+    "subtracted": lambda p, x: x @ p["w"] - p["b"],
+    "subtracted from": lambda p, x: p["b"] - x @ p["w"],
+    "along another axis": lambda p, x: jnp.tanh(x @ p["w"] + p["b"][:, None]),
+}
+
+
+@pytest.mark.parametrize("name", NO_ROW)
+def test_what_is_no_row_of_ones_is_no_homogeneous_coordinate(name):
+    """A bias with the other sign, or of another axis that happens to be as long, is a block of its own."""
+    params = {"b": normal(0, 4), "w": normal(1, 3, 4)}
+    _, _, layers = tapped_objective(NO_ROW[name], params, normal(2, N, 4, 3))
+    assert sorted((block.name, block.bias) for block in layers.blocks) == [("b", None), ("w", None)]
+
+
+def test_sums_and_multiples_of_entries_are_not_taken_for_a_third_one():
+    """Entries 1 and 2 add up to the number of entry 3, and half of entry 2 to that of entry 1."""
+
+    def model(params, x):
+        return x @ params["w"] + (params["b"][0] + params["b"][1]) + 0.5 * params["s"][1]
+
+    params = {"b": normal(0, 3), "s": normal(1, 2), "w": normal(2, 3, 4)}
+    _, _, layers = tapped_objective(model, params, normal(3, N, 3))
+    moving = {layer.name: layer.only_moves for layer in layers}
+    assert moving["w"]
+    assert not any(moves for name, moves in moving.items() if name != "w")
+
+
+def test_entries_of_one_leaf_that_are_added_one_by_one_are_layers_of_their_own():
+    def model(params, x):
+        return x @ params["w"] + params["b"][0] + params["b"][1]
+
+    params = {"b": normal(0, 3), "w": normal(2, 3, 4)}
+    objective, batch, layers = tapped_objective(model, params, normal(3, N, 3))
+    own = [block for block in layers.blocks if block.name != "w"]
+    gradient = jax.jit(jax.grad(objective))(params, batch)
+    found = jax.jit(lambda g: [block.to_matrices(g) for block in own])(gradient)
+    np.testing.assert_allclose(np.ravel(found), gradient["b"][:2], rtol=1e-12)
+    assert all(block.weights.only_moves for block in own)
+
+
 @pytest.mark.parametrize("scale", [1.0, -2.5])
 def test_maps_that_scale_or_add_are_inverted(scale):
     """W = c (p + q^T): L^+ W is the change of least norm whose matrices are W, and to_matrices is its transpose."""
@@ -185,6 +226,14 @@ def test_factors_of_an_embedding_count_rows_and_those_of_a_scale_do_not_exist():
 
     with pytest.raises(ValueError, match="layer 'gain' is a scale: its curvature has no Kronecker factors"):
         jax.eval_shape(of_the_gain, params, batch)
+
+    def with_ones(params, batch):
+        tapped = curvax.tap(layers, objective.linearize(params, batch))
+        (use,) = tapped.by_layer(tapped.pull_back(tapped.loss_cotangents()))["table"]
+        return use.input_factor(homogeneous=True)
+
+    with pytest.raises(ValueError, match="no bias rides on an embedding"):
+        jax.eval_shape(with_ones, params, batch)
 
 
 def test_sampled_cotangents_have_the_second_moment_of_the_fisher_matrix():

@@ -172,14 +172,14 @@ def test_models_that_cannot_be_hashed_work_eagerly():
 
 
 @pytest.mark.many_compilations("what Python has to read keeps the model out of jit")
-@pytest.mark.parametrize("flag", [True, False, "double", "plain"])
+@pytest.mark.parametrize("flag", [True, False, np.True_, "double", "plain"])
 def test_a_flag_or_a_name_among_the_inputs_is_for_python_to_read(flag):
     def model(params, inputs):
         x, flag = inputs
-        return network(params, 2 * x if flag in (True, "double") else x)
+        return network(params, 2 * x if flag in (True, np.True_, "double") else x)
 
     objective = curvax.Objective(model, LOSS, example_axes=((0, None), 0))
-    factor = 2 if flag in (True, "double") else 1
+    factor = 2 if flag in (True, np.True_, "double") else 1
     plain, scaled = curvax.Objective(network, LOSS), (factor * BATCH[0], BATCH[1])
     loss, gradient, at = objective.value_and_grad(PARAMS, ((BATCH[0], flag), BATCH[1]))
     truth, true_gradient = jax.jit(jax.value_and_grad(plain))(PARAMS, scaled)

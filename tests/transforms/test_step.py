@@ -71,7 +71,9 @@ POINT = GOAL.linearize(PARAMS, batch())
         ({"curvature_att": batch()}, TypeError, "did you mean curvature_at="),
         ({"a": 1, "att": None}, TypeError, "not att=; did you mean at="),
         ({"point": POINT}, TypeError, "takes at=, curvature_at=, not point="),
-        ({"held_out": POINT}, TypeError, "takes at=, curvature_at=, not held_out="),
+        ({"held_out": batch()}, TypeError, "takes at=, curvature_at=, not held_out="),
+        ({"objective": GOAL}, TypeError, "takes at=, curvature_at=, not objective="),
+        ({"held_out_at": batch()}, TypeError, "held_out_at= takes a curvature point, .* got tuple"),
         ({"batch": batch()}, TypeError, "takes at=, curvature_at=, not batch="),
         ({"at": batch()}, TypeError, "at= takes a curvature point, .* got tuple"),
         ({"curvature_at": GOAL}, TypeError, "curvature_at= takes a curvature point, .* got Objective"),
@@ -82,6 +84,13 @@ def test_arguments_that_are_not_the_methods_are_refused(arguments, error, messag
     tx = method(points=("at", "curvature_at"))
     with pytest.raises(error, match=message):
         tx.update(PARAMS, tx.init(PARAMS), PARAMS, **({"at": POINT} | arguments))
+
+
+def test_what_adapts_begins_with_a_number():
+    with pytest.raises(TypeError, match="hessian_free: what adapts begins with a number"):
+        curvax.hessian_free(initial_damping=optax.constant_schedule(1.0))
+    with pytest.raises(ValueError, match="give the number that it begins with"):
+        curvax.scale_by_cubic_step(optax.sgd(1.0), sigma=lambda step: 5.0, rule=curvax.damping.cubic_rule())
 
 
 def test_points_that_another_method_of_the_chain_takes_are_for_that_one():
