@@ -215,7 +215,8 @@ def varying_axes(
 ) -> tuple[tuple[int, ...], bool, bytes]:
     """(axes along which a node's value depends on different entries of parameters, whether it only moves them, which).
 
-    The last tells nodes apart at which other entries arrive. Found by evaluating it with a number for each entry of its leaves; for small leaves such as scales and biases.
+    The last tells nodes apart at which other entries arrive. Found by evaluating it with a number for each entry of its
+    leaves; for small leaves such as scales and biases.
     """
     sizes = [math.prod(structs[i].shape) for i in node.leaves]
     total, starts = sum(sizes), np.cumsum([1, *sizes[:-1]])
