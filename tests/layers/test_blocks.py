@@ -146,6 +146,7 @@ def test_entries_of_one_leaf_that_are_added_one_by_one_are_layers_of_their_own()
     assert all(block.weights.only_moves for block in own)
 
 
+@pytest.mark.many_compilations("biases and maps are looked at while tracing, one equation at a time")
 @pytest.mark.parametrize("scale", [1.0, -2.5])
 def test_maps_that_scale_or_add_are_inverted(scale):
     """W = c (p + q^T): L^+ W is the change of least norm whose matrices are W, and to_matrices is its transpose."""
