@@ -80,6 +80,7 @@ def setting(chain, tied, seed):
     return objective, params, batch
 
 
+@pytest.mark.many_compilations("elementwise uses are looked at while tracing, one equation at a time")
 @settings(max_examples=8, deadline=None)
 @given(
     chain=st.lists(st.sampled_from(LAYERS), min_size=1, max_size=4), tied=st.booleans(), seed=st.integers(0, 2**31 - 1)

@@ -34,6 +34,7 @@ SLOW = {name for name in CASES if name.startswith(("linen", "nnx", "equinox", "h
 }
 
 
+@pytest.mark.many_compilations("elementwise uses are looked at while tracing, one equation at a time")
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES])
 def test_examples_gradients_are_those_of_autodiff(name):
     case, objective, batch = setting(name)

@@ -228,6 +228,7 @@ def test_samples_have_the_covariance_of_the_map(name):
         close(sampled, draw(key[None])[0])
 
 
+@pytest.mark.many_compilations("a map over a loader holds Python objects and runs outside of jit")
 @pytest.mark.parametrize(
     ("kind", "name"),
     [

@@ -94,6 +94,7 @@ def test_with_the_sigmoid_in_the_model_curvature_is_not_the_fisher_matrix():
         BERNOULLI.fisher(p)
 
 
+@pytest.mark.many_compilations("output matrices are called one product at a time")
 @pytest.mark.parametrize(
     ("curvature", "treat"),
     [("exact", lambda values: values), ("absolute", np.abs), ("clipped", lambda values: np.maximum(values, 0))],

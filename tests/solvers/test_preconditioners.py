@@ -8,6 +8,7 @@ import pytest
 from curvax import solvers
 
 
+@pytest.mark.many_compilations("formulas at many limits, each a small program")
 def test_formula_and_limits():
     diagonal = {"a": jnp.array([1.0, 4.0, 9.0]), "b": jnp.array([[2.0]])}
     r = {"a": jnp.array([1.0, -2.0, 3.0]), "b": jnp.array([[4.0]])}

@@ -49,6 +49,7 @@ def test_the_root_is_the_minimum_by_brute_force():
     np.testing.assert_allclose(derivative / scale, 0, atol=1e-12)
 
 
+@pytest.mark.many_compilations("a scalar formula at many limits, eagerly")
 def test_limits_scale_invariance_and_extreme_lengths():
     a, c, n, sigma = -3.0, 2.0, 0.7, 5.0
     size = lambda *args, dtype=jnp.float64: float(cubic_step_size(*(jnp.asarray(x, dtype) for x in args)))  # noqa: E731
