@@ -40,7 +40,15 @@ def empirical_fisher_diagonal(tapped: TappedPoint) -> PyTree:
                [10.]], dtype=float...)
     """
     scales = tapped.example_scales("empirical_fisher_diagonal")
-    return with_penalty(tapped.point, _squares(tapped, tapped.loss_cotangents(), scales))
+    cotangents = tapped.loss_cotangents()
+    captured = tapped.pull_back(cotangents)
+
+    def squares(tangents):
+        parts = zip(scales, cotangents, tangents, strict=True)
+        return sum(jnp.sum(scale * jnp.square(example_vdot(u, t))) for scale, u, t in parts)
+
+    total = products(tapped, captured, captured, scales)
+    return with_penalty(tapped.point, trees.add(total, _without_structure(tapped, squares)))
 
 
 def sampled_ggn_diagonal(tapped: TappedPoint, key: Array, *, num_samples: int = 1) -> PyTree:
@@ -64,13 +72,16 @@ def sampled_ggn_diagonal(tapped: TappedPoint, key: Array, *, num_samples: int = 
                [10.]], dtype=float...)
     """
     matrices = _curvatures(tapped)
-    return with_penalty(tapped.point, sampled_squares(tapped, matrices, key, num_samples, trees.random_rademacher))
+    estimate = sampled_squares(tapped, matrices, key, num_samples, trees.random_rademacher)
+    scales = tapped.example_scales("sampled_ggn_diagonal")
+    # Once and exactly, not by a pass for each entry at every draw.
+    return with_penalty(tapped.point, trees.add(estimate, diagonal_without_structure(tapped, matrices, scales)))
 
 
 def sampled_squares(
     tapped: TappedPoint, matrices: Sequence[OutputMatrix], key: Array, num_samples: int, distribution: Noise
 ) -> PyTree:
-    """The estimate for any matrices on the outputs, without the penalty's part."""
+    """The estimate for any matrices on the outputs, without the penalty's part and parameters without structure."""
     scales = tapped.example_scales("sampled diagonals by layers")
 
     def one(total, key):
@@ -79,7 +90,8 @@ def sampled_squares(
             matrix.sqrt_transpose_product(distribution(k, matrix.root_structure))
             for matrix, k in zip(matrices, keys, strict=True)
         )
-        return trees.add(total, _squares(tapped, seeds, scales)), None
+        captured = tapped.pull_back(seeds)
+        return trees.add(total, products(tapped, captured, captured, scales)), None
 
     zeros = trees.zeros_like(tapped.point.params)
     total, _ = jax.lax.scan(one, zeros, jax.random.split(key, num_samples))
@@ -151,18 +163,6 @@ def products(tapped: TappedPoint, left: list[LayerUse], right: list[LayerUse], s
             other_rows = rows if same else tapped.to_params([(use, others[id(use)].per_example()) for use in uses])
             total = trees.add(total, jax.tree.map(functools.partial(_weighted_products, scale), rows, other_rows))
     return total
-
-
-def _squares(tapped, cotangents, scales):
-    """sum_i scale_i sq(g_i) over the examples of all terms, for the gradients that the cotangents pull back to."""
-    captured = tapped.pull_back(cotangents)
-    total = products(tapped, captured, captured, scales)
-
-    def squares(tangents):
-        parts = zip(scales, cotangents, tangents, strict=True)
-        return sum(jnp.sum(scale * jnp.square(example_vdot(u, t))) for scale, u, t in parts)
-
-    return trees.add(total, _without_structure(tapped, squares))
 
 
 def diagonal_without_structure(tapped: TappedPoint, matrices: Sequence[OutputMatrix], scales: list[Array]) -> PyTree:
