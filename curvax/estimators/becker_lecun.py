@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from curvax import trees
-from curvax.layers.diagonals import unit_vector, with_penalty
-from curvax.objectives.output_matrix import OutputMatrix
+from curvax.layers.diagonals import with_penalty
+from curvax.objectives.output_matrix import OutputMatrix, unit_vector
 from curvax.objectives.point import CurvaturePoint
 from curvax.objectives.term import scale_cases
 from curvax.programs.record import Step, pull_back, record_term

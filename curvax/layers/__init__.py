@@ -4,6 +4,12 @@ from curvax.layers.blocks import Block as Block
 from curvax.layers.diagonals import empirical_fisher_diagonal as empirical_fisher_diagonal
 from curvax.layers.diagonals import exact_ggn_diagonal as exact_ggn_diagonal
 from curvax.layers.diagonals import sampled_ggn_diagonal as sampled_ggn_diagonal
+from curvax.layers.factors import KroneckerFactors as KroneckerFactors
+from curvax.layers.factors import average_factors as average_factors
+from curvax.layers.factors import damped_factors as damped_factors
+from curvax.layers.factors import factors_over_batches as factors_over_batches
+from curvax.layers.factors import kronecker_factors as kronecker_factors
+from curvax.layers.factors import zero_factors as zero_factors
 from curvax.layers.find import Layer as Layer
 from curvax.layers.find import Layers as Layers
 from curvax.layers.find import find_layers as find_layers

@@ -9,7 +9,7 @@ diagonal, and L^+ = L^T / d serves; elsewhere a matrix cannot be inverted block 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,10 @@ from curvax.types import Array, PyTree
 
 if TYPE_CHECKING:
     from curvax.layers.find import Layer, Layers
+
+
+MAX_FACTOR = 8192
+"""The largest side of a layer whose second moments are kept as a matrix; above it, as a diagonal."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,6 +62,18 @@ class Block:
         """Whether its curvature has Kronecker factors; not that of scales and shifts."""
         return self.weights.kind not in ("scale", "shift")
 
+    @property
+    def diagonal_factors(self) -> tuple[bool, bool]:
+        """Whether the factor on the inputs and the one on the outputs are kept as diagonals.
+
+        The second moment of the one-hot inputs of an embedding is one; a side of more than ``MAX_FACTOR`` features is
+        taken for one, as its matrix would not fit.
+        """
+        _, inputs, outputs = self.shape
+        geometries = (self.layers.geometries[m.term][m.use] for m in self.weights.members)
+        one_hot = all(geometry.use.kind == "embedding" for geometry in geometries)
+        return one_hot or inputs > MAX_FACTOR, outputs > MAX_FACTOR
+
     def to_matrices(self, gradient: PyTree) -> Array:
         """The gradient with respect to the matrices, from that with respect to the parameters: L^+^T g."""
         weights = self._to_matrices(self.weights, gradient)
@@ -72,7 +88,10 @@ class Block:
             return self._to_leaves(self.weights, matrices)
         order = np.argsort(np.array(self.bias_order))
         row = matrices[:, -1].reshape(-1)[order].reshape(1, 1, -1)
-        return self._to_leaves(self.weights, matrices[:, :-1]) | self._to_leaves(self.bias, row)
+        moved = self._to_leaves(self.weights, matrices[:, :-1])
+        for place, leaf in self._to_leaves(self.bias, row).items():  # weights and bias may be parts of one leaf
+            moved[place] = moved[place] + leaf if place in moved else leaf
+        return moved
 
     def _to_matrices(self, layer, tree):
         leaves = jax.tree.leaves(tree)
@@ -89,6 +108,72 @@ class Block:
         like = jax.eval_shape(function, *structs)
         leaves = jax.linear_transpose(_linear(function, structs), *structs)(matrices.astype(like.dtype))
         return dict(zip(layer.leaves, leaves, strict=True))
+
+
+class Treatment(NamedTuple):
+    """How curvature by Kronecker factors treats every leaf; no leaf is left out.
+
+    Attributes:
+        kronecker: The blocks with Kronecker factors.
+        diagonal: The places of leaves that have the diagonal of their curvature, in part or altogether.
+        covered: For each of those the entries that a Kronecker block holds, None where there are none.
+        bare: The places of leaves without curvature: unused ones, and those whose ``fallback`` is "gradient".
+        reasons: Why blocks of matrices have no Kronecker factors, by name.
+    """
+
+    kronecker: tuple[Block, ...]
+    diagonal: tuple[int, ...]
+    covered: tuple[np.ndarray | None, ...]
+    bare: tuple[int, ...]
+    reasons: dict[str, str]
+
+
+def treatment_of(layers: Layers) -> Treatment:
+    """Kronecker factors for all blocks whose matrices can be told apart, a diagonal for what else has structure."""
+    reasons: dict[str, str] = {}
+    fit = []
+    for block in layers.blocks:
+        if not block.is_kronecker:
+            continue
+        try:
+            for layer in (block.weights, block.bias):
+                if layer is not None and not layer.only_moves:
+                    _squared_rows(layers, layer)
+            layer_map(layers, block.weights)
+        except ValueError as error:
+            reasons[block.name] = str(error)
+        else:
+            fit.append(block)
+    holders: dict[int, list[Block]] = {}
+    for block in fit:
+        for place in set(block.leaves):
+            holders.setdefault(place, []).append(block)
+    entries = {block.name: _entries(block) for block in fit if any(len(holders[i]) > 1 for i in block.leaves)}
+    for place, own in holders.items():
+        if len(own) > 1 and np.any(np.sum([entries[block.name][place] for block in own], axis=0) > 1):
+            reasons |= {block.name: "shares entries of its parameters with another block" for block in own}
+    kronecker = tuple(block for block in fit if block.name not in reasons)
+    whole = {place for block in kronecker for place in block.leaves}
+    others = {leaf for block in layers.blocks if block.name not in {b.name for b in kronecker} for leaf in block.leaves}
+    shared = others & whole
+    if shared:  # a leaf may be a matrix in one part and a scale or a bias of its own in another
+        held = [(block, _entries(block)) for block in kronecker if set(block.leaves) & shared]
+        cover = {p: np.any([e[p] > 0 for block, e in held if p in block.leaves], axis=0) for p in shared}
+    else:
+        cover = {}
+    diagonal = set(others)
+    if layers.fallback == "diagonal":
+        diagonal |= set(layers.unstructured)
+    bare = set(range(len(layers.paths))) - whole - diagonal
+    order = tuple(sorted(diagonal))
+    return Treatment(kronecker, order, tuple(cover.get(place) for place in order), tuple(sorted(bare)), reasons)
+
+
+def _entries(block: Block) -> dict[int, np.ndarray]:
+    """For each leaf of a block how often each of its entries is in the matrices."""
+    with jax.ensure_compile_time_eval():
+        moved = jax.jit(lambda: block.to_params(jnp.ones(block.shape)))()
+        return {place: np.asarray(leaf != 0).astype(int) for place, leaf in moved.items()}
 
 
 def blocks_of(layers: Layers) -> tuple[Block, ...]:

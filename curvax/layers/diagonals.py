@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from curvax.layers.per_example import split_uses
 from curvax.layers.taps import TappedPoint
 from curvax.layers.use import LayerUse
 from curvax.matrices.linear_map import Noise
-from curvax.objectives.output_matrix import OutputMatrix
+from curvax.objectives.output_matrix import OutputMatrix, num_columns, unit_vector
 from curvax.objectives.point import CurvaturePoint
 from curvax.types import Array, PyTree
 
@@ -48,7 +49,7 @@ def empirical_fisher_diagonal(tapped: TappedPoint) -> PyTree:
         return sum(jnp.sum(scale * jnp.square(example_vdot(u, t))) for scale, u, t in parts)
 
     total = products(tapped, captured, captured, scales)
-    return with_penalty(tapped.point, trees.add(total, _without_structure(tapped, squares)))
+    return with_penalty(tapped.point, trees.add(total, entrywise(tapped, squares)))
 
 
 def sampled_ggn_diagonal(tapped: TappedPoint, key: Array, *, num_samples: int = 1) -> PyTree:
@@ -128,18 +129,6 @@ def exact_ggn_diagonal(tapped: TappedPoint) -> PyTree:
     return with_penalty(tapped.point, trees.add(total, diagonal_without_structure(tapped, matrices, scales)))
 
 
-def num_columns(matrix: OutputMatrix) -> int:
-    """How many columns the root S^T of an output matrix has for each example."""
-    return trees.size(trees.example_structure(matrix.root_structure))
-
-
-def unit_vector(structure: PyTree, column: Array) -> PyTree:
-    """The unit vector e_column for every example, in the arrays of ``structure``; zero behind the last one."""
-    example = trees.example_structure(structure)
-    unit = trees.unravel(jnp.arange(trees.size(example)) == column, example)
-    return jax.tree.map(lambda x, leaf: jnp.broadcast_to(x, leaf.shape), unit, structure)
-
-
 def _curvatures(tapped):
     """The matrix of the Gauss-Newton products on the outputs of each term."""
     return [piece.loss.curvature(piece.outputs, piece.targets) for piece in tapped.point.pieces()]
@@ -172,7 +161,7 @@ def diagonal_without_structure(tapped: TappedPoint, matrices: Sequence[OutputMat
         parts = zip(scales, matrices, tangents, strict=True)
         return sum(jnp.sum(scale * example_vdot(t, matrix.product(t))) for scale, matrix, t in parts)
 
-    return _without_structure(tapped, quadratic)
+    return entrywise(tapped, quadratic)
 
 
 def example_vdot(left: PyTree, right: PyTree) -> Array:
@@ -180,7 +169,7 @@ def example_vdot(left: PyTree, right: PyTree) -> Array:
     return jax.vmap(trees.vdot)(left, right)
 
 
-def _without_structure(tapped, measure):
+def entrywise(tapped: TappedPoint, measure: Callable[[list[PyTree]], Any]) -> PyTree:
     """With fallback "diagonal", ``measure(J e)`` for each entry e of a parameter without structure: a pass for each.
 
     Parameters with structure, and all with fallback "gradient", have zeros.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 
 from curvax import trees
-from curvax.layers.blocks import Block, blocks_of
+from curvax.layers.blocks import Block, Treatment, blocks_of, treatment_of
 from curvax.layers.geometry import Geometry, geometry_of
 from curvax.objectives.objective import Objective
 from curvax.objectives.point import CurvaturePoint
@@ -215,6 +215,11 @@ class Layers:
     def blocks(self) -> tuple[Block, ...]:
         """The layers with their biases, each as one matrix: what Kronecker factors are for."""
         return blocks_of(self)
+
+    @functools.cached_property
+    def treatment(self) -> Treatment:
+        """Which blocks have Kronecker factors, and what the other parameters have."""
+        return treatment_of(self)
 
     @property
     def structured(self) -> tuple[int, ...]:

@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from curvax import solvers, trees
-from curvax.layers.diagonals import diagonal_without_structure, num_columns, unit_vector
+from curvax.layers.diagonals import diagonal_without_structure
 from curvax.layers.per_example import inner_products, split_uses
 from curvax.layers.taps import TappedPoint
 from curvax.layers.use import replicated
 from curvax.matrices.curvature import GaussNewton, OutputCurvature, check_curvature
 from curvax.matrices.linear_map import Diagonal
+from curvax.objectives.output_matrix import num_columns, unit_vector
 from curvax.types import Array, PyTree, Scalar
 
 

@@ -40,12 +40,13 @@ class LayerUse(NamedTuple):
 
     # --- Kronecker factors ------------------------------------------------------------------------------------------
 
-    def input_factor(self, weights: Array | None = None, *, homogeneous: bool = False) -> Array:
+    def input_factor(self, weights: Array | None = None, *, homogeneous: bool = False, diagonal: bool = False) -> Array:
         """sum_n w_n sum_r a_r a_r^T, the factor on the inputs of the layer's matrices.
 
         Args:
             weights: w, a number for each example; ones if None.
             homogeneous: Append a one to every a, for the bias that rides on the layer.
+            diagonal: Its diagonal alone, (blocks, inputs).
 
         Returns:
             The factor, (blocks, inputs, inputs); of an embedding its diagonal, (blocks, rows).
@@ -54,28 +55,28 @@ class LayerUse(NamedTuple):
             ValueError: The layer is a scale or a shift, whose curvature has no Kronecker factors; or ``homogeneous`` is
                 asked of an embedding or of weights tied to one.
         """
-        return self._factor(self.swapped, weights, homogeneous)
+        return self._factor(self.swapped, weights, homogeneous, diagonal)
 
-    def output_factor(self, weights: Array | None = None) -> Array:
+    def output_factor(self, weights: Array | None = None, *, diagonal: bool = False) -> Array:
         """sum_n w_n sum_r ds_r ds_r^T, the factor on the outputs of the layer's matrices; see ``input_factor``."""
-        return self._factor(not self.swapped, weights, False)
+        return self._factor(not self.swapped, weights, False, diagonal)
 
-    def _factor(self, of_cotangents, weights, homogeneous):
+    def _factor(self, of_cotangents, weights, homogeneous, diagonal):
         if self.kind in ("scale", "shift"):
             raise ValueError(f"layer {self.layer.name!r} is a {self.kind}: its curvature has no Kronecker factors")
         if homogeneous and (self.swapped or self.kind == "embedding"):
             raise ValueError(f"layer {self.layer.name!r}: no bias rides on an embedding or on weights tied to one")
-        weights = jnp.ones(self.cotangents.shape[1], self.cotangents.dtype) if weights is None else weights
         if of_cotangents or self.kind != "embedding":
             rows = self.cotangents if of_cotangents else self.inputs
             assert rows is not None
             if homogeneous:
-                rows = jnp.concatenate([rows, jnp.ones((*rows.shape[:-1], 1), rows.dtype)], axis=-1)
-            weighted = rows * weights[None, :, None, None].astype(rows.dtype)
-            return _sum_over_examples("bnri,bnrj->bij", weighted, rows)
+                rows = with_ones(rows)
+            weighted = rows if weights is None else rows * weights[None, :, None, None].astype(rows.dtype)
+            return _sum_over_examples("bnri,bnri->bi" if diagonal else "bnri,bnrj->bij", weighted, rows)
         assert self.inputs is not None  # the indices: a one-hot input's second moment is diagonal and counts rows
-        counts = jnp.broadcast_to(weights[:, None], self.inputs[0].shape)
-        return self._added_to_rows(self.inputs[0], counts[..., None])[None, :, 0]
+        weights = jnp.ones(self.cotangents.shape[1], self.cotangents.dtype) if weights is None else weights
+        counts = jnp.broadcast_to(weights[:, None].astype(self.cotangents.dtype), self.inputs[0].shape)
+        return self._added_to_rows(self._rows_read(), counts[..., None])[None, :, 0]
 
     # --- gradients --------------------------------------------------------------------------------------------------
 
@@ -166,11 +167,17 @@ class LayerUse(NamedTuple):
         return positions * (inputs + outputs) <= inputs * outputs
 
 
+def with_ones(rows: Array) -> Array:
+    """Every a with a one behind it: homogeneous coordinates."""
+    return jnp.concatenate([rows, jnp.ones((*rows.shape[:-1], 1), rows.dtype)], axis=-1)
+
+
 def _sum_over_examples(spec, inputs, cotangents):
     """An einsum over the examples: where they are sharded explicitly, the sum is on every device, as parameters are."""
     axes = [jax.typeof(array).sharding.spec for array in (inputs, cotangents)]
     explicit = any(axis is not None for spec in axes for axis in spec)
-    target = jax.sharding.PartitionSpec(None, axes[0][-1], axes[1][-1]) if explicit else None
+    features = (axes[0][-1], axes[1][-1])[: len(spec.split("->")[1]) - 1]
+    target = jax.sharding.PartitionSpec(None, *features) if explicit else None
     return jnp.einsum(spec, inputs, cotangents, out_sharding=target)
 
 

@@ -23,7 +23,7 @@ from jax.tree_util import register_dataclass
 from curvax import trees
 from curvax.matrices.linear_map import LeafScalars, LinearMap, Noise, Sum
 from curvax.objectives.objective import Objective, compiled_if_eager
-from curvax.objectives.output_matrix import OutputMatrix, RankOneOutputs
+from curvax.objectives.output_matrix import OutputMatrix, RankOneOutputs, num_columns, unit_vector
 from curvax.objectives.point import CurvaturePoint, Piece
 from curvax.objectives.term import scale_cases
 from curvax.types import PyTree
@@ -152,24 +152,31 @@ class OutputCurvature(Curvature):
         extras = keys if point.chunk_size is not None else compiled_if_eager(_matrices, point, keys, curvature=self)
         return with_penalty(Pullback(point, extras, self), point)
 
+    def columns(self, piece: Piece) -> tuple[int, Callable[[jax.Array], PyTree]]:
+        """(count, i -> u_i) with sum_i u_i u_i^T = C for every case; in expectation where targets or noise are drawn.
+
+        Pulled back one by one they give sum_i (J^T u_i)(J^T u_i)^T, the matrix of each example.
+        """
+        matrix = self.output_matrix(piece)
+        return num_columns(matrix), lambda i: matrix.sqrt_transpose_product(unit_vector(matrix.root_structure, i))
+
     def keys(self, point: CurvaturePoint, key: jax.Array | None) -> tuple[Any, ...] | None:
         """For each term what ``piece.extra`` is to hold: a key for each example, or nothing."""
         del point, key
 
 
-@dataclasses.dataclass(frozen=True)
-class GaussNewton(OutputCurvature):
-    """The generalised Gauss-Newton matrix, see ``ggn``."""
+class SampledCurvature(OutputCurvature):
+    """A matrix on the outputs that is exact, or with ``num_samples`` the mean of so many u u^T drawn for each case."""
 
-    def output_matrix(self, piece: Piece) -> OutputMatrix:
-        return piece.loss.curvature(piece.outputs, piece.targets)
+    num_samples: int | None
 
+    @abc.abstractmethod
+    def exact(self, piece: Piece) -> OutputMatrix:
+        """C itself."""
 
-@dataclasses.dataclass(frozen=True)
-class Fisher(OutputCurvature):
-    """The Fisher matrix, see ``fisher``: exact, or with ``num_samples`` from targets drawn anew at every step."""
-
-    num_samples: int | None = None
+    @abc.abstractmethod
+    def draw(self, piece: Piece, keys: jax.Array) -> PyTree:
+        """A draw u with E[u u^T] = C for every case, by a key for each example."""
 
     def __post_init__(self):
         if self.num_samples is not None and self.num_samples < 1:
@@ -177,21 +184,60 @@ class Fisher(OutputCurvature):
 
     def output_matrix(self, piece: Piece) -> OutputMatrix:
         if self.num_samples is None:
-            return piece.loss.fisher(piece.outputs, piece.targets)
-
-        def one_sample(index):
-            keys = jax.vmap(lambda key: jax.random.fold_in(key, index))(piece.extra)
-            return piece.loss.gradient(piece.outputs, jax.vmap(piece.loss.sample)(keys, piece.outputs))
-
+            return self.exact(piece)
         axes = _case_axes(piece)
-        return RankOneOutputs(jax.vmap(one_sample, out_axes=axes)(jnp.arange(self.num_samples)), axes)
+        return RankOneOutputs(jax.vmap(self._draws(piece), out_axes=axes)(jnp.arange(self.num_samples)), axes)
+
+    def columns(self, piece: Piece) -> tuple[int, Callable[[jax.Array], PyTree]]:
+        if self.num_samples is None:
+            return super().columns(piece)
+        draws, root = self._draws(piece), self.num_samples**-0.5
+        return self.num_samples, lambda i: trees.scale(root, draws(i))
 
     def keys(self, point: CurvaturePoint, key: jax.Array | None) -> tuple[Any, ...] | None:
         if self.num_samples is None:
             return None
         if key is None:
-            raise ValueError("the Monte-Carlo Fisher matrix takes both key= and num_samples=, the exact one neither")
+            name = type(self).__name__
+            raise ValueError(
+                f"{name}(num_samples={self.num_samples}) draws and takes a key=; the exact matrix does not"
+            )
         return example_keys(point, key)
+
+    def _draws(self, piece):
+        return lambda index: self.draw(piece, jax.vmap(lambda key: jax.random.fold_in(key, index))(piece.extra))
+
+
+@dataclasses.dataclass(frozen=True)
+class GaussNewton(SampledCurvature):
+    """The generalised Gauss-Newton matrix, see ``ggn``: exact, or with ``num_samples`` from noise of signs.
+
+    The noise v enters at the outputs as S^T v with S^T S = C, and is then propagated backwards as gradients are: the
+    curvature propagation of Martens, Sutskever and Swersky 2012 for this matrix.
+    """
+
+    num_samples: int | None = None
+
+    def exact(self, piece: Piece) -> OutputMatrix:
+        return piece.loss.curvature(piece.outputs, piece.targets)
+
+    def draw(self, piece: Piece, keys: jax.Array) -> PyTree:
+        matrix = self.exact(piece)
+        example = trees.example_structure(matrix.root_structure)
+        return matrix.sqrt_transpose_product(jax.vmap(lambda key: trees.random_rademacher(key, example))(keys))
+
+
+@dataclasses.dataclass(frozen=True)
+class Fisher(SampledCurvature):
+    """The Fisher matrix, see ``fisher``: exact, or with ``num_samples`` from targets drawn anew at every step."""
+
+    num_samples: int | None = None
+
+    def exact(self, piece: Piece) -> OutputMatrix:
+        return piece.loss.fisher(piece.outputs, piece.targets)
+
+    def draw(self, piece: Piece, keys: jax.Array) -> PyTree:
+        return piece.loss.gradient(piece.outputs, jax.vmap(piece.loss.sample)(keys, piece.outputs))
 
 
 @dataclasses.dataclass(frozen=True)

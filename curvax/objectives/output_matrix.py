@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial, register_dataclass
 
 from curvax import trees
-from curvax.types import PyTree
+from curvax.types import Array, PyTree
 
 
 class OutputMatrix(abc.ABC):
@@ -51,6 +51,18 @@ class OutputMatrix(abc.ABC):
         taken for rounding. Forms the matrix of each example.
         """
         return _dense_of(self, vector, 1).pinv_quadratic(vector)
+
+
+def num_columns(matrix: OutputMatrix) -> int:
+    """How many columns the root S^T of an output matrix has for each example."""
+    return trees.size(trees.example_structure(matrix.root_structure))
+
+
+def unit_vector(structure: PyTree, column: Array) -> PyTree:
+    """The unit vector e_column for every example, in the arrays of ``structure``; zero behind the last one."""
+    example = trees.example_structure(structure)
+    unit = trees.unravel(jnp.arange(trees.size(example)) == column, example)
+    return jax.tree.map(lambda x, leaf: jnp.broadcast_to(x, leaf.shape), unit, structure)
 
 
 @register_dataclass

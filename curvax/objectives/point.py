@@ -134,6 +134,55 @@ class CurvaturePoint:
             )
         return int(lengths.pop())
 
+    def subset(self, stride: int, offset: Any = 0) -> CurvaturePoint:
+        """The point on every ``stride``-th example, from number ``offset`` (mod ``stride``, may be traced) on.
+
+        Examples a stride apart, so that a sharded batch gives some of every shard. Factors of cases grow so that they
+        add up as before; a batch of fewer examples than ``stride`` gives one. The model is linearised anew.
+        """
+        if stride < 1:
+            raise ValueError(f"stride must be positive, got {stride}")
+        if stride == 1:
+            return self
+        cases, linearizations, aux = [], [], []
+        for index, (term, whole) in enumerate(zip(self.terms, self.cases, strict=True)):
+            count = self.num_examples(index)
+            step = _stride_of_shards(min(stride, count), whole.packed.leaves)
+
+            def cut(leaf, axis, count=count, step=step):
+                if axis is None:
+                    return leaf
+                if axis >= jnp.ndim(leaf) or jnp.shape(leaf)[axis] != count:
+                    raise ValueError(
+                        f"cannot take some of the {count} examples of a leaf of shape {jnp.shape(leaf)} along axis"
+                        f" {axis}; say in example_axes where the examples are (None for what they share)"
+                    )
+                kept = jax.lax.slice_in_dim(leaf, 0, count // step * step, axis=axis)
+                kept = kept.reshape(*kept.shape[:axis], count // step, step, *kept.shape[axis + 1 :])
+                return jax.lax.dynamic_index_in_dim(kept, jnp.asarray(offset) % step, axis + 1, keepdims=False)
+
+            located = located_examples(term, (whole.inputs, whole.targets))
+            inputs, targets = jax.tree.map(lambda pair: cut(*pair), located)
+            scale, num_cases = whole.scale, whole.num_cases
+            if scale.ndim:
+                own = cut(scale, 0)
+                total, part = jnp.sum(scale), jnp.sum(own)
+                ratio = jnp.where(part == 0, 0, total / jnp.where(part == 0, 1, part))
+            else:
+                own, ratio = scale, jnp.asarray(count / (count // step), scale.dtype)
+            linearization, term_aux = linearize_term(term, self.packed_params, inputs)
+            share = count // step / count
+            cases.append(Cases(Packed.of((inputs, targets)), own * ratio, num_cases * share))
+            linearizations.append(linearization)
+            aux.append(Packed.of(term_aux))
+        return dataclasses.replace(
+            self,
+            cases=tuple(cases),
+            linearizations=tuple(linearizations),
+            packed_aux=tuple(aux),
+            chunk_size=None,
+        )
+
     def stored(self, what: str) -> tuple[Linearization, ...]:
         """The linearisations, for ``what`` cannot do without."""
         if self.linearizations is None:
@@ -294,6 +343,21 @@ def _piece(term, packed, inputs, targets, scale, linearization, extra):
         return packed.unpack(linearization.transpose(cotangent)[0])
 
     return Piece(term.loss, linearization.outputs, targets, scale, along, back, value_at, gradient_at, extra)
+
+
+def _stride_of_shards(stride, leaves):
+    """The largest stride up to ``stride`` that takes as many examples of every shard where axes are sharded explicitly.
+
+    An axis that is sharded can be split in two only where every shard can.
+    """
+    for leaf in leaves:
+        sharding = jax.typeof(leaf).sharding
+        names = sharding.spec[0] if len(sharding.spec) else None
+        for name in (names,) if isinstance(names, str) else names or ():
+            own = sharding.mesh.shape[name]
+            while jnp.shape(leaf)[0] % (own * stride):
+                stride -= 1
+    return stride
 
 
 def _only(parts):

@@ -1,0 +1,430 @@
+r"""Kronecker factors: second moments of layers' inputs and of their output cotangents, estimated, averaged and damped.
+
+For a block of weights with inputs a (a one appended where a bias rides on it) and output cotangents g, the gradient of
+an example is sum_r a_r g_r^T over the positions r that share the weights, and its curvature is taken to be
+
+    E[(a (x) g)(a (x) g)^T]  ~  A (x) G,    A = E[a a^T],    G = E[g g^T]
+
+(Martens 2016, eq. 6.1). A is the mean and G the sum over positions. Only the product of the two has a meaning: a scale
+can move from one to the other.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from curvax import trees
+from curvax.checks import check_choice
+from curvax.layers.blocks import Block
+from curvax.layers.diagonals import entrywise, products
+from curvax.layers.find import Layers
+from curvax.layers.taps import TappedPoint, tap
+from curvax.layers.use import LayerUse, with_ones
+from curvax.matrices.curvature import Fisher, OutputCurvature, check_curvature
+from curvax.objectives.objective import Objective, compiled_if_eager
+from curvax.objectives.term import scale_cases
+from curvax.types import Array, PyTree, Scalar
+
+Sharing = Literal["expand", "reduce"]
+Pairs = tuple[tuple[int, int], ...]
+
+
+class KroneckerFactors(NamedTuple):
+    """The factors of all blocks; what they belong to stands in ``Layers``, so that they are saved as they are.
+
+    Attributes:
+        inputs: For each block of ``layers.treatment.kronecker`` A, of shape (blocks, inputs, inputs); where only its
+            diagonal is kept, as of embeddings, (blocks, inputs).
+        outputs: For each of them G, likewise.
+        diagonals: For each leaf of ``layers.treatment.diagonal`` the diagonal of its curvature, in its shape.
+        cross_inputs: For each pair of neighbours of a block-tridiagonal matrix E[a_i a_j^T].
+        cross_outputs: For each of them E[g_i g_j^T].
+    """
+
+    inputs: tuple[Array, ...]
+    outputs: tuple[Array, ...]
+    diagonals: tuple[Array, ...]
+    cross_inputs: tuple[Array, ...]
+    cross_outputs: tuple[Array, ...]
+
+
+def kronecker_factors(
+    tapped: TappedPoint,
+    key: Array | None = None,
+    *,
+    curvature: OutputCurvature | None = None,
+    sharing: Sharing = "expand",
+    pairs: Pairs = (),
+) -> KroneckerFactors:
+    r"""The Kronecker factors of all layers at a point, by the forward pass and backward sweeps of the curvature.
+
+    Which matrix they approximate is ``curvature``'s to say. One sweep for each draw or column, and all examples apart:
+
+    - ``Fisher(num_samples=1)``: targets drawn from the model's own distribution, one sweep (Martens 2016, section 6.5).
+    - ``Fisher()``, ``GaussNewton()``: exactly, by a sweep for each column of the loss's root, the outputs of a class.
+    - ``GaussNewton(num_samples=1)``: noise propagated backwards from the outputs, one sweep.
+    - ``EmpiricalFisher()``: the gradients at the training targets. It is not the Fisher matrix, and a poor stand-in.
+
+    Where positions share weights (steps of a sequence, pixels, several uses), "expand" takes every position for a case
+    of its own, exact where each has a loss of its own, and "reduce" adds up over them first, exact for a linear layer
+    whose outputs are averaged (Eschenhagen et al. 2023). Uses of the same weights count like positions. Embeddings are
+    expanded. Weights with exchanged roles, an output head tied to an embedding, are brought to the scales of the first
+    use before they are added, so that the trace is that of the sum.
+
+    Args:
+        key: For a curvature that draws.
+        curvature: ``curvax.Fisher(num_samples=1)`` if None.
+        pairs: Blocks, by their places, between which cross factors are wanted.
+
+    Returns:
+        The ``KroneckerFactors``, without the penalty's part.
+
+    Example:
+        >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
+        >>> w, batch = jnp.zeros((2, 1)), (jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.ones((2, 1)))
+        >>> tapped = curvax.tap(curvax.find_layers(objective, w, batch), objective.linearize(w, batch))
+        >>> factors = curvax.layers.kronecker_factors(tapped, curvature=curvax.GaussNewton())
+        >>> factors.inputs[0], factors.outputs[0]
+        (Array([[[ 5.,  7.],
+                [ 7., 10.]]], dtype=float...), Array([[[1.]]], dtype=float...))
+
+    Source: Martens and Grosse 2015; Martens 2016, sections 6.3 and 6.5.
+    """
+    curvature = Fisher(num_samples=1) if curvature is None else curvature
+    check_curvature("kronecker_factors", curvature, OutputCurvature)
+    check_choice("sharing", sharing, ("expand", "reduce"))
+    return compiled_if_eager(_factors, tapped.point, key, layers=tapped.layers, how=(curvature, sharing, pairs))
+
+
+def _factors(point, key, *, layers, how):
+    curvature, sharing, pairs = how
+    tapped = tap(layers, point)
+    return factors_of(tapped, key, curvature, sharing, pairs)
+
+
+def factors_of(tapped: TappedPoint, key: Any, curvature: OutputCurvature, sharing: Sharing, pairs: Pairs):
+    """``kronecker_factors`` without checks, inside of a program."""
+    pieces = tapped.point.pieces(curvature.keys(tapped.point, key))
+    columns = [curvature.columns(piece) for piece in pieces]
+    weights = [_example_weights(piece.scale) for piece in pieces]
+
+    def sweep(index):
+        """The output side, from the cotangents of one column; cases count by the roots of their factors."""
+        seeds = tuple(
+            scale_cases(jnp.sqrt(piece.scale), column(index))
+            for piece, (_, column) in zip(pieces, columns, strict=True)
+        )
+        uses = tapped.pull_back(seeds)
+        return uses, _output_side(tapped, uses, sharing, pairs)
+
+    uses, (outputs, diagonals, cross) = sweep(jnp.asarray(0))
+    count = max(number for number, _ in columns)
+    if count > 1:
+
+        def accumulate(total, index):
+            return trees.add(total, sweep(index)[1]), None
+
+        (outputs, diagonals, cross), _ = jax.lax.scan(accumulate, (outputs, diagonals, cross), jnp.arange(1, count))
+    inputs, cross_inputs = _input_side(tapped, uses, weights, sharing, pairs)
+    treatment = tapped.layers.treatment
+    if tapped.layers.fallback == "diagonal" and tapped.layers.unstructured:
+        matrices = [curvature.output_matrix(piece) for piece in pieces]
+
+        def quadratic(tangents):
+            parts = zip(pieces, matrices, tangents, strict=True)
+            return sum(trees.vdot(scale_cases(piece.scale, t), matrix.product(t)) for piece, matrix, t in parts)
+
+        exact = jax.tree.leaves(entrywise(tapped, quadratic))
+        diagonals = tuple(
+            d + exact[place].astype(d.dtype) for d, place in zip(diagonals, treatment.diagonal, strict=True)
+        )
+    swapped = [_balanced(a, g) for a, g in zip(inputs, outputs, strict=True)]
+    return KroneckerFactors(tuple(a for a, _ in swapped), tuple(g for _, g in swapped), diagonals, cross_inputs, cross)
+
+
+def zero_factors(layers: Layers, pairs: Pairs = ()) -> KroneckerFactors:
+    """Factors of zeros, to begin an average with; from shapes alone."""
+
+    def zeros(block, side):
+        blocks, *sizes = block.shape
+        size = (sizes[side],) if block.diagonal_factors[side] else (sizes[side],) * 2
+        return jnp.zeros((blocks, *size), _dtype(layers, block))
+
+    treatment = layers.treatment
+    inputs, outputs = (tuple(zeros(block, side) for block in treatment.kronecker) for side in (0, 1))
+    structs = [layers.structs[place] for place in treatment.diagonal]
+    diagonals = tuple(jnp.zeros(struct.shape, trees.wide_dtype(struct)) for struct in structs)
+    blocks = [(treatment.kronecker[i], treatment.kronecker[j]) for i, j in pairs]
+    of_inputs, of_outputs = (
+        tuple(jnp.zeros((a.shape[side], b.shape[side]), _dtype(layers, a)) for a, b in blocks) for side in (1, 2)
+    )
+    return KroneckerFactors(inputs, outputs, diagonals, of_inputs, of_outputs)
+
+
+def average_factors(old: KroneckerFactors, new: KroneckerFactors, count: Scalar, *, decay: Scalar = 0.95):
+    r"""epsilon old + (1 - epsilon) new with epsilon = min(1 - 1/k, decay): the running average of K-FAC.
+
+    The first k - 1 weights of a mean while it is short, then an exponential average; k = 1 takes the new ones alone, so
+    nothing is to be corrected for its start. New factors that are not finite leave the old ones.
+
+    Args:
+        count: k, from 1.
+
+    Example:
+        >>> old, new = (curvax.layers.KroneckerFactors((jnp.full((1, 1, 1), x),), (), (), (), ()) for x in (1.0, 3.0))
+        >>> curvax.layers.average_factors(old, new, 2).inputs[0].item()
+        2.0
+
+    Source: Martens 2016, section 6.5.
+    """
+    finite = factors_are_finite(new)
+
+    def blend(a, b):
+        k = jnp.asarray(count).astype(a.dtype)
+        keep = jnp.minimum(1 - 1 / k, jnp.asarray(decay, a.dtype))
+        # Zero times what is not finite is not zero: a first average drops what was there.
+        return jnp.where(finite, jnp.where(k <= 1, b.astype(a.dtype), keep * a + (1 - keep) * b.astype(a.dtype)), a)
+
+    return jax.tree.map(blend, old, new)
+
+
+def factors_are_finite(factors: KroneckerFactors) -> Array:
+    """Whether all factors are finite: no entry of a second moment is above the largest of its diagonal."""
+    sides = factors.inputs + factors.outputs
+    diagonals = [jnp.diagonal(x, axis1=-2, axis2=-1) if x.ndim == 3 else x for x in sides]
+    return trees.all_finite(diagonals, factors.diagonals)
+
+
+def factors_over_batches(
+    layers: Layers,
+    objective: Objective,
+    params: PyTree,
+    batches: Iterable[PyTree],
+    key: Array | None = None,
+    *,
+    curvature: OutputCurvature | None = None,
+    sharing: Sharing = "expand",
+) -> KroneckerFactors:
+    r"""The factors of all batches of a data set together: means over all examples, one pass, no optimiser.
+
+    Each batch counts by its examples; the work on one batch is compiled once for each of its shapes. The result is a
+    pytree of arrays, saved as it is.
+
+    Args:
+        batches: Batches as for ``objective``; they are read once, so a generator will do.
+
+    Raises:
+        ValueError: There are no batches.
+
+    Example:
+        >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
+        >>> batches = [(jnp.full((n, 1), x), jnp.zeros((n, 1))) for n, x in ((1, 1.0), (3, 2.0))]
+        >>> layers = curvax.find_layers(objective, jnp.zeros((1, 1)), batches[0])
+        >>> factors = curvax.layers.factors_over_batches(
+        ...     layers, objective, jnp.zeros((1, 1)), batches, curvature=curvax.GaussNewton())
+        >>> factors.inputs[0].item()                                         # (1 + 3 * 4) / 4
+        3.25
+    """
+    curvature = Fisher(num_samples=1) if curvature is None else curvature
+    check_curvature("factors_over_batches", curvature, OutputCurvature)
+
+    @jax.jit
+    def one(params, batch, key):
+        at = objective.linearize(params, batch)
+        return factors_of(tap(layers, at), key, curvature, sharing, ()), sum(cases.num_cases for cases in at.cases)
+
+    total, cases = None, 0.0
+    for index, batch in enumerate(batches):
+        own, count = one(params, batch, None if key is None else jax.random.fold_in(key, index))
+        cases = cases + count
+        # A running mean, by the share of this batch in all that were read.
+        total = own if total is None else _mix(total, own, count / cases)
+    if total is None:
+        raise ValueError("factors_over_batches got no batches")
+    return total
+
+
+def damped_factors(inputs: Array, outputs: Array, gamma: Scalar) -> tuple[Array, Array]:
+    r"""(A + pi gamma I, G + gamma / pi I) with pi^2 the ratio of the mean eigenvalues of A and G; factored Tikhonov.
+
+    Their product is A (x) G + gamma^2 I and two cross terms, which this pi keeps smallest in the trace norm. Factors
+    are as in ``KroneckerFactors``; of a factor without trace pi is 1.
+
+    Args:
+        gamma: The square root of the damping, of lambda and the penalty's strength.
+
+    Example:
+        >>> A, G = curvax.layers.damped_factors(jnp.full((1, 1, 1), 4.0), jnp.full((1, 1, 1), 1.0), 1.0)
+        >>> A.item(), G.item()
+        (6.0, 1.5)
+
+    Source: Martens 2016, eq. 6.7.
+    """
+    pi = damping_ratio(inputs, outputs)
+    gamma = jnp.asarray(gamma).astype(pi.dtype)
+    return add_to_diagonal(inputs, pi * gamma), add_to_diagonal(outputs, gamma / pi)
+
+
+def damping_ratio(inputs: Array, outputs: Array) -> Array:
+    """pi of ``damped_factors`` for each of the matrices of a block."""
+    a, g = mean_eigenvalue(inputs), mean_eigenvalue(outputs)
+    known = (a > 0) & (g > 0)
+    return jnp.where(known, jnp.sqrt(jnp.where(known, a, 1) / jnp.where(known, g, 1)), 1)
+
+
+def mean_eigenvalue(factor: Array) -> Array:
+    """The trace over the size, for each matrix; of a diagonal factor too."""
+    return jnp.mean(factor if factor.ndim == 2 else jnp.diagonal(factor, axis1=-2, axis2=-1), axis=-1)
+
+
+def add_to_diagonal(factor: Array, scalars: Array) -> Array:
+    """A + s I, for each matrix."""
+    if factor.ndim == 2:
+        return factor + scalars[:, None]
+    return factor + scalars[:, None, None] * jnp.eye(factor.shape[-1], dtype=factor.dtype)
+
+
+# --- the two sides --------------------------------------------------------------------------------------------------
+
+
+def _example_weights(scale):
+    """The share of every example in its term, which add up to one; None where all are alike."""
+    if scale.ndim == 0:
+        return None
+    own = jnp.sum(scale, axis=tuple(range(1, scale.ndim)))
+    total = jnp.sum(own)
+    return own / jnp.where(total == 0, 1, total)
+
+
+def _input_side(tapped, uses, weights, sharing, pairs):
+    """A of every block, each with those of exchanged uses apart, and E[a_i a_j^T] of pairs."""
+    groups, sides = tapped.by_layer(uses), []
+    for block in tapped.layers.treatment.kronecker:
+        own = groups[block.weights.name]
+        diagonal = block.diagonal_factors[0]
+        parts = ([], [])
+        for use in own:
+            reduced = _reduced(use, sharing)
+            homogeneous = block.bias is not None and not use.swapped
+            if use.swapped:  # the cotangents, which have the weights of their cases already
+                factor = reduced.input_factor(diagonal=diagonal)
+            else:
+                w = weights[use.term]
+                factor = reduced.input_factor(w, homogeneous=homogeneous, diagonal=diagonal)
+                factor = factor / reduced.cotangents.shape[1] if w is None else factor
+            parts[use.swapped].append(_as(factor, diagonal))
+        positions = sum(_reduced(use, sharing).cotangents.shape[2] for use in own if not use.swapped)
+        direct = _total(parts[0])
+        direct = None if direct is None else direct / positions
+        sides.append((direct, _total(parts[1])))
+    cross = tuple(
+        _cross(_row(tapped, groups, i, sharing, False), _row(tapped, groups, j, sharing, False), weights)
+        for i, j in pairs
+    )
+    return sides, cross
+
+
+def _output_side(tapped, uses, sharing, pairs):
+    """G of every block likewise, diagonals of the other leaves, and E[g_i g_j^T] of pairs."""
+    treatment, groups, sides = tapped.layers.treatment, tapped.by_layer(uses), []
+    for block in treatment.kronecker:
+        diagonal = block.diagonal_factors[1]
+        parts = ([], [])
+        for use in groups[block.weights.name]:
+            reduced = _reduced(use, sharing)
+            factor = reduced.output_factor(diagonal=diagonal)
+            if use.swapped:  # the inputs: their mean over the examples
+                factor = factor / (reduced.cotangents.shape[1] * reduced.cotangents.shape[2])
+            parts[use.swapped].append(_as(factor, diagonal))
+        sides.append((_total(parts[0]), _total(parts[1])))
+    places = set(treatment.diagonal)
+    own = [use for use in uses if places & set(use.layer.leaves)]
+    if own:
+        ones = [jnp.ones(tapped.point.num_examples(i)) for i in range(len(tapped.taps))]
+        leaves = jax.tree.leaves(products(tapped, own, own, ones))
+    else:
+        leaves = jax.tree.leaves(trees.zeros_like(tapped.point.params))
+    diagonals = tuple(leaves[i].astype(trees.wide_dtype(leaves[i])) for i in treatment.diagonal)
+    cross = tuple(
+        _cross(_row(tapped, groups, i, sharing, True), _row(tapped, groups, j, sharing, True), None) for i, j in pairs
+    )
+    return sides, diagonals, cross
+
+
+def _balanced(inputs, outputs):
+    """(A, G) from those of direct and of exchanged uses, (A_1, A_2) and (G_1, G_2).
+
+    The second pair is brought to the ratio of the traces of the first, which leaves its product alone; then the sum of
+    the products is nearly the product of the sums, and gets its trace.
+    """
+    (a, other_a), (g, other_g) = inputs, outputs
+    if other_a is None:
+        return a, g
+    if a is None:
+        return other_a, other_g
+    traces = [_trace(x) for x in (a, g, other_a, other_g)]
+    known = jnp.all(jnp.stack([t > 0 for t in traces]), axis=0)
+    ta, tg, oa, og = (jnp.where(known, t, 1) for t in traces)
+    move = jnp.sqrt(ta * og / (tg * oa))
+    total = jnp.where(known, (ta * tg + oa * og) / (jnp.sqrt(ta * tg) + jnp.sqrt(oa * og)) ** 2, 1)
+    return a + _times(other_a, move), _times(g + _times(other_g, 1 / move), total)
+
+
+def _reduced(use: LayerUse, sharing: Sharing) -> LayerUse:
+    """The use with its positions added up: cotangents by their sum, inputs by their mean."""
+    if sharing == "expand" or use.kind == "embedding" or use.cotangents.shape[2] == 1:
+        return use
+    assert use.inputs is not None
+    return use._replace(
+        inputs=jnp.mean(use.inputs, axis=2, keepdims=True), cotangents=jnp.sum(use.cotangents, axis=2, keepdims=True)
+    )
+
+
+def _row(tapped, groups, place, sharing, of_cotangents):
+    """(rows of a block, (examples, positions, features); its term)."""
+    block: Block = tapped.layers.treatment.kronecker[place]
+    (use,) = groups[block.weights.name]
+    use = _reduced(use, sharing)
+    if of_cotangents:
+        return use.cotangents[0], use.term
+    assert use.inputs is not None
+    return (with_ones(use.inputs[0]) if block.bias is not None else use.inputs[0]), use.term
+
+
+def _cross(left, right, weights):
+    (a, term), (b, _) = left, right
+    if weights is None:
+        return jnp.einsum("nri,nrj->ij", a, b)
+    w = weights[term]
+    scaled = a / a.shape[0] if w is None else a * w[:, None, None].astype(a.dtype)
+    return jnp.einsum("nri,nrj->ij", scaled, b) / a.shape[1]
+
+
+def _as(factor, diagonal):
+    """A factor as it is kept: the counts of an embedding are a diagonal even where a matrix is wanted."""
+    return jax.vmap(jnp.diag)(factor) if factor.ndim == 2 and not diagonal else factor
+
+
+def _total(parts):
+    return functools.reduce(jnp.add, parts) if parts else None
+
+
+def _trace(factor):
+    return mean_eigenvalue(factor) * factor.shape[-1]
+
+
+def _times(factor, scalars):
+    return factor * scalars.reshape(-1, *(1,) * (factor.ndim - 1))
+
+
+def _mix(old, new, share):
+    return jax.tree.map(lambda a, b: a + share.astype(a.dtype) * (b - a), old, new)
+
+
+def _dtype(layers, block):
+    return trees.wide_dtype(*(layers.structs[place] for place in block.leaves))
