@@ -44,7 +44,7 @@ class LayerUse(NamedTuple):
         """sum_n w_n sum_r a_r a_r^T, the factor on the inputs of the layer's matrices.
 
         Args:
-            weights: w, a number for each example; ones if None.
+            weights: w, a number for each example, or for each of its positions; ones if None.
             homogeneous: Append a one to every a, for the bias that rides on the layer.
             diagonal: Its diagonal alone, (blocks, inputs).
 
@@ -71,11 +71,11 @@ class LayerUse(NamedTuple):
             assert rows is not None
             if homogeneous:
                 rows = with_ones(rows)
-            weighted = rows if weights is None else rows * weights[None, :, None, None].astype(rows.dtype)
+            weighted = rows if weights is None else rows * _by_position(weights)[None, :, :, None].astype(rows.dtype)
             return _sum_over_examples("bnri,bnri->bi" if diagonal else "bnri,bnrj->bij", weighted, rows)
         assert self.inputs is not None  # the indices: a one-hot input's second moment is diagonal and counts rows
         weights = jnp.ones(self.cotangents.shape[1], self.cotangents.dtype) if weights is None else weights
-        counts = jnp.broadcast_to(weights[:, None].astype(self.cotangents.dtype), self.inputs[0].shape)
+        counts = jnp.broadcast_to(_by_position(weights).astype(self.cotangents.dtype), self.inputs[0].shape)
         return self._added_to_rows(self._rows_read(), counts[..., None])[None, :, 0]
 
     # --- gradients --------------------------------------------------------------------------------------------------
@@ -165,6 +165,10 @@ class LayerUse(NamedTuple):
         assert self.inputs is not None
         positions, inputs, outputs = self.cotangents.shape[2], self.inputs.shape[-1], self.cotangents.shape[3]
         return positions * (inputs + outputs) <= inputs * outputs
+
+
+def _by_position(weights):
+    return weights[:, None] if weights.ndim == 1 else weights
 
 
 def with_ones(rows: Array) -> Array:
