@@ -124,7 +124,7 @@ def factors_of(tapped: TappedPoint, key: Any, curvature: OutputCurvature, sharin
     cotangents, diagonals, cross_outputs = sum_over_sweeps(tapped, key, curvature, of_cotangents)
     if layers.fallback == "diagonal" and layers.unstructured:
         diagonals = _without_structure(tapped, key, curvature, diagonals)
-    forward = _without_cotangents(tapped)
+    forward = without_cotangents(tapped)
     scales = [cases.scale for cases in tapped.point.cases]
     inputs, outputs = [], []
     for (block, own), moments in zip(uses_by_block(tapped, forward), cotangents, strict=True):
@@ -179,7 +179,11 @@ def average_factors(old: KroneckerFactors, new: KroneckerFactors, count: Scalar,
 
     Source: Martens 2016, section 6.5.
     """
-    finite = factors_are_finite(new)
+    return running_average(old, new, count, decay, factors_are_finite(new))
+
+
+def running_average(old: PyTree, new: PyTree, count: Scalar, decay: Scalar, finite: Array) -> PyTree:
+    """``average_factors`` for any pytrees; where ``new`` is not ``finite`` the old one."""
 
     def blend(a, b):
         k = jnp.asarray(count).astype(a.dtype)
@@ -322,7 +326,7 @@ def uses_by_block(tapped: TappedPoint, uses: list[LayerUse]) -> list[tuple[Block
 # --- the two sides --------------------------------------------------------------------------------------------------
 
 
-def _without_cotangents(tapped):
+def without_cotangents(tapped: TappedPoint) -> list[LayerUse]:
     """The uses with what the forward pass gives; their cotangents are zeros that nobody reads."""
     return tapped.capture([[geometry.use.zeros() for geometry in tap.uses] for tap in tapped.taps])
 
@@ -404,6 +408,7 @@ def _balanced(direct, swapped):
     the products is nearly the product of the sums, and gets its trace.
     """
     if swapped is None:
+        assert direct is not None  # a block has a use
         return direct
     g, a = swapped  # those on the block's outputs come from inputs
     if direct is None:
