@@ -120,8 +120,7 @@ def kfac(
 
     def start(params):
         own = preconditioner.start(params)
-        root = jnp.sqrt(jnp.asarray(initial_damping).astype(trees.wide_dtype(*jax.tree.leaves(params))))
-        return own if gamma_rule is None else own._replace(gamma=root)
+        return own if gamma_rule is None else own._replace(gamma=trees.wide_zero(params))
 
     def step(given: Given) -> Step:
         at, damping, dtype = given.curvature_at, given.strength, given.dtype
@@ -147,7 +146,9 @@ def kfac(
             direction = trees.scale(-1.0, preconditioner(seen, prepared, gamma, gradient))
             return Attempt(gamma, prepared, direction, *model(direction))
 
-        gamma = _gamma(given, damping) if gamma_rule is None else given.memory.gamma
+        gamma = _gamma(given, damping)
+        if gamma_rule is not None:  # it begins with that of lambda and the penalty, and then has a life of its own
+            gamma = jnp.where(given.steps == 0, gamma, given.memory.gamma)
         best = attempt(gamma, preconditioner.refreshed(given, seen, gamma))
         if gamma_rule is not None:
             best = _best_of_three(
