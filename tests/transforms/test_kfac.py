@@ -1,15 +1,16 @@
 """K-FAC against algorithm 7 of Martens 2016 written out in numpy: factors, damping, rescaling, momentum, adaptation."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 
 import curvax
 from curvax.damping import BestOfThree, kfac_rule, next_batch_rule
 from tests import oracles
-from tests.transforms.stepping import flat, gradient, loss, moved, run, tree_of
+from tests.transforms.stepping import flat, gradient, loss, moved, run
 
 SIZES = (4, 5, 3)
 L2 = 0.01
@@ -25,7 +26,7 @@ def network(params, x):
 
 def parameters(seed=0, scale=1.0):
     draw = np.random.default_rng(seed)
-    pairs = zip(SIZES, SIZES[1:], strict=False)
+    pairs = itertools.pairwise(SIZES)
     return [
         {"b": jnp.asarray(0.1 * draw.normal(size=n)), "w": jnp.asarray(scale * draw.normal(size=(m, n)))}
         for m, n in pairs
