@@ -88,8 +88,7 @@ def test_a_deep_linear_network_with_squared_error_is_its_block_diagonal():
 
 
 @pytest.mark.parametrize("curvature", [curvax.Fisher(), curvax.EmpiricalFisher()])
-def test_one_example_of_any_network_is_its_block_diagonal_only_by_one_draw(curvature):
-    """The exact matrix is a sum of products over columns, whose second moment of g is G: so it is exact too."""
+def test_one_example_of_any_network_is_its_block_diagonal(curvature):
     _, objective, params, batch = problem("mlp")
     batch = jax.tree.map(lambda leaf: leaf[:1], batch)
     _, factors = factors_at(objective, params, batch, curvature)
@@ -315,6 +314,8 @@ def test_factors_in_every_spelling(name):
     case = CASES[name]()
     if case.couples:
         pytest.skip("gradients of single examples are not defined where the model couples them")
+    if name == "custom_vjp_layer":
+        pytest.skip("the oracle differentiates forwards, which the model has no rule for")
     outputs = jax.eval_shape(case.model, case.params, case.inputs)
     targets = jax.tree.map(lambda z: jnp.zeros(z.shape, z.dtype), outputs)
     objective = curvax.Objective(case.model, L.squared_error())
@@ -348,7 +349,9 @@ def test_factors_in_every_spelling(name):
     both = {p for p, covered in zip(treatment.diagonal, treatment.covered, strict=True) if covered is not None}
     assert sorted([*(held - both), *treatment.diagonal, *treatment.bare]) == list(range(len(layers.paths)))
     scale = np.abs(whole).max()
-    np.testing.assert_allclose(diagonal, np.diag(whole), atol=100 * case.atol * scale)
+    # Entries that are in a matrix and in a scale besides have the curvature of the matrix alone.
+    alike = np.concatenate([np.full(s.size, place not in both) for place, s in enumerate(layers.structs)])
+    np.testing.assert_allclose(diagonal[alike], np.diag(whole)[alike], atol=100 * case.atol * scale)
     for block in treatment.kronecker:
         alone = block.weights.shared == 1 and (block.bias is None or block.bias.shared == 1)
         others = {leaf for layer in layers if layer not in (block.weights, block.bias) for leaf in layer.leaves}
