@@ -146,7 +146,9 @@ def check(found, dense, v, noise, damping):
         roots = name in ("sqrt", "sample")
         scale = max(float(np.max(np.abs(value))), largest)
         tolerance = rounding(float, 100 * len(dense), scale, 1 + largest / damping)
-        np.testing.assert_allclose(found[name], value, atol=np.sqrt(rounding(float, len(dense))) * scale if roots else tolerance, err_msg=name)
+        np.testing.assert_allclose(
+            found[name], value, atol=np.sqrt(rounding(float, len(dense))) * scale if roots else tolerance, err_msg=name
+        )
 
 
 @pytest.mark.many_compilations("blocks are looked at by small programs, which the dense oracle does for every one")
