@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import curvax
 from curvax import trees
@@ -254,3 +255,34 @@ def test_one_position_forms_no_gradients_of_examples():
     program = jax.make_jaxpr(compute)(params, batch, jax.random.key(0))
     sizes = [var.aval.size for equation in program.eqns for var in equation.outvars if hasattr(var.aval, "size")]
     assert max(sizes) <= 50 * 40
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_batch_sharded_over_devices_gives_the_same(axis_type, weighted):
+    """Factors, corrections and solves, with positions, a bias and a scale; targets drawn beside their examples."""
+
+    def model(params, x):
+        return jnp.mean(jnp.tanh(x @ params["w"] + params["b"]) * params["gain"], axis=1) @ params["v"]
+
+    params = {"b": normal(0, 4), "gain": normal(1, 4), "v": normal(2, 4, 2), "w": normal(3, 3, 4)}
+    batch = normal(4, 16, 3, 3), jnp.arange(16) % 2
+    weights = (lambda batch: jnp.exp(batch[0][:, 0, 0])) if weighted else None
+    objective = curvax.Objective(model, L.softmax_cross_entropy(), example_weights=weights)
+    layers = curvax.find_layers(objective, params, batch)
+
+    @jax.jit
+    def compute(params, batch, key):
+        tapped = curvax.tap(layers, objective.linearize(params, batch))
+        factors = curvax.layers.kronecker_factors(tapped, key)
+        K = curvax.kronecker_map(layers, factors, params).decomposed()
+        E = K.with_values(curvax.layers.eigenvalue_corrections(tapped, K.bases, key))
+        return factors, K.solve(params, damping=0.1), E.solve(params, damping=0.1)
+
+    expected = compute(params, batch, jax.random.key(0))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
+    with jax.set_mesh(mesh):
+        replicated = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        sharded = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+        result = compute(replicated, sharded, jax.random.key(0))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=1e-11), result, expected)

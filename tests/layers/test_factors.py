@@ -9,6 +9,7 @@ import pytest
 
 import curvax
 from curvax import trees
+from curvax.layers import blocks
 from curvax.layers.factors import zero_factors
 from tests import oracles
 from tests.layers.cases import CASES, N
@@ -268,6 +269,38 @@ def test_the_empirical_factors_are_second_moments_of_explicit_gradients():
         np.testing.assert_allclose(found[0], np.einsum("n,ni,nj->ij", scale, g, g), atol=1e-12)
     a = np.concatenate([batch[0], np.ones((6, 1))], axis=1)
     np.testing.assert_allclose(factors.inputs[0][0], a.T @ a / 6, atol=1e-12)
+
+
+def test_cross_factors_are_second_moments_of_two_layers():
+    """E[a_0 a_1^T] and E[g_0 g_1^T], of weighted examples."""
+    _, objective, params, batch = problem("weighted")
+    layers = curvax.find_layers(objective, params, batch)
+
+    @jax.jit
+    def compute(params, batch):
+        tapped = curvax.tap(layers, objective.linearize(params, batch))
+        factors = curvax.layers.kronecker_factors(tapped, curvature=curvax.EmpiricalFisher(), pairs=((0, 1),))
+        return factors, oracles.case_gradients(objective.terms[0], params, batch), zero_factors(layers, ((0, 1),))
+
+    factors, (rows, scale), zeros = compute(params, batch)
+    g = [np.asarray(rows)[:, places(params, f"{i}/bias")] for i in range(2)]
+    np.testing.assert_allclose(factors.cross_outputs[0], np.einsum("n,ni,nj->ij", scale, *g), atol=1e-12)
+    hidden = np.tanh(batch["x"] @ params[0]["kernel"] + params[0]["bias"])
+    a = [np.concatenate([x, np.ones((6, 1))], axis=1) for x in (batch["x"], hidden)]
+    np.testing.assert_allclose(factors.cross_inputs[0], np.einsum("n,ni,nj->ij", scale / scale.sum(), *a), atol=1e-12)
+    assert jax.tree.map(jnp.shape, factors) == jax.tree.map(jnp.shape, zeros)
+
+
+def test_sides_that_are_too_large_keep_their_diagonal(monkeypatch):
+    _, objective, params, batch = problem("mlp")
+    _, full = factors_at(objective, params, batch)
+    monkeypatch.setattr(blocks, "MAX_FACTOR", 4)  # of the sides 5, 5; 6, 4; 5, 3
+    layers, factors = factors_at(objective, params, batch)
+    assert [x.shape for x in factors.inputs + factors.outputs] == [(1, 5), (1, 6), (1, 5), (1, 5), (1, 4, 4), (1, 3, 3)]
+    for a, b in zip(factors.inputs + factors.outputs, full.inputs + full.outputs, strict=True):
+        np.testing.assert_allclose(a[0], np.diag(b[0]) if a.ndim == 2 else b[0], atol=1e-12)
+    like = jax.eval_shape(lambda: zero_factors(layers))
+    assert jax.tree.map(jnp.shape, factors) == jax.tree.map(jnp.shape, like)
 
 
 def test_a_subset_has_the_factors_of_its_examples():
