@@ -98,7 +98,7 @@ def entries_of(layers, params):
 def test_ekfac_is_never_further_than_kfac(make):
     """In Frobenius norm, block by block; and its residual has no diagonal in the basis of the eigenvectors."""
     (objective, params, batch), fallback = make()
-    layers, (K, E, kfac, corrected, exact) = eigen_maps(objective, params, batch, fallback)
+    layers, (_, E, kfac, corrected, exact) = eigen_maps(objective, params, batch, fallback)
     bases = [(np.asarray(_full(a[i])), np.asarray(_full(g[i]))) for a, g in E.bases for i in range(a.shape[0])]
     for own, (q_a, q_g) in zip(entries_of(layers, params), bases, strict=True):
         blocks = [np.asarray(x)[np.ix_(own, own)] for x in (kfac, corrected, exact)]
@@ -107,7 +107,6 @@ def test_ekfac_is_never_further_than_kfac(make):
         if len(layers.treatment.kronecker) == 1 and len(own) == len(exact) == q_a.shape[0] * q_g.shape[0]:
             q = np.kron(q_a, q_g)
             np.testing.assert_allclose(np.diag(q.T @ (blocks[1] - blocks[2]) @ q), 0, atol=1e-11)
-    del K
 
 
 def _full(q):

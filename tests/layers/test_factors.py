@@ -337,6 +337,36 @@ def test_leaves_without_factors_have_their_diagonal_or_nothing(fallback):
         np.testing.assert_allclose(np.ravel(diagonal), dense[places(params, name)], atol=1e-12)
 
 
+def treatment_of(model, params, x):
+    objective = curvax.Objective(model, L.squared_error())
+    layers = curvax.find_layers(objective, params, (x, jnp.zeros(jax.eval_shape(model, params, x).shape)))
+    named = [layers.paths[place] for place in layers.treatment.diagonal]
+    return [block.name for block in layers.treatment.kronecker], named, layers.treatment
+
+
+@pytest.mark.many_compilations("maps are looked at while tracing, one equation at a time")
+def test_blocks_that_cannot_be_told_apart_have_diagonals():
+    """Slices that overlap, and a map that mixes entries; slices that do not overlap are blocks."""
+    params, x, mixing = {"v": normal(0, 5, 3), "w": normal(1, 3, 3)}, normal(2, N, 3), normal(3, 3, 3)
+
+    def overlapping(p, x):
+        return jnp.tanh(jnp.tanh(x @ p["v"][:3]) @ p["v"][2:]) @ p["w"]
+
+    kronecker, diagonal, treatment = treatment_of(overlapping, params, x)
+    assert (kronecker, diagonal) == (["w"], ["v"])
+    assert set(treatment.reasons.values()) == {"shares entries of its parameters with another block"}
+    kronecker, diagonal, treatment = treatment_of(lambda p, x: x @ (mixing @ p["w"]) @ p["v"].T, params, x)
+    assert (kronecker, diagonal) == (["v"], ["w"])
+    assert "not the parameters moved, scaled or added" in treatment.reasons["w"]
+
+    def apart(p, x):
+        return (jnp.tanh(x @ p["v"][:3]) * p["v"][3] + p["v"][4]) @ p["w"]
+
+    kronecker, diagonal, treatment = treatment_of(apart, params, x)
+    assert (kronecker, diagonal, treatment.bare) == (["v", "w"], ["v"], ())
+    np.testing.assert_array_equal(treatment.covered[0], np.arange(15).reshape(5, 3) < 9)
+
+
 # --- every spelling --------------------------------------------------------------------------------------------------
 
 
