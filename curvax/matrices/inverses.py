@@ -113,18 +113,18 @@ def _by_eigenvalues(matrix, previous):
 def _by_newton_schulz(matrix, previous):
     n, info = len(matrix), jnp.finfo(matrix.dtype)
     eye = jnp.eye(n, dtype=matrix.dtype)
-    norm = _bound(matrix)
 
-    def start_at(inverse):
+    def state_at(inverse):
         residual = eye - matrix @ inverse
-        return inverse, residual, _bound(residual)
+        return inverse, residual, jnp.linalg.norm(residual)
 
-    # The eigenvalues of I - A / ||A|| are within [0, 1).
-    scaled = eye / norm
-    state = (scaled, eye - matrix / norm, jnp.ones_like(norm))
+    # The largest sum of a row is above the largest eigenvalue, so those of I - A / ||A|| are within [0, 1).
+    norm = jnp.max(jnp.sum(jnp.abs(matrix), axis=0))
+    residual = eye - matrix / norm
+    state = (eye / norm, residual, jnp.linalg.norm(residual))
     if previous is not None:
-        warm = start_at(previous)
-        fit = warm[2] < 1  # not so for what is not finite
+        warm = state_at(previous)
+        fit = _bound(warm[1]) < 1  # not so for what is not finite
         state = jax.tree.map(lambda own, other: jnp.where(fit, own, other), warm, state)
 
     def goes_on(carry):
@@ -133,12 +133,11 @@ def _by_newton_schulz(matrix, previous):
         return better & (size > jnp.sqrt(info.eps)) & (step < info.nmant + 10)
 
     def body(carry):
-        (inverse, residual, size), _, step = carry
-        new = start_at(_symmetric(inverse + inverse @ residual))
-        # From far away the residual's norm bounds stay near one until its largest eigenvalue has been squared often.
-        better = (new[2] < size) | (size >= 1)
-        kept = jax.tree.map(lambda a, b: jnp.where(better, a, b), new, (inverse, residual, size))
-        return kept, better, step + 1
+        old, _, step = carry
+        new = state_at(_symmetric(old[0] + old[0] @ old[1]))
+        # Every step squares the residual. Where it does not become smaller rounding has the better of it.
+        better = new[2] < old[2]
+        return jax.tree.map(lambda a, b: jnp.where(better, a, b), new, old), better, step + 1
 
     (inverse, residual, _), better, _ = jax.lax.while_loop(goes_on, body, (state, jnp.asarray(True), 0))
     return jnp.where(better, inverse + inverse @ residual, inverse)
