@@ -21,7 +21,7 @@ def normal(seed, *shape):
 
 
 def every_kind():
-    """An embedding, a stack of layers under scan, a dense layer with its bias, a scale, and a leaf without structure."""
+    """An embedding, layers under scan, a dense layer with its bias, a scale, and a leaf without structure."""
 
     def model(params, tokens):
         x = params["table"][tokens]

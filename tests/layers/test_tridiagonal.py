@@ -1,5 +1,7 @@
 """The block-tridiagonal inverse against the dense matrix it replaces, formed block by block in float64."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,7 +56,7 @@ def joint_factors(layers, chain, seed, cases=200, dtype=np.float64):
             rows[place] = last = last / np.std(last)
         sides.append({(i, j): (rows[i].T @ rows[j] / cases).astype(dtype) for i in chain for j in chain})
     inputs, outputs = sides
-    pairs = list(zip(chain[:-1], chain[1:], strict=True))
+    pairs = list(itertools.pairwise(chain))
     diagonal = [[side[i, i][None] for i in sorted(chain)] for side in sides]
     factors = KroneckerFactors(
         tuple(diagonal[0]), tuple(diagonal[1]), (), tuple(inputs[p] for p in pairs), tuple(outputs[p] for p in pairs)
@@ -62,19 +64,19 @@ def joint_factors(layers, chain, seed, cases=200, dtype=np.float64):
     return factors, inputs, outputs
 
 
-def dense_inverse(chain, inputs, outputs, gamma):
-    """(F~ damped on its diagonal blocks, the F^-1 of Martens 2016, section 6.4.3, as the inverse of what it defines).
+def dense_matrices(chain, inputs, outputs, gamma):
+    """(F~ damped on its diagonal blocks, F-hat of Martens 2016, section 6.4.3, the lengths of the blocks).
 
-    The matrix that agrees with F~ on the tridiagonal and whose inverse is tridiagonal: blocks further away come from
-    those between them, F_ik = F_ij F_jj^{-1} F_jk.
+    F-hat agrees with F~ on the tridiagonal, and its inverse is tridiagonal: blocks further away come from those between
+    them, F_ik = F_ij F_jj^{-1} F_jk.
     """
-    eyes = {}
+    lengths = {}
     a, g = dict(inputs), dict(outputs)
     for i in chain:
         p, q = inputs[i, i], outputs[i, i]
         pi = np.sqrt((np.trace(p) / len(p)) / (np.trace(q) / len(q)))
         a[i, i], g[i, i] = p + pi * gamma * np.eye(len(p)), q + gamma / pi * np.eye(len(q))
-        eyes[i] = len(p) * len(q)
+        lengths[i] = len(p) * len(q)
     full = {(i, j): np.kron(a[i, j], g[i, j]) for i in chain for j in chain}
     hat = {(i, i): full[i, i] for i in chain}
     for distance in range(1, len(chain)):
@@ -87,7 +89,7 @@ def dense_inverse(chain, inputs, outputs, gamma):
                 hat[i, k] = full[i, j] @ np.linalg.solve(full[j, j], hat[j, k])
             hat[k, i] = hat[i, k].T
     assemble = lambda blocks: np.block([[blocks[i, j] for j in chain] for i in chain])  # noqa: E731
-    return assemble(full), assemble(hat), [eyes[i] for i in chain]
+    return assemble(full), assemble(hat), [lengths[i] for i in chain]
 
 
 def prepared_and_applied(layers, factors, vectors, gamma, inverse=None):
@@ -107,7 +109,7 @@ def test_it_is_the_inverse_of_the_matrix_it_stands_for(sizes):
     _, _, layers = found_layers(model, params, normal(0, 5, sizes[0]))
     (chain,) = chains(layers)
     factors, inputs, outputs = joint_factors(layers, chain, 1)
-    tilde, hat, lengths = dense_inverse(chain, inputs, outputs, 0.1)
+    tilde, hat, lengths = dense_matrices(chain, inputs, outputs, 0.1)
     shapes = [block.shape for block in layers.treatment.kronecker]
     starts = dict(zip(chain, np.cumsum([0, *lengths[:-1]]), strict=True))
     columns = np.eye(sum(lengths))
@@ -141,7 +143,7 @@ def test_factors_of_a_network_give_the_inverse_of_their_own_joint_matrix():
     place = {block.name.split("/")[0]: i for i, block in enumerate(layers.treatment.kronecker)}
     chain = tuple(place[name] for name in names)
     assert chains(layers) == (chain,)
-    assert pairs == tuple(zip(chain[:-1], chain[1:], strict=True))
+    assert pairs == tuple(itertools.pairwise(chain))
     vectors = tuple(normal(20 + i, *block.shape) for i, block in enumerate(layers.treatment.kronecker))
 
     @jax.jit
@@ -165,7 +167,7 @@ def test_factors_of_a_network_give_the_inverse_of_their_own_joint_matrix():
         back = back @ np.asarray(params[name]["w"]).T
     inputs = {(i, j): rows[i].T @ rows[j] / cases for i in chain for j in chain}
     outputs = {(i, j): np.einsum("cni,cnj->ij", of_outputs[i], of_outputs[j]) / cases for i in chain for j in chain}
-    _, hat, _ = dense_inverse(chain, inputs, outputs, gamma)
+    _, hat, _ = dense_matrices(chain, inputs, outputs, gamma)
     exact = np.linalg.solve(hat, np.concatenate([np.ravel(vectors[i]) for i in chain]))
     np.testing.assert_allclose(np.concatenate([np.ravel(found[i]) for i in chain]), exact, rtol=1e-8, atol=1e-8)
 
@@ -196,15 +198,22 @@ def test_nearly_singular_float32_factors_give_a_finite_positive_inverse():
         hidden = rng.normal(size=(50, 3))
         rows = {i: hidden @ rng.normal(size=(3, layers.treatment.kronecker[i].shape[axis])) for i in chain}
         sides.append({(i, j): (rows[i].T @ rows[j] / 50).astype(np.float32) for i in chain for j in chain})
-    pairs = list(zip(chain[:-1], chain[1:], strict=True))
+    pairs = list(itertools.pairwise(chain))
     factors = KroneckerFactors(
         *(tuple(side[i, i][None] for i in sorted(chain)) for side in sides),
         (),
         *(tuple(side[pair] for pair in pairs) for side in sides),
     )
-    vectors = tuple(normal(i, 4, *block.shape).astype(np.float32) for i, block in enumerate(layers.treatment.kronecker))
+    vectors = tuple(rng.normal(size=(4, *block.shape)).astype(np.float32) for block in layers.treatment.kronecker)
+    inverse = BlockTridiagonal()
+
+    @jax.jit
+    def compute(factors, vectors, gamma):
+        prepared = inverse.prepare(layers, factors, gamma, None)
+        return jax.vmap(lambda v: inverse.apply(layers, prepared, v))(vectors)
+
     for gamma in (1e-2, 1e-3, 1e-4):
-        found = prepared_and_applied(layers, factors, vectors, gamma)
+        found = compute(factors, vectors, gamma)
         assert all(leaf.dtype == np.float32 and np.all(np.isfinite(leaf)) for leaf in found)
         products = sum(np.sum(np.asarray(f) * v, axis=(1, 2, 3)) for f, v in zip(found, vectors, strict=True))
         assert np.all(products > 0)
