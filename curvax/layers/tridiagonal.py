@@ -95,7 +95,7 @@ class BlockTridiagonal(Inverse):
     r"""The block-tridiagonal inverse of K-FAC along ``chains``, block-diagonal elsewhere; factored damping.
 
     Steps are better than those of ``BlockDiagonal`` and dearer: two eigendecompositions for each block but the last of
-    a chain, and applying takes some four times as many products.
+    a chain, and applying takes three to four times as many operations.
 
     Attributes:
         method: How the damped factors of blocks outside of chains are inverted, see ``curvax.matrices.inverses``.

@@ -12,21 +12,26 @@ from curvax.types import Array
 
 InverseMethod = Literal["cholesky", "schur", "eigen", "newton_schulz"]
 
+# Where halving ends. LAPACK's calls are slow on loaded cores, and each half more is compiled.
+_SMALL = 256
+
 
 def inverse_of(matrix: Array, method: InverseMethod = "schur", previous: Array | None = None) -> Array:
     r"""The inverse of each of a stack of symmetric positive definite matrices, or of diagonals.
 
-    - "cholesky": L^{-T} L^{-1} with A = L L^T. The most accurate one, by triangular solves, which are slow.
+    - "cholesky": L^{-T} L^{-1} with A = L L^T. The most accurate one: in float32 its error is about a tenth of that of
+      "schur", at twice the operations.
     - "schur": by halves down to small matrices, of which a Cholesky factor is taken: with S = D - B^T A^{-1} B
 
           [A   B]^{-1}   [A^{-1} + A^{-1} B S^{-1} B^T A^{-1}   -A^{-1} B S^{-1}]
           [B^T D]      = [-S^{-1} B^T A^{-1}                     S^{-1}         ]
 
-      Products of matrices nearly alone, so that it runs at the speed of those.
+      Products of matrices nearly alone, so that it runs at the speed of those, and the fewest operations.
     - "eigen": by an eigendecomposition, whose eigenvalues are raised to the rounding of the largest: finite and
       positive definite where rounding has made the matrix indefinite. Many times the price of the others.
     - "newton_schulz": X <- X (2 I - A X) from ``previous``, which should be the inverse of a matrix near this one: a
-      few products. Where ||I - A X|| < 1 does not hold for it, from I / ||A|| instead, which takes many steps.
+      few products. Where ||I - A X|| < 1 does not hold for it, from I / ||A|| instead, which takes many steps. In
+      float32 the least accurate one: rounding of A X stops it early at condition numbers of 1e4 and above.
 
     Args:
         matrix: (blocks, n, n), or of diagonals (blocks, n).
@@ -53,9 +58,23 @@ def inverse_of(matrix: Array, method: InverseMethod = "schur", previous: Array |
 
 
 def inverse_cholesky(matrix: Array) -> Array:
-    """X = L^{-1} for A = L L^T, one matrix: X^T X is the inverse and X A X^T = I."""
-    factor = jnp.linalg.cholesky(matrix)
-    return jax.scipy.linalg.solve_triangular(factor, jnp.eye(len(matrix), dtype=matrix.dtype), lower=True)
+    r"""X = L^{-1} for A = L L^T, one matrix: X^T X is the inverse and X A X^T = I.
+
+    By halves down to small matrices, as products run several times as fast as triangular solves:
+
+        X = [X_1                  0  ]
+            [-X_2 W^T X_1         X_2]    for A = [A_1 B; B^T D], W = X_1 B and X_2 that of D - W^T W
+    """
+    n = len(matrix)
+    if n <= _SMALL:
+        # Reads the lower triangle alone, which saves a program for each size over making the matrix symmetric first.
+        factor = jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
+        return jax.scipy.linalg.solve_triangular(factor, jnp.eye(n, dtype=matrix.dtype), lower=True)
+    half = n // 2
+    first = inverse_cholesky(matrix[:half, :half])
+    w = first @ matrix[:half, half:]
+    second = inverse_cholesky(matrix[half:, half:] - w.T @ w)
+    return jnp.block([[first, jnp.zeros((half, n - half), matrix.dtype)], [-second @ (w.T @ first), second]])
 
 
 def sequenced(functions: Sequence[Callable[[Any], Any]], arguments: Sequence[Any], after: Any = None) -> list[Any]:
@@ -90,15 +109,15 @@ def _by_cholesky(matrix, previous):
     return inverse.T @ inverse
 
 
-def _by_schur(matrix, previous, base=256):
+def _by_schur(matrix, previous):
     n = len(matrix)
-    if n <= base:
+    if n <= _SMALL:
         return _by_cholesky(matrix, previous)
     half = n // 2
     a, b, d = matrix[:half, :half], matrix[:half, half:], matrix[half:, half:]
-    inverse = _by_schur(a, None, base)
+    inverse = _by_schur(a, None)
     left = inverse @ b
-    rest = _by_schur(d - b.T @ left, None, base)
+    rest = _by_schur(d - b.T @ left, None)
     corner = left @ rest
     return jnp.block([[inverse + corner @ left.T, -corner], [-corner.T, rest]])
 

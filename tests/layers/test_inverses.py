@@ -13,7 +13,7 @@ from curvax.layers.tridiagonal import BlockTridiagonal
 
 GAMMA = 0.3
 INVERSES = [BlockDiagonal(m) for m in ("cholesky", "schur", "eigen", "newton_schulz")]
-INVERSES += [ExactTikhonov(), BlockTridiagonal()]
+INVERSES += [ExactTikhonov(), BlockTridiagonal(), BlockTridiagonal("newton_schulz")]
 
 
 def normal(seed, *shape):
