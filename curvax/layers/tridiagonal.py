@@ -103,7 +103,7 @@ class BlockTridiagonal(Inverse):
     Source: Martens 2016, section 6.4.3 and appendix B.2.
     """
 
-    method: InverseMethod = "schur"
+    method: InverseMethod = "cholesky"
 
     def __post_init__(self):
         check_choice("method", self.method, get_args(InverseMethod))

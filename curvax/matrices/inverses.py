@@ -16,17 +16,17 @@ InverseMethod = Literal["cholesky", "schur", "eigen", "newton_schulz"]
 _SMALL = 256
 
 
-def inverse_of(matrix: Array, method: InverseMethod = "schur", previous: Array | None = None) -> Array:
+def inverse_of(matrix: Array, method: InverseMethod = "cholesky", previous: Array | None = None) -> Array:
     r"""The inverse of each of a stack of symmetric positive definite matrices, or of diagonals.
 
-    - "cholesky": L^{-T} L^{-1} with A = L L^T. The most accurate one: in float32 its error is about a tenth of that of
-      "schur", at twice the operations.
+    - "cholesky": L^{-T} L^{-1} with A = L L^T. The most accurate one: in float32 the error is near 1e-8 times the
+      condition number.
     - "schur": by halves down to small matrices, of which a Cholesky factor is taken: with S = D - B^T A^{-1} B
 
           [A   B]^{-1}   [A^{-1} + A^{-1} B S^{-1} B^T A^{-1}   -A^{-1} B S^{-1}]
           [B^T D]      = [-S^{-1} B^T A^{-1}                     S^{-1}         ]
 
-      Products of matrices nearly alone, so that it runs at the speed of those, and the fewest operations.
+      The fewest operations, and ten times the error of "cholesky": from condition numbers of 1e6 float32 fails it.
     - "eigen": by an eigendecomposition, whose eigenvalues are raised to the rounding of the largest: finite and
       positive definite where rounding has made the matrix indefinite. Many times the price of the others.
     - "newton_schulz": X <- X (2 I - A X) from ``previous``, which should be the inverse of a matrix near this one: a
@@ -50,7 +50,7 @@ def inverse_of(matrix: Array, method: InverseMethod = "schur", previous: Array |
     if matrix.ndim == 2:
         return 1 / matrix
     # Loops over single matrices: batched products are slow on CPUs. Full precision, as accelerators round their
-    # operands to some ten bits otherwise, which is no inverse of a matrix that is the least ill-conditioned.
+    # operands to some ten bits otherwise, too few for a matrix that is at all ill-conditioned.
     starts = [None] * len(matrix) if previous is None else list(previous)
     with jax.default_matmul_precision("highest"):
         functions = [lambda m, s=s: _symmetric(_METHODS[method](m, s)) for s in starts]
@@ -105,8 +105,13 @@ def over_blocks(function: Callable[..., Array], *stacks: Array) -> Array:
 
 def _by_cholesky(matrix, previous):
     del previous
-    inverse = inverse_cholesky(matrix)
-    return inverse.T @ inverse
+    x = inverse_cholesky(matrix)
+    if len(x) <= _SMALL:
+        return x.T @ x
+    half = len(x) // 2  # half of the operations are with the zeros above the diagonal
+    left, corner = x[:, :half], x[half:, half:]
+    across = corner.T @ left[half:]
+    return jnp.block([[left.T @ left, across.T], [across, corner.T @ corner]])
 
 
 def _by_schur(matrix, previous):
@@ -125,7 +130,7 @@ def _by_schur(matrix, previous):
 def _by_eigenvalues(matrix, previous):
     del previous
     values, vectors = jnp.linalg.eigh(matrix)
-    floor = len(matrix) * jnp.finfo(matrix.dtype).eps * values[-1]
+    floor = len(matrix) ** 0.5 * jnp.finfo(matrix.dtype).eps * values[-1]
     return (vectors / jnp.maximum(values, floor)) @ vectors.T
 
 

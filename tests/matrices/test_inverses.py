@@ -47,11 +47,18 @@ def test_diagonals_are_inverted_entry_by_entry():
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("condition", [1e2, 1e4, 1e5])
 def test_float32_inverts_ill_conditioned_factors(method, condition):
-    """The residual is the condition times rounding: the error of any inverse that is computed from rounded entries."""
+    """The residual is the condition times rounding: the error of an inverse that is computed from rounded entries."""
     matrix = spd(2, 300, condition, np.float32)
     found = invert(matrix[None], method)[0]
     assert found.dtype == np.float32
     assert backward_errors(found, matrix) < rounding(np.float32, 300, condition=condition)
+    assert np.all(np.linalg.eigvalsh(found.astype(np.float64)) > 0)
+
+
+def test_cholesky_factors_by_halves_invert_what_float32_can_hardly_tell_from_singular():
+    matrix = spd(2, 300, 1e6, np.float32)
+    found = invert(matrix[None], "cholesky")[0]
+    assert backward_errors(found, matrix) < rounding(np.float32, 300, condition=1e6)
     assert np.all(np.linalg.eigvalsh(found.astype(np.float64)) > 0)
 
 
