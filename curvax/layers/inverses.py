@@ -89,7 +89,7 @@ class BlockDiagonal(Inverse):
         method: How the damped factors are inverted, see ``curvax.matrices.inverses``.
     """
 
-    method: InverseMethod = "schur"
+    method: InverseMethod = "cholesky"
 
     def __post_init__(self):
         check_choice("method", self.method, get_args(InverseMethod))
