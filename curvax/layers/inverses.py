@@ -197,7 +197,11 @@ def precondition(
     """
     treatment = layers.treatment
     leaves, treedef = jax.tree.flatten(gradient)
-    matrices = tuple(block.to_matrices(gradient) for block in treatment.kronecker)
+    # Gradients may be narrower than factors, which are sums over examples.
+    matrices = tuple(
+        block.to_matrices(gradient).astype(a.dtype)
+        for block, a in zip(treatment.kronecker, factors.inputs, strict=True)
+    )
     solved: list[Any] = [None] * len(leaves)
     for block, matrix in zip(treatment.kronecker, inverse.apply(layers, prepared, matrices), strict=True):
         for place, leaf in block.to_params(matrix).items():

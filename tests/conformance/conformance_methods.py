@@ -3,6 +3,7 @@
 import functools
 from typing import Any, NamedTuple
 
+import jax
 import optax
 from conformance_networks import batch, objective, plain, weights
 
@@ -38,7 +39,8 @@ class Method(NamedTuple):
         if not self.by_layers:
             return made
         goal, params = (objective(plain()), weights()) if goal is None else (goal, params)
-        return functools.partial(made, curvax.find_layers(goal, params, batch()))
+        data = batch(dtype=jax.tree.leaves(params)[0].dtype)
+        return functools.partial(made, curvax.find_layers(goal, params, data))
 
     def as_step(self, tx):
         return tx if self.learning_rate is None else optax.chain(tx, optax.scale(-self.learning_rate))
@@ -81,15 +83,23 @@ METHODS = [
         {"max_subspace_iterations": 3, "tolerance": 1e-9},
         "tolerance",
     ),
-    # All examples, as their number, eight, is also that of the devices they are sharded over.
+    # All examples, as their number, eight, is also that of the devices they are sharded over; and exact statistics, as
+    # draws depend on the dtype.
     Method(
         "kfac",
         None,
-        {"statistics_stride": 1, "curvature_stride": 1},
+        {"statistics_stride": 1, "curvature_stride": 1, "statistics": curvax.Fisher()},
         {"initial_damping": 0.5, "decay": 0.9},
         "max_divergence",
         by_layers=True,
     ),
-    Method("scale_by_kfac", 0.3, {"statistics_stride": 1}, {"damping": 0.5}, "damping", by_layers=True),
+    Method(
+        "scale_by_kfac",
+        0.3,
+        {"statistics_stride": 1, "statistics": curvax.Fisher()},
+        {"damping": 0.5},
+        "damping",
+        by_layers=True,
+    ),
     Method("scale_by_sample_space", 0.3, {}, {"damping": 0.5}, "damping"),
 ]
