@@ -63,9 +63,9 @@ def find_layers(
         >>> objective = curvax.Objective(network, curvax.losses.squared_error())
         >>> params = {"w": jnp.ones((3, 4)), "b": jnp.ones(4), "out": jnp.ones((2, 4))}
         >>> print(curvax.find_layers(objective, params, (jnp.ones((5, 3)), jnp.ones((5, 2)))))
-        layer  shape   kind   bias  uses  shared  reason
-        out    (2, 4)  dense        1     1
-        w      (3, 4)  dense  b     1     1
+        layer  shape   kind   bias  uses  shared  factors  reason
+        out    (2, 4)  dense        1     1       4 x 2
+        w      (3, 4)  dense  b     1     1       4 x 4
     """
     inputs = [jax.eval_shape(term.split, batch)[0] for term in objective.terms]
     return _find(objective, params, inputs, fallback, through_custom_rules)
@@ -253,7 +253,7 @@ class Layers:
         return tuple(i for i, reason in sorted(self.reasons.items()) if reason != "is not used")
 
     def __str__(self) -> str:
-        head = ("layer", "shape", "kind", "bias", "uses", "shared", "reason")
+        head = ("layer", "shape", "kind", "bias", "uses", "shared", "factors", "reason")
         biases = {layer.bias for layer in self.layers if layer.bias is not None}
         rows = [
             (
@@ -263,13 +263,23 @@ class Layers:
                 layer.bias or "",
                 str(len(layer.members)),
                 str(layer.shared),
-                "",
+                *self._curvature_of(layer),
             )
             for layer in self.layers
             if layer.name not in biases
         ]
+        without = {"error": "", "diagonal": "diagonal", "gradient": "mean"}[self.fallback]
         rows += [
-            (self.paths[i], str(self.structs[i].shape), "-", "", "", "", reason)
+            (
+                self.paths[i],
+                str(self.structs[i].shape),
+                "-",
+                "",
+                "",
+                "",
+                "" if reason == "is not used" else without,
+                reason,
+            )
             for i, reason in sorted(self.reasons.items())
         ]
         widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
@@ -277,6 +287,16 @@ class Layers:
         if self.couples_examples:
             lines.append("The model couples examples (batch statistics): gradients of single examples are not defined.")
         return "\n".join(line.rstrip() for line in lines)
+
+    def _curvature_of(self, layer: Layer) -> tuple[str, str]:
+        """What Kronecker-factored curvature does to a layer, such as "785 x 1000", and why it has no factors."""
+        for block in self.treatment.kronecker:
+            if block.name == layer.name:
+                blocks, *sizes = block.shape
+                sides = zip(sizes, block.diagonal_factors, strict=True)
+                text = " x ".join(f"diag {size}" if diagonal else str(size) for size, diagonal in sides)
+                return (text if blocks == 1 else f"{blocks} of {text}"), ""
+        return "diagonal", self.treatment.reasons.get(layer.name, "")
 
     def geometries_at(self, index: int, program: ClosedJaxpr) -> list[Geometry]:
         """The geometries of the term of that index in a program traced now.
