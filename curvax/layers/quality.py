@@ -19,6 +19,7 @@ from jax.scipy.linalg import block_diag, cho_factor, cho_solve, solve_triangular
 
 from curvax.layers.factors import damped_factors, kronecker_factors
 from curvax.layers.taps import TappedPoint
+from curvax.layers.tridiagonal import chains
 from curvax.layers.use import with_ones
 from curvax.matrices.curvature import Fisher, OutputCurvature
 from curvax.objectives.term import scale_cases
@@ -50,7 +51,7 @@ def joint_factors(
 
     Args:
         chain: The places of the blocks in ``layers.treatment.kronecker``, from the inputs of the network to its
-            outputs; None for all, which are in the order of the parameters' leaves.
+            outputs; None for all, in the order in which the program uses them.
         key: For a curvature that draws.
         curvature: ``curvax.Fisher()``, the exact one, if None.
 
@@ -242,7 +243,7 @@ def block_means(matrix: Array, joint: JointFactors) -> Array:
 
 def _chain(tapped, chain):
     blocks = tapped.layers.treatment.kronecker
-    chain = tuple(range(len(blocks)) if chain is None else chain)
+    chain = tuple(itertools.chain(*chains(tapped.layers)) if chain is None else chain)
     uses = {layer.name: len(layer.members) for layer in tapped.layers}
     for place in chain:
         block = blocks[place]

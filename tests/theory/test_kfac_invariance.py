@@ -8,6 +8,7 @@ import pytest
 from curvax.layers import quality
 from curvax.layers.factors import kronecker_factors
 from curvax.layers.inverses import BlockDiagonal, precondition
+from curvax.layers.tridiagonal import BlockTridiagonal
 from curvax.matrices.curvature import Fisher
 from tests.theory import chains
 from tests.tolerances import rounding
@@ -88,21 +89,24 @@ def test_the_update_of_the_transformed_network_is_that_of_the_network(inverse):
     assert gap > 1e-2 * max(np.abs(d).max() for d in delta)
 
 
-def test_the_preconditioner_of_the_library_is_invariant_and_the_dense_one():
+@pytest.mark.parametrize("inverse", INVERSES)
+def test_the_preconditioner_of_the_library_is_invariant_and_the_dense_one(inverse):
+    matrices = {"diagonal": BlockDiagonal(), "tridiagonal": BlockTridiagonal()}[inverse]
     own = chains.problem("bernoulli", 4, 3, examples=60)
     omegas, phis = random_transformation(own)
     other = transformed(own, omegas, phis)
 
     def library(problem, weights, batch):
-        inverse, layers = BlockDiagonal(), problem.layers
-        factors = kronecker_factors(problem.tapped(weights, batch), curvature=Fisher())
-        prepared = inverse.prepare(layers, factors, 0.0, inverse.start(layers))
+        layers = problem.layers
+        pairs = matrices.pairs(layers)
+        factors = kronecker_factors(problem.tapped(weights, batch), curvature=Fisher(), pairs=pairs)
+        prepared = matrices.prepare(layers, factors, 0.0, None)
         gradient = jax.grad(problem.objective)(weights, batch)
-        return precondition(layers, inverse, prepared, factors, 0.0, gradient)
+        return precondition(layers, matrices, prepared, factors, 0.0, gradient)
 
     @jax.jit
     def compute(weights, others, batch):
-        dense = step(own, quality.block_diagonal_inverse, weights, batch)
+        dense = step(own, INVERSES[inverse], weights, batch)
         return dense, library(own, weights, batch), library(other, others, batch)
 
     (delta, joint), plain, new = jax.tree.map(np.asarray, compute(own.weights, other.weights, own.batch))
