@@ -63,9 +63,16 @@ def joint_factors(
         >>> joint.inputs[0][1].shape, joint.outputs[0][1].shape
         ((2, 3), (3, 1))
 
+    Raises:
+        ValueError: A block has several uses or matrices, or blocks have different numbers of positions.
+
     Source: Martens 2016, section 6.3.
     """
     chain = _chain(tapped, chain)
+    positions = {block.name: block.weights.shared for block in (_blocks(tapped)[place] for place in chain)}
+    if len(set(positions.values())) > 1:
+        counts = ", ".join(f"{name!r} {count}" for name, count in positions.items())
+        raise ValueError(f"joint_factors: the positions that share the weights of blocks are not as many: {counts}")
     pairs = tuple(itertools.combinations(chain, 2))
     curvature = Fisher() if curvature is None else curvature
     factors = kronecker_factors(tapped, key, curvature=curvature, pairs=pairs)
@@ -195,7 +202,7 @@ def cumulant_bound(
     scales = tapped.example_scales("cumulant_bound")
     for place, (inputs, _, _) in zip(chain, rows, strict=True):
         if inputs.shape[1] > 1:
-            name = tapped.layers.treatment.kronecker[place].name
+            name = _blocks(tapped)[place].name
             raise ValueError(f"cumulant_bound: {inputs.shape[1]} positions share the weights of block {name!r}")
     gradients = _gradients(rows)
     cotangents = [g.reshape(-1, g.shape[-1]) for _, g, _ in rows]
@@ -241,8 +248,12 @@ def block_means(matrix: Array, joint: JointFactors) -> Array:
 # --- the chain ------------------------------------------------------------------------------------------------------
 
 
+def _blocks(tapped):
+    return tapped.layers.treatment.kronecker
+
+
 def _chain(tapped, chain):
-    blocks = tapped.layers.treatment.kronecker
+    blocks = _blocks(tapped)
     chain = tuple(itertools.chain(*chains(tapped.layers)) if chain is None else chain)
     uses = {layer.name: len(layer.members) for layer in tapped.layers}
     for place in chain:
@@ -270,7 +281,7 @@ def _rows(tapped, chain, key, curvature):
     )
     groups = tapped.by_layer(tapped.pull_back_columns(seeds))
     rows = []
-    for block in (tapped.layers.treatment.kronecker[place] for place in chain):
+    for block in (_blocks(tapped)[place] for place in chain):
         (use,) = groups[block.name]
         inputs = use.inputs[0] if block.bias is None else with_ones(use.inputs[0])
         rows.append((inputs, use.cotangents[:, 0], use.term))

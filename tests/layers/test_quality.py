@@ -207,3 +207,31 @@ def test_what_is_no_link_of_a_chain_is_refused_by_name():
     with pytest.raises(ValueError, match="block 'twice' is no link of a chain: it has 1 matrices in 2 uses"):
         jax.eval_shape(lambda p, b: compute(p, b, None), params, batch)
     assert jax.eval_shape(lambda p, b: compute(p, b, (0,)), params, batch)[0][0].shape == (3, 3)
+
+
+def test_all_blocks_are_in_the_order_of_the_program():
+    def model(params, x):
+        return jnp.tanh(x @ params["z"]) @ params["a"]
+
+    objective = curvax.Objective(model, curvax.losses.squared_error())
+    params, batch = {"z": normal(0, 4, 3), "a": normal(1, 3, 2)}, (normal(2, N, 4), normal(3, N, 2))
+    layers = curvax.find_layers(objective, params, batch)
+    joint = jax.eval_shape(lambda p, b: quality.joint_factors(tapped_at(objective, layers, p, b)), params, batch)
+    assert [grid[0][1].shape for grid in joint] == [(4, 3), (3, 2)]
+
+
+def test_blocks_of_different_positions_have_no_joint_factors():
+    def model(params, x):
+        return jnp.sum(jnp.tanh(x @ params["steps"]), axis=1) @ params["head"]
+
+    objective = curvax.Objective(model, curvax.losses.squared_error())
+    params, batch = {"steps": normal(0, 3, 3), "head": normal(1, 3, 2)}, (normal(2, N, 5, 3), normal(3, N, 2))
+    layers = curvax.find_layers(objective, params, batch)
+
+    def compute(params, batch, function):
+        return function(tapped_at(objective, layers, params, batch))
+
+    with pytest.raises(ValueError, match=r"joint_factors: .* 'steps' 5, 'head' 1"):
+        jax.eval_shape(lambda p, b: compute(p, b, quality.joint_factors), params, batch)
+    exact = jax.jit(lambda p, b: compute(p, b, quality.exact_matrix))(params, batch)
+    np.testing.assert_allclose(exact[:9, :9], oracles.dense_fisher(objective, params, batch)[6:, 6:], atol=1e-12)
