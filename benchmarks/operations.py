@@ -71,8 +71,9 @@ def count_operations(
       9n^3 (JAX always computes the vectors), general eigenproblem and Schur form 25n^3, without vectors 10n^3, SVD
       21n^3, without vectors 8n^3/3, Hessenberg form 10n^3/3, tridiagonal form 4n^3/3; a triangular solve with k right
       sides n^2 k. Rectangular ones accordingly.
-    - ``scan`` and ``while_loop``: the body times the trip count. ``cond``: the branch that takes the most operations.
-      ``shard_map``: the body times the number of devices.
+    - ``scan`` and ``while_loop``: the body times the trip count. ``cond``: the branch that its predicate says where
+      that follows from constants, else the one that takes the most operations. ``shard_map``: the body times the number
+      of devices. To count one step of a method with periodic work, close over the counter of its state as a number.
 
     Dead code does not count, also inside of loops. A pure operation repeated with equal operands counts once within a
     computation: calls (``jit``, custom derivatives, ``custom_linear_solve``) are merged into their caller; the bodies
@@ -124,13 +125,15 @@ class _Operation(NamedTuple):
 class _Computation:
     """A jaxpr as XLA sees it: calls inlined, equal values under one number, each distinct operation listed once."""
 
-    def __init__(self, jaxpr: Jaxpr | ClosedJaxpr):
+    def __init__(self, jaxpr: Jaxpr | ClosedJaxpr, given: Sequence[np.ndarray | None] = ()):
+        """Args: the program, and the values of its first operands that are known scalars."""
         self.operations: list[_Operation] = []
         self.constants: dict[int, np.ndarray] = {}
         self._numbers = itertools.count()
         self._known: dict[Any, tuple[int, ...]] = {}
         inner = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
         self.inputs = tuple(next(self._numbers) for _ in inner.invars)
+        self.constants |= {x: value for x, value in zip(self.inputs, given, strict=False) if value is not None}
         self.outputs = self._inline(jaxpr, self.inputs)
 
     def producer(self, number: int) -> _Operation | None:
@@ -169,6 +172,9 @@ class _Computation:
             return self._inline(called, inputs)
         if _has_effects(eqn):
             return self._append(eqn, inputs)
+        value = self._folded(eqn, inputs)
+        if value is not None:
+            return (self._constant(value, eqn.outvars[0]),)
         key = (_SYNONYMS.get(name, name), tuple(sorted(inputs)) if name in _COMMUTATIVE else inputs, _signature(params))
         if key not in self._known:
             self._known[key] = self._append(eqn, inputs)
@@ -176,18 +182,32 @@ class _Computation:
 
     def _control_flow(self, eqn: JaxprEqn, inputs: tuple[int, ...]) -> tuple[int, ...]:
         params = eqn.params
+        known = [self.constants.get(x) for x in inputs]
         if eqn.primitive.name == "cond":
-            return self._append(eqn, inputs, tuple(map(_Computation, params["branches"])))
+            branches = params["branches"]
+            if known[0] is not None:
+                return self._inline(branches[np.clip(int(known[0]), 0, len(branches) - 1)], inputs[1:])
+            return self._append(eqn, inputs, tuple(_Computation(branch, known[1:]) for branch in branches))
         if eqn.primitive.name == "scan":
             parts = scan_parts(eqn)
-            return self._append(eqn, inputs, (_Computation(parts.body),), parts.length)
+            return self._append(eqn, inputs, (_Computation(parts.body, known[: parts.num_consts]),), parts.length)
         if eqn.primitive.name == "shard_map":
             axes = params["newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"]
             devices = math.prod(params["mesh"].shape[axis] for axis in axes)
             return self._append(eqn, inputs, (_Computation(params["jaxpr"]),), devices)
-        condition, body = _Computation(params["cond_jaxpr"]), _Computation(params["body_jaxpr"])
-        known = [self.constants.get(x) for x in inputs]
+        first, second = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+        condition = _Computation(params["cond_jaxpr"], known[:first])
+        body = _Computation(params["body_jaxpr"], known[first:second])
         return self._append(eqn, inputs, (condition, body), _static_trip_count(eqn, known, condition, body))
+
+    def _folded(self, eqn: JaxprEqn, inputs: tuple[int, ...]) -> np.ndarray | None:
+        """The value of an operation on known integers and truth values, such as whether a counter is at its period."""
+        fold = _FOLDS.get(eqn.primitive.name)
+        values = [self.constants.get(x) for x in inputs]
+        if fold is None or any(value is None or value.dtype.kind not in "iub" for value in values):
+            return None
+        shape, dtype = _type(eqn.outvars[0])
+        return np.asarray(fold(*values), dtype) if shape == () and np.dtype(dtype).kind in "iub" else None
 
     def _append(self, eqn, inputs, bodies=(), trip_count=None) -> tuple[int, ...]:
         outputs = tuple(next(self._numbers) for _ in (eqn.outvars if eqn else inputs))
@@ -333,6 +353,30 @@ _IDENTITIES = frozenset(
         *("reduce_max", "reduce_min", "reduce_prod", "reduce_sum"),
     ]
 )
+# XLA's remainder has the sign of the dividend.
+_FOLDS: dict[str, Callable[..., Any]] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "rem": np.fmod,
+    "max": np.maximum,
+    "min": np.minimum,
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+    "not": np.invert,
+    "neg": np.negative,
+    "sign": np.sign,
+    "clamp": lambda low, x, high: np.clip(x, low, high),
+    "select_n": lambda which, *cases: cases[int(which)],
+    "convert_element_type": lambda x: x,
+}
 _SYNONYMS = {"add_any": "add"}
 _COMMUTATIVE = frozenset(["add", "add_any", "and", "eq", "max", "min", "mul", "ne", "or", "xor"])
 
