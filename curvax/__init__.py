@@ -15,6 +15,7 @@ from curvax.layers import Layers as Layers
 from curvax.layers import find_layers as find_layers
 from curvax.layers import tap as tap
 from curvax.layers.hessian import layer_hessian as layer_hessian
+from curvax.layers.kronecker import kronecker_map as kronecker_map
 from curvax.layers.sample_space import gram as gram
 from curvax.matrices.compact import CompactMap as CompactMap
 from curvax.matrices.compact import compact_map as compact_map

@@ -77,6 +77,23 @@ def kfac_rule(period: int = 5, base: float = 19 / 20) -> DampingRule:
     return DampingRule(decrease=base**period, increase=base**-period, period=period)
 
 
+def next_batch_rule(period: int = 5, base: float = 19 / 20) -> DampingRule:
+    """The rule for ratios on data that the step was not computed from: lambda falls above 1/4 and grows below 0.
+
+    The predicted change is that of the batch which the step fits, so on other data even a good step falls short of it,
+    by more the smaller the batch; with the usual thresholds lambda would grow without end. A step that does harm
+    (ratio below 0) is taken as a sign of too little damping.
+
+    Example:
+        >>> rule = curvax.damping.next_batch_rule(period=1)
+        >>> [round(rule.adapt(jnp.array(1.0), jnp.array(x), count=1).item(), 3) for x in (0.3, 0.1, -0.1)]
+        [0.95, 1.0, 1.108]
+    """
+    return DampingRule(
+        good_ratio=1 / 4, bad_ratio=0.0, decrease=base**period, increase=base ** (-2 * period), period=period
+    )
+
+
 def curveball_rule(period: int = 5, factor: float = 0.999) -> DampingRule:
     """The rule of CurveBall: lambda times 0.999 where the change is above 3/2 of the predicted, over it below 1/2.
 

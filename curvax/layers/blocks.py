@@ -9,6 +9,7 @@ diagonal, and L^+ = L^T / d serves; elsewhere a matrix cannot be inverted block 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -74,6 +75,43 @@ class Block:
         one_hot = all(geometry.use.kind == "embedding" for geometry in geometries)
         return one_hot or inputs > MAX_FACTOR, outputs > MAX_FACTOR
 
+    @functools.cached_property
+    def roots(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """(r, q) of shapes (blocks, inputs) and (blocks, outputs) with r q^T = d^{1/2}; None where L moves entries.
+
+        With them the curvature L^T (A (x) G) L is U (r A r (x) q G q) U^T, where U = L^T d^{-1/2} has orthonormal
+        columns, so that functions of it are functions of Kronecker products.
+
+        Raises:
+            ValueError: d is no product of such a kind, or an entry of a leaf is in several of the matrices.
+        """
+        if self.weights.only_moves and (self.bias is None or self.bias.only_moves):
+            return None
+        squares = self._squares(self.weights)
+        if self.bias is not None:
+            row = self._squares(self.bias).reshape(-1)[np.array(self.bias_order)]
+            squares = np.concatenate([squares, row.reshape(squares.shape[0], 1, -1)], axis=1)
+        root = np.sqrt(squares)
+        inputs, outputs = root[:, :, 0], root[:, 0] / root[:, :1, 0]
+        rounding = 1e2 * float(jnp.finfo(root.dtype).eps)
+        if not np.allclose(inputs[:, :, None] * outputs[:, None], root, rtol=rounding, atol=0):
+            raise ValueError(
+                f"layer {self.name!r}: its entries are scaled each by a factor of its own, so that its curvature on the"
+                " parameters is no Kronecker product; leave the layer to another method"
+            )
+        rng = np.random.default_rng(0)
+        x, y = rng.normal(size=(2, *root.shape)).astype(root.dtype)
+        with jax.ensure_compile_time_eval():
+            moved = jax.jit(jax.vmap(self.to_params))(np.stack([x, y, np.ones_like(x), x * y]) * root)
+        # U x * U y = U 1 * U (x * y) for all x and y if every entry of a leaf is in one entry of the matrices.
+        for u, v, w, z in (np.asarray(leaf) for leaf in moved.values()):
+            if not np.allclose(u * v, w * z, rtol=rounding, atol=rounding):
+                raise ValueError(
+                    f"layer {self.name!r}: an entry of a parameter is in several of its matrices' entries, so that its"
+                    " curvature on the parameters is no Kronecker product; leave the layer to another method"
+                )
+        return inputs, outputs
+
     def to_matrices(self, gradient: PyTree) -> Array:
         """The gradient with respect to the matrices, from that with respect to the parameters: L^+^T g."""
         weights = self._to_matrices(self.weights, gradient)
@@ -99,15 +137,26 @@ class Block:
         function, structs = layer_map(self.layers, layer)
         zeros = tuple(jnp.zeros(s.shape, s.dtype) for s in structs)
         moved = jax.jvp(function, zeros, tuple(x.astype(s.dtype) for x, s in zip(own, structs, strict=True)))[1]
-        return moved if layer.only_moves else moved / _squared_rows(self.layers, layer)
+        return moved if layer.only_moves else moved / self._squares(layer).astype(moved.dtype)
 
     def _to_leaves(self, layer, matrices):
         function, structs = layer_map(self.layers, layer)
         if not layer.only_moves:
-            matrices = matrices / _squared_rows(self.layers, layer)
+            matrices = matrices / self._squares(layer).astype(matrices.dtype)
         like = jax.eval_shape(function, *structs)
         leaves = jax.linear_transpose(_linear(function, structs), *structs)(matrices.astype(like.dtype))
         return dict(zip(layer.leaves, leaves, strict=True))
+
+    def _squares(self, layer):
+        """d of the weights or of the bias, looked at once; ones where L moves entries."""
+        known = self._known_squares
+        if layer.name not in known:
+            known[layer.name] = np.ones(layer.shape) if layer.only_moves else _squared_rows(self.layers, layer)
+        return known[layer.name]
+
+    @functools.cached_property
+    def _known_squares(self) -> dict[str, np.ndarray]:
+        return {}
 
 
 class Treatment(NamedTuple):
@@ -137,8 +186,8 @@ def treatment_of(layers: Layers) -> Treatment:
             continue
         try:
             for layer in (block.weights, block.bias):
-                if layer is not None and not layer.only_moves:
-                    _squared_rows(layers, layer)
+                if layer is not None:
+                    block._squares(layer)
             layer_map(layers, block.weights)
         except ValueError as error:
             reasons[block.name] = str(error)

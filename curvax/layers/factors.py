@@ -12,7 +12,7 @@ can move from one to the other.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -72,7 +72,7 @@ def kronecker_factors(
 
     Where positions share weights (steps of a sequence, pixels, several uses), "expand" takes every position for a case
     of its own, exact where each has a loss of its own, and "reduce" adds up over them first, exact for a linear layer
-    whose outputs are averaged (Eschenhagen et al. 2023). Uses of the same weights count like positions. Embeddings are
+    whose outputs are averaged (Eschenhagen et al. 2023). Several uses of the same weights and embeddings are always
     expanded. Weights with exchanged roles, an output head tied to an embedding, are brought to the scales of the first
     use before they are added, so that the trace is that of the sum.
 
@@ -109,42 +109,39 @@ def _factors(point, key, *, layers, how):
 
 def factors_of(tapped: TappedPoint, key: Any, curvature: OutputCurvature, sharing: Sharing, pairs: Pairs):
     """``kronecker_factors`` without checks, inside of a program."""
-    pieces = tapped.point.pieces(curvature.keys(tapped.point, key))
-    columns = [curvature.columns(piece) for piece in pieces]
-    weights = [_example_weights(piece.scale) for piece in pieces]
+    layers = tapped.layers
 
-    def sweep(index):
-        """The output side, from the cotangents of one column; cases count by the roots of their factors."""
-        seeds = tuple(
-            scale_cases(jnp.sqrt(piece.scale), column(index))
-            for piece, (_, column) in zip(pieces, columns, strict=True)
+    def of_cotangents(uses):
+        return (
+            [
+                [_of_cotangents(_reduced(use, sharing), block) for use in own]
+                for block, own in uses_by_block(tapped, uses)
+            ],
+            _diagonals(tapped, uses),
+            tuple(_cross_cotangents(*_uses_of_pair(tapped, uses, pair, sharing)) for pair in pairs),
         )
-        uses = tapped.pull_back(seeds)
-        return uses, _output_side(tapped, uses, sharing, pairs)
 
-    uses, (outputs, diagonals, cross) = sweep(jnp.asarray(0))
-    count = max(number for number, _ in columns)
-    if count > 1:
-
-        def accumulate(total, index):
-            return trees.add(total, sweep(index)[1]), None
-
-        (outputs, diagonals, cross), _ = jax.lax.scan(accumulate, (outputs, diagonals, cross), jnp.arange(1, count))
-    inputs, cross_inputs = _input_side(tapped, uses, weights, sharing, pairs)
-    treatment = tapped.layers.treatment
-    if tapped.layers.fallback == "diagonal" and tapped.layers.unstructured:
-        matrices = [curvature.output_matrix(piece) for piece in pieces]
-
-        def quadratic(tangents):
-            parts = zip(pieces, matrices, tangents, strict=True)
-            return sum(trees.vdot(scale_cases(piece.scale, t), matrix.product(t)) for piece, matrix, t in parts)
-
-        exact = jax.tree.leaves(entrywise(tapped, quadratic))
-        diagonals = tuple(
-            d + exact[place].astype(d.dtype) for d, place in zip(diagonals, treatment.diagonal, strict=True)
+    cotangents, diagonals, cross_outputs = sum_over_sweeps(tapped, key, curvature, of_cotangents)
+    if layers.fallback == "diagonal" and layers.unstructured:
+        diagonals = _without_structure(tapped, key, curvature, diagonals)
+    forward = without_cotangents(tapped)
+    scales = [cases.scale for cases in tapped.point.cases]
+    inputs, outputs = [], []
+    for (block, own), moments in zip(uses_by_block(tapped, forward), cotangents, strict=True):
+        data = [_of_inputs(_reduced(use, sharing), block, scales[use.term]) for use in own]
+        a, g = _balanced(
+            _pair([(d, c) for use, d, c in zip(own, data, moments, strict=True) if not use.swapped]),
+            _pair([(d, c) for use, d, c in zip(own, data, moments, strict=True) if use.swapped]),
         )
-    swapped = [_balanced(a, g) for a, g in zip(inputs, outputs, strict=True)]
-    return KroneckerFactors(tuple(a for a, _ in swapped), tuple(g for _, g in swapped), diagonals, cross_inputs, cross)
+        dtype = _dtype(layers, block)
+        inputs.append(a.astype(dtype))
+        outputs.append(g.astype(dtype))
+    cross_inputs = []
+    for pair in pairs:
+        left, right = _uses_of_pair(tapped, forward, pair, sharing)
+        own = [layers.treatment.kronecker[place] for place in pair]
+        cross_inputs.append(_cross_inputs(left, right, own, scales[left.term]))
+    return KroneckerFactors(tuple(inputs), tuple(outputs), diagonals, tuple(cross_inputs), cross_outputs)
 
 
 def zero_factors(layers: Layers, pairs: Pairs = ()) -> KroneckerFactors:
@@ -182,7 +179,11 @@ def average_factors(old: KroneckerFactors, new: KroneckerFactors, count: Scalar,
 
     Source: Martens 2016, section 6.5.
     """
-    finite = factors_are_finite(new)
+    return running_average(old, new, count, decay, factors_are_finite(new))
+
+
+def running_average(old: PyTree, new: PyTree, count: Scalar, decay: Scalar, finite: Array) -> PyTree:
+    """``average_factors`` for any pytrees; where ``new`` is not ``finite`` the old one."""
 
     def blend(a, b):
         k = jnp.asarray(count).astype(a.dtype)
@@ -243,7 +244,7 @@ def factors_over_batches(
         own, count = one(params, batch, None if key is None else jax.random.fold_in(key, index))
         cases = cases + count
         # A running mean, by the share of this batch in all that were read.
-        total = own if total is None else _mix(total, own, count / cases)
+        total = own if total is None else _mix(total, own, count / jnp.where(cases > 0, cases, 1))
     if total is None:
         raise ValueError("factors_over_batches got no batches")
     return total
@@ -289,90 +290,139 @@ def add_to_diagonal(factor: Array, scalars: Array) -> Array:
     return factor + scalars[:, None, None] * jnp.eye(factor.shape[-1], dtype=factor.dtype)
 
 
+# --- sweeps ---------------------------------------------------------------------------------------------------------
+
+
+def sum_over_sweeps(
+    tapped: TappedPoint, key: Any, curvature: OutputCurvature, function: Callable[[list[LayerUse]], PyTree]
+) -> PyTree:
+    """The sum of ``function(uses)`` over the backward sweeps of a curvature, one for each draw or column.
+
+    The cotangents of every case are multiplied by the root of its factor, so that second moments have its share.
+    """
+    pieces = tapped.point.pieces(curvature.keys(tapped.point, key))
+    columns = [curvature.columns(piece) for piece in pieces]
+
+    def sweep(index):
+        seeds = (
+            scale_cases(jnp.sqrt(piece.scale), column(index))
+            for piece, (_, column) in zip(pieces, columns, strict=True)
+        )
+        return function(tapped.pull_back(tuple(seeds)))
+
+    total = sweep(jnp.asarray(0))
+    count = max(number for number, _ in columns)
+    if count == 1:
+        return total
+    return jax.lax.scan(lambda total, i: (trees.add(total, sweep(i)), None), total, jnp.arange(1, count))[0]
+
+
+def uses_by_block(tapped: TappedPoint, uses: list[LayerUse]) -> list[tuple[Block, list[LayerUse]]]:
+    """The blocks with Kronecker factors, each with its uses."""
+    groups = tapped.by_layer(uses)
+    return [(block, groups[block.weights.name]) for block in tapped.layers.treatment.kronecker]
+
+
 # --- the two sides --------------------------------------------------------------------------------------------------
 
 
-def _example_weights(scale):
-    """The share of every example in its term, which add up to one; None where all are alike."""
-    if scale.ndim == 0:
-        return None
-    own = jnp.sum(scale, axis=tuple(range(1, scale.ndim)))
-    total = jnp.sum(own)
-    return own / jnp.where(total == 0, 1, total)
+def without_cotangents(tapped: TappedPoint) -> list[LayerUse]:
+    """The uses with what the forward pass gives; their cotangents are zeros that nobody reads."""
+    return tapped.capture([[geometry.use.zeros() for geometry in tap.uses] for tap in tapped.taps])
 
 
-def _input_side(tapped, uses, weights, sharing, pairs):
-    """A of every block, each with those of exchanged uses apart, and E[a_i a_j^T] of pairs."""
-    groups, sides = tapped.by_layer(uses), []
-    for block in tapped.layers.treatment.kronecker:
-        own = groups[block.weights.name]
-        diagonal = block.diagonal_factors[0]
-        parts = ([], [])
-        for use in own:
-            reduced = _reduced(use, sharing)
-            homogeneous = block.bias is not None and not use.swapped
-            if use.swapped:  # the cotangents, which have the weights of their cases already
-                factor = reduced.input_factor(diagonal=diagonal)
-            else:
-                w = weights[use.term]
-                factor = reduced.input_factor(w, homogeneous=homogeneous, diagonal=diagonal)
-                factor = factor / reduced.cotangents.shape[1] if w is None else factor
-            parts[use.swapped].append(_as(factor, diagonal))
-        positions = sum(_reduced(use, sharing).cotangents.shape[2] for use in own if not use.swapped)
-        direct = _total(parts[0])
-        direct = None if direct is None else direct / positions
-        sides.append((direct, _total(parts[1])))
-    cross = tuple(
-        _cross(_row(tapped, groups, i, sharing, False), _row(tapped, groups, j, sharing, False), weights)
-        for i, j in pairs
-    )
-    return sides, cross
-
-
-def _output_side(tapped, uses, sharing, pairs):
-    """G of every block likewise, diagonals of the other leaves, and E[g_i g_j^T] of pairs."""
-    treatment, groups, sides = tapped.layers.treatment, tapped.by_layer(uses), []
-    for block in treatment.kronecker:
-        diagonal = block.diagonal_factors[1]
-        parts = ([], [])
-        for use in groups[block.weights.name]:
-            reduced = _reduced(use, sharing)
-            factor = reduced.output_factor(diagonal=diagonal)
-            if use.swapped:  # the inputs: their mean over the examples
-                factor = factor / (reduced.cotangents.shape[1] * reduced.cotangents.shape[2])
-            parts[use.swapped].append(_as(factor, diagonal))
-        sides.append((_total(parts[0]), _total(parts[1])))
-    places = set(treatment.diagonal)
-    own = [use for use in uses if places & set(use.layer.leaves)]
-    if own:
-        ones = [jnp.ones(tapped.point.num_examples(i)) for i in range(len(tapped.taps))]
-        leaves = jax.tree.leaves(products(tapped, own, own, ones))
+def _of_inputs(use, block, scale):
+    """sum_nr w_nr a_nr a_nr^T with the factors w of the cases, and the sum of those: of one use, on its side."""
+    weights, total = _weights(use, scale)
+    if use.swapped:
+        factor = use.output_factor(weights, diagonal=block.diagonal_factors[1])
     else:
-        leaves = jax.tree.leaves(trees.zeros_like(tapped.point.params))
-    diagonals = tuple(leaves[i].astype(trees.wide_dtype(leaves[i])) for i in treatment.diagonal)
-    cross = tuple(
-        _cross(_row(tapped, groups, i, sharing, True), _row(tapped, groups, j, sharing, True), None) for i, j in pairs
+        homogeneous = block.bias is not None
+        factor = use.input_factor(weights, homogeneous=homogeneous, diagonal=block.diagonal_factors[0])
+    if weights is None:
+        factor = factor * scale.astype(factor.dtype)
+    return _as(factor, block.diagonal_factors[int(use.swapped)]), total
+
+
+def _of_cotangents(use, block):
+    """sum_nr g_nr g_nr^T of one use, on the other side; cotangents have the roots of the factors of their cases."""
+    if use.swapped:
+        return _as(use.input_factor(diagonal=block.diagonal_factors[0]), block.diagonal_factors[0])
+    return _as(use.output_factor(diagonal=block.diagonal_factors[1]), block.diagonal_factors[1])
+
+
+def _weights(use, scale):
+    """The factors of a use's rows, for every example or every position of it, None where alike; and their sum.
+
+    Where the steps of a sequence are the cases, a use with as many positions has a step at each, so that inputs at
+    steps that are left out do not count; others share the factors of their example.
+    """
+    examples, positions = use.cotangents.shape[1:3]
+    if scale.ndim == 0:
+        return None, scale * (examples * positions)
+    cases = scale.reshape(examples, -1)
+    total = positions * jnp.sum(cases)
+    if 1 < cases.shape[1] == positions:
+        return positions * cases, total
+    return jnp.sum(cases, axis=1), total
+
+
+def _diagonals(tapped, uses):
+    """The diagonals of the leaves that have no Kronecker factors, as far as they have structure."""
+    places = tapped.layers.treatment.diagonal
+    own = [use for use in uses if set(places) & set(use.layer.leaves)]
+    ones = [jnp.ones(tapped.point.num_examples(i)) for i in range(len(tapped.taps))]
+    leaves = jax.tree.leaves(products(tapped, own, own, ones) if own else trees.zeros_like(tapped.point.params))
+    return tuple(leaves[i].astype(trees.wide_dtype(leaves[i])) for i in places)
+
+
+def _without_structure(tapped, key, curvature, diagonals):
+    """The diagonals with those of parameters without structure, which forward passes give."""
+    pieces = tapped.point.pieces(curvature.keys(tapped.point, key))
+    matrices = [curvature.output_matrix(piece) for piece in pieces]
+
+    def quadratic(tangents):
+        parts = zip(pieces, matrices, tangents, strict=True)
+        return sum(trees.vdot(scale_cases(piece.scale, t), matrix.product(t)) for piece, matrix, t in parts)
+
+    exact = jax.tree.leaves(entrywise(tapped, quadratic))
+    places = tapped.layers.treatment.diagonal
+    return tuple(d + exact[place].astype(d.dtype) for d, place in zip(diagonals, places, strict=True))
+
+
+def _pair(moments):
+    """(A, G) of uses that have the same roles: the mean of their rows of inputs, the sum of those of cotangents."""
+    if not moments:
+        return None
+    total = sum(weight for (_, weight), _ in moments)
+    inputs = functools.reduce(jnp.add, [a for (a, _), _ in moments])
+    return inputs / jnp.where(total == 0, 1, total).astype(inputs.dtype), functools.reduce(
+        jnp.add, [g for _, g in moments]
     )
-    return sides, diagonals, cross
 
 
-def _balanced(inputs, outputs):
-    """(A, G) from those of direct and of exchanged uses, (A_1, A_2) and (G_1, G_2).
+def _balanced(direct, swapped):
+    """(A, G) of a block from (A_1, G_1) of direct uses and (G_2, A_2) of those with exchanged roles.
 
     The second pair is brought to the ratio of the traces of the first, which leaves its product alone; then the sum of
     the products is nearly the product of the sums, and gets its trace.
     """
-    (a, other_a), (g, other_g) = inputs, outputs
-    if other_a is None:
+    if swapped is None:
+        assert direct is not None  # a block has a use
+        return direct
+    g, a = swapped  # those on the block's outputs come from inputs
+    if direct is None:
         return a, g
-    if a is None:
-        return other_a, other_g
-    traces = [_trace(x) for x in (a, g, other_a, other_g)]
-    known = jnp.all(jnp.stack([t > 0 for t in traces]), axis=0)
-    ta, tg, oa, og = (jnp.where(known, t, 1) for t in traces)
+    ta, tg, oa, og = (_trace(x) for x in (*direct, a, g))
+    one, other = ta * tg > 0, oa * og > 0
+    both = one & other
+    ta, tg, oa, og = (jnp.where(both, t, 1) for t in (ta, tg, oa, og))
     move = jnp.sqrt(ta * og / (tg * oa))
-    total = jnp.where(known, (ta * tg + oa * og) / (jnp.sqrt(ta * tg) + jnp.sqrt(oa * og)) ** 2, 1)
-    return a + _times(other_a, move), _times(g + _times(other_g, 1 / move), total)
+    whole = jnp.where(both, (ta * tg + oa * og) / jnp.square(jnp.sqrt(ta * tg) + jnp.sqrt(oa * og)), 1)
+    # A pair whose product vanishes has no part in the sum, whichever of its factors it was.
+    left = jnp.where(_spread(one | ~other, a), direct[0], 0) + jnp.where(_spread(other, a), a * _spread(move, a), 0)
+    right = jnp.where(_spread(one | ~other, g), direct[1], 0) + jnp.where(_spread(other, g), g / _spread(move, g), 0)
+    return left, right * _spread(whole, g)
 
 
 def _reduced(use: LayerUse, sharing: Sharing) -> LayerUse:
@@ -385,24 +435,28 @@ def _reduced(use: LayerUse, sharing: Sharing) -> LayerUse:
     )
 
 
-def _row(tapped, groups, place, sharing, of_cotangents):
-    """(rows of a block, (examples, positions, features); its term)."""
-    block: Block = tapped.layers.treatment.kronecker[place]
-    (use,) = groups[block.weights.name]
-    use = _reduced(use, sharing)
-    if of_cotangents:
-        return use.cotangents[0], use.term
-    assert use.inputs is not None
-    return (with_ones(use.inputs[0]) if block.bias is not None else use.inputs[0]), use.term
+def _uses_of_pair(tapped, uses, pair, sharing):
+    """The uses of two blocks that have one each."""
+    blocks = uses_by_block(tapped, uses)
+    (left,), (right,) = (blocks[place][1] for place in pair)
+    return _reduced(left, sharing), _reduced(right, sharing)
 
 
-def _cross(left, right, weights):
-    (a, term), (b, _) = left, right
-    if weights is None:
-        return jnp.einsum("nri,nrj->ij", a, b)
-    w = weights[term]
-    scaled = a / a.shape[0] if w is None else a * w[:, None, None].astype(a.dtype)
-    return jnp.einsum("nri,nrj->ij", scaled, b) / a.shape[1]
+def _cross_inputs(left, right, pair_blocks, scale):
+    """E[a_i a_j^T]."""
+    a, b = (
+        with_ones(use.inputs[0]) if block.bias is not None else use.inputs[0]
+        for use, block in zip((left, right), pair_blocks, strict=True)
+    )
+    weights, total = _weights(left, scale)
+    weights = scale if weights is None else weights
+    weights = weights.reshape(*weights.shape, *(1,) * (3 - weights.ndim)).astype(a.dtype)
+    return jnp.einsum("nri,nrj->ij", a * weights, b) / jnp.where(total == 0, 1, total).astype(a.dtype)
+
+
+def _cross_cotangents(left, right):
+    """E[g_i g_j^T]."""
+    return jnp.einsum("nri,nrj->ij", left.cotangents[0], right.cotangents[0])
 
 
 def _as(factor, diagonal):
@@ -410,16 +464,12 @@ def _as(factor, diagonal):
     return jax.vmap(jnp.diag)(factor) if factor.ndim == 2 and not diagonal else factor
 
 
-def _total(parts):
-    return functools.reduce(jnp.add, parts) if parts else None
-
-
 def _trace(factor):
     return mean_eigenvalue(factor) * factor.shape[-1]
 
 
-def _times(factor, scalars):
-    return factor * scalars.reshape(-1, *(1,) * (factor.ndim - 1))
+def _spread(scalars, factor):
+    return scalars.reshape(-1, *(1,) * (factor.ndim - 1))
 
 
 def _mix(old, new, share):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
+from collections.abc import Collection
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -215,6 +216,26 @@ class Layers:
     def blocks(self) -> tuple[Block, ...]:
         """The layers with their biases, each as one matrix: what Kronecker factors are for."""
         return blocks_of(self)
+
+    def restricted(self, paths: Collection[str]) -> Layers:
+        """The layers whose parameters are all among ``paths``; other parameters are taken for constants."""
+        if set(self.paths) <= set(paths):
+            return self
+        key = tuple(path for path in self.paths if path in paths)
+        if key not in self._restrictions:
+            kept = {layer.name for layer in self if all(self.paths[i] in key for i in layer.leaves)}
+            layers = tuple(
+                layer if layer.bias in kept else dataclasses.replace(layer, bias=None)
+                for layer in self
+                if layer.name in kept
+            )
+            hidden = {i: "is not used" for i, path in enumerate(self.paths) if path not in key}
+            self._restrictions[key] = dataclasses.replace(self, layers=layers, reasons=self.reasons | hidden)
+        return self._restrictions[key]
+
+    @functools.cached_property
+    def _restrictions(self) -> dict[tuple[str, ...], Layers]:
+        return {}
 
     @functools.cached_property
     def treatment(self) -> Treatment:

@@ -54,7 +54,7 @@ def tap(layers: Layers, at: CurvaturePoint) -> TappedPoint:
     """
     if at.chunk_size is not None:
         raise ValueError("taps need the whole batch in memory: linearize without chunk_size")
-    _check_leaves(at.params, layers)
+    check_leaves(at.params, layers)
     return compiled_if_eager(_tap, at, layers=layers)
 
 
@@ -294,7 +294,8 @@ def _to_params(transpose, cotangent):
     return (transpose(cotangent)[0],)
 
 
-def _check_leaves(params, layers):
+def check_leaves(params: PyTree, layers: Layers) -> None:
+    """Raises a ValueError unless the parameters have the leaves that the layers know."""
     paths = trees.leaf_paths(params)
     if tuple(paths) != layers.paths:
         missing = [path for path in layers.paths if path not in paths]

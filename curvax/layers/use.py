@@ -44,7 +44,7 @@ class LayerUse(NamedTuple):
         """sum_n w_n sum_r a_r a_r^T, the factor on the inputs of the layer's matrices.
 
         Args:
-            weights: w, a number for each example; ones if None.
+            weights: w, a number for each example, or for each of its positions; ones if None.
             homogeneous: Append a one to every a, for the bias that rides on the layer.
             diagonal: Its diagonal alone, (blocks, inputs).
 
@@ -71,11 +71,11 @@ class LayerUse(NamedTuple):
             assert rows is not None
             if homogeneous:
                 rows = with_ones(rows)
-            weighted = rows if weights is None else rows * weights[None, :, None, None].astype(rows.dtype)
-            return _sum_over_examples("bnri,bnri->bi" if diagonal else "bnri,bnrj->bij", weighted, rows)
+            weighted = rows if weights is None else rows * _by_position(weights)[None, :, :, None].astype(rows.dtype)
+            return sum_over_examples("bnri,bnri->bi" if diagonal else "bnri,bnrj->bij", weighted, rows)
         assert self.inputs is not None  # the indices: a one-hot input's second moment is diagonal and counts rows
         weights = jnp.ones(self.cotangents.shape[1], self.cotangents.dtype) if weights is None else weights
-        counts = jnp.broadcast_to(weights[:, None].astype(self.cotangents.dtype), self.inputs[0].shape)
+        counts = jnp.broadcast_to(_by_position(weights).astype(self.cotangents.dtype), self.inputs[0].shape)
         return self._added_to_rows(self._rows_read(), counts[..., None])[None, :, 0]
 
     # --- gradients --------------------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ class LayerUse(NamedTuple):
         if self.kind in ("dense", "conv") and self.cotangents.shape[2] == 1:
             assert self.inputs is not None
             inputs, cotangents = jnp.square(self.inputs[:, :, 0]), self.cotangents[:, :, 0] * others[:, :, 0]
-            result = _sum_over_examples("bni,bno->bio", inputs, cotangents * weights[None, :, None])
+            result = sum_over_examples("bni,bno->bio", inputs, cotangents * weights[None, :, None])
             return result.swapaxes(1, 2) if self.swapped else result
         rows = self.per_example()
         other_rows = rows if others is self.cotangents else self._replace(cotangents=others).per_example()
@@ -141,7 +141,8 @@ class LayerUse(NamedTuple):
         elif per_example:
             result = jnp.einsum("bnri,bnro->nbio", self.inputs, cotangents)
         else:
-            result = _sum_over_examples("bnri,bnro->bio", self.inputs, cotangents)
+            assert self.inputs is not None
+            result = sum_over_examples("bnri,bnro->bio", self.inputs, cotangents)
         return result.swapaxes(-1, -2) if self.swapped else result
 
     # --- embeddings -------------------------------------------------------------------------------------------------
@@ -167,12 +168,16 @@ class LayerUse(NamedTuple):
         return positions * (inputs + outputs) <= inputs * outputs
 
 
+def _by_position(weights):
+    return weights[:, None] if weights.ndim == 1 else weights
+
+
 def with_ones(rows: Array) -> Array:
     """Every a with a one behind it: homogeneous coordinates."""
     return jnp.concatenate([rows, jnp.ones((*rows.shape[:-1], 1), rows.dtype)], axis=-1)
 
 
-def _sum_over_examples(spec, inputs, cotangents):
+def sum_over_examples(spec: str, inputs: Array, cotangents: Array) -> Array:
     """An einsum over the examples: where they are sharded explicitly, the sum is on every device, as parameters are."""
     axes = [jax.typeof(array).sharding.spec for array in (inputs, cotangents)]
     explicit = any(axis is not None for spec in axes for axis in spec)

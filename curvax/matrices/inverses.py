@@ -3,45 +3,161 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from curvax.types import Array
 
+InverseMethod = Literal["cholesky", "schur", "eigen", "newton_schulz"]
 
-def inverse_of(matrix: Array, method: str, previous: Array) -> Array:
-    """The inverse of a stack of symmetric positive definite matrices (blocks, n, n), or of diagonals (blocks, n)."""
+
+def inverse_of(matrix: Array, method: InverseMethod = "schur", previous: Array | None = None) -> Array:
+    r"""The inverse of each of a stack of symmetric positive definite matrices, or of diagonals.
+
+    - "cholesky": L^{-T} L^{-1} with A = L L^T. The most accurate one, by triangular solves, which are slow.
+    - "schur": by halves down to small matrices, of which a Cholesky factor is taken: with S = D - B^T A^{-1} B
+
+          [A   B]^{-1}   [A^{-1} + A^{-1} B S^{-1} B^T A^{-1}   -A^{-1} B S^{-1}]
+          [B^T D]      = [-S^{-1} B^T A^{-1}                     S^{-1}         ]
+
+      Products of matrices nearly alone, so that it runs at the speed of those.
+    - "eigen": by an eigendecomposition, whose eigenvalues are raised to the rounding of the largest: finite and
+      positive definite where rounding has made the matrix indefinite. Many times the price of the others.
+    - "newton_schulz": X <- X (2 I - A X) from ``previous``, which should be the inverse of a matrix near this one: a
+      few products. Where ||I - A X|| < 1 does not hold for it, from I / ||A|| instead, which takes many steps.
+
+    Args:
+        matrix: (blocks, n, n), or of diagonals (blocks, n).
+        previous: What to start from, in the shape of the inverse; None if there is nothing.
+
+    Returns:
+        The inverses, symmetric to the last bit. Not finite where Cholesky factors do not exist.
+
+    Example:
+        >>> inverse_of(jnp.array([[[2.0, 0.0], [0.0, 4.0]]]))
+        Array([[[0.5 , 0.  ],
+                [0.  , 0.25]]], dtype=float...)
+
+    Source: Pan and Schreiber 1991 for Newton-Schulz; Martens 2016, section 6.8, on its use here.
+    """
     if matrix.ndim == 2:
         return 1 / matrix
-    del method, previous
-    return jnp.stack([_by_schur(m) for m in matrix])
+    # Loops over single matrices: batched products are slow on CPUs. Full precision, as accelerators round their
+    # operands to some ten bits otherwise, which is no inverse of a matrix that is the least ill-conditioned.
+    starts = [None] * len(matrix) if previous is None else list(previous)
+    with jax.default_matmul_precision("highest"):
+        functions = [lambda m, s=s: _symmetric(_METHODS[method](m, s)) for s in starts]
+        return jnp.stack(sequenced(functions, list(matrix)))
 
 
-def sequenced(functions: Sequence[Callable[[Array], Array]], arguments: Sequence[Array]) -> list[Array]:
+def inverse_cholesky(matrix: Array) -> Array:
+    """X = L^{-1} for A = L L^T, one matrix: X^T X is the inverse and X A X^T = I."""
+    factor = jnp.linalg.cholesky(matrix)
+    return jax.scipy.linalg.solve_triangular(factor, jnp.eye(len(matrix), dtype=matrix.dtype), lower=True)
+
+
+def sequenced(functions: Sequence[Callable[[Any], Any]], arguments: Sequence[Any], after: Any = None) -> list[Any]:
     """Each function of its argument, one after another even where they do not depend on one another.
 
     Several calls of batched LAPACK routines at once can deadlock on a CPU of few cores (jaxlib 0.10).
+
+    Args:
+        after: What is to be there before the first of them begins.
     """
-    results, last = [], None
+    results, last = [], after
     for function, argument in zip(functions, arguments, strict=True):
-        if last is not None:
-            argument, _ = jax.lax.optimization_barrier((argument, last))
+        argument, _ = jax.lax.optimization_barrier((argument, last))
         last = function(argument)
         results.append(last)
     return results
 
 
-def _by_schur(matrix, base=256):
-    n = matrix.shape[0]
+def over_blocks(function: Callable[..., Array], *stacks: Array) -> Array:
+    """The function of each of the matrices of stacks, for functions that are products of matrices.
+
+    One matrix alone goes without a batch axis: XLA's CPU backend runs batched products many times slower.
+    """
+    if len(stacks[0]) == 1:
+        return function(*(stack[0] for stack in stacks))[None]
+    return jax.vmap(function)(*stacks)
+
+
+def _by_cholesky(matrix, previous):
+    del previous
+    inverse = inverse_cholesky(matrix)
+    return inverse.T @ inverse
+
+
+def _by_schur(matrix, previous, base=256):
+    n = len(matrix)
     if n <= base:
-        factor = jnp.linalg.cholesky(matrix)
-        inverse = jax.scipy.linalg.solve_triangular(factor, jnp.eye(n, dtype=matrix.dtype), lower=True)
-        return inverse.T @ inverse
+        return _by_cholesky(matrix, previous)
     half = n // 2
     a, b, d = matrix[:half, :half], matrix[:half, half:], matrix[half:, half:]
-    inverse = _by_schur(a, base)
+    inverse = _by_schur(a, None, base)
     left = inverse @ b
-    rest = _by_schur(d - b.T @ left, base)
+    rest = _by_schur(d - b.T @ left, None, base)
     corner = left @ rest
     return jnp.block([[inverse + corner @ left.T, -corner], [-corner.T, rest]])
+
+
+def _by_eigenvalues(matrix, previous):
+    del previous
+    values, vectors = jnp.linalg.eigh(matrix)
+    floor = len(matrix) * jnp.finfo(matrix.dtype).eps * values[-1]
+    return (vectors / jnp.maximum(values, floor)) @ vectors.T
+
+
+def _by_newton_schulz(matrix, previous):
+    n, info = len(matrix), jnp.finfo(matrix.dtype)
+    eye = jnp.eye(n, dtype=matrix.dtype)
+    norm = _bound(matrix)
+
+    def start_at(inverse):
+        residual = eye - matrix @ inverse
+        return inverse, residual, _bound(residual)
+
+    # The eigenvalues of I - A / ||A|| are within [0, 1).
+    scaled = eye / norm
+    state = (scaled, eye - matrix / norm, jnp.ones_like(norm))
+    if previous is not None:
+        warm = start_at(previous)
+        fit = warm[2] < 1  # not so for what is not finite
+        state = jax.tree.map(lambda own, other: jnp.where(fit, own, other), warm, state)
+
+    def goes_on(carry):
+        (_, _, size), better, step = carry
+        # A residual of the root of the rounding is squared by the product after the loop.
+        return better & (size > jnp.sqrt(info.eps)) & (step < info.nmant + 10)
+
+    def body(carry):
+        (inverse, residual, size), _, step = carry
+        new = start_at(_symmetric(inverse + inverse @ residual))
+        # From far away the residual's norm bounds stay near one until its largest eigenvalue has been squared often.
+        better = (new[2] < size) | (size >= 1)
+        kept = jax.tree.map(lambda a, b: jnp.where(better, a, b), new, (inverse, residual, size))
+        return kept, better, step + 1
+
+    (inverse, residual, _), better, _ = jax.lax.while_loop(goes_on, body, (state, jnp.asarray(True), 0))
+    return jnp.where(better, inverse + inverse @ residual, inverse)
+
+
+def _bound(matrix):
+    """An upper bound of the largest singular value that is near it for multiples of I and for noise alike."""
+    absolute = jnp.abs(matrix)
+    rows, columns = (jnp.max(jnp.sum(absolute, axis=axis)) for axis in (0, 1))
+    return jnp.minimum(jnp.sqrt(rows * columns), jnp.linalg.norm(matrix))
+
+
+def _symmetric(matrix):
+    return (matrix + matrix.T) / 2
+
+
+_METHODS = {
+    "cholesky": _by_cholesky,
+    "schur": _by_schur,
+    "eigen": _by_eigenvalues,
+    "newton_schulz": _by_newton_schulz,
+}

@@ -94,6 +94,7 @@ class Given:
         gradient: The incoming updates g.
         curvature_at: The point of the curvature, and of the losses that judge the step; ``at`` unless given.
         held_out_at: A point on data that the step was not computed from; None unless given.
+        last: The step before; None where the method does not keep it.
     """
 
     gradient: PyTree
@@ -107,6 +108,17 @@ class Given:
     info: StepInfo
     params: PyTree
     extra: Mapping[str, Any]
+    last: LastStep | None
+
+    @property
+    def last_change(self) -> PyTree:
+        """How the parameters changed since the step before began, zero at first; for methods that keep it.
+
+        Whatever stands behind the method in a chain has had its effect on it.
+        """
+        assert self.last is not None
+        change = trees.sub(trees.extract(self.at.params, self.gradient), self.last.params)
+        return trees.where(self.steps > 0, change, trees.zeros_like(change))
 
     @property
     def dtype(self) -> Any:
@@ -181,6 +193,7 @@ def stepper(
     extra: Mapping[str, Any] | None = None,
     points: tuple[str, ...] = ("at",),
     judge: Judge | None = None,
+    keeps_last: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation of a method.
 
@@ -190,14 +203,16 @@ def stepper(
         extra: The names of the figures that the method adds, with their dtypes (None for that of the losses).
         judge: What judges the last step before a new one is computed. One that it undoes is taken back by the
             update, in place of a new step.
+        keeps_last: Whether the step is given the one before, as a judge is.
     """
+    keeps_last = keeps_last or judge is not None
     added = {} if extra is None else dict(extra)
     if callable(strength):
         raise TypeError(f"{name}: what adapts begins with a number, which a schedule is not; see damping rules")
 
     def init(params: PyTree) -> StepState:
         dtype = trees.wide_dtype(*jax.tree.leaves(params))
-        last = () if judge is None else LastStep(trees.zeros_like(params), jnp.zeros((), dtype))
+        last = LastStep(trees.zeros_like(params), jnp.zeros((), dtype)) if keeps_last else ()
         info = _empty_info(added, dtype)
         # Floating point may arrive as a number, an array or a traced value, of any dtype.
         first = jnp.array(jnp.asarray(strength).astype(dtype))
@@ -221,7 +236,7 @@ def stepper(
             strength=given.strength if taken.strength is None else taken.strength.astype(given.dtype),
             key=state.key,
             memory=taken.memory,
-            last=() if judge is None else LastStep(here, jnp.where(accepted, taken.figures["predicted_change"], 0)),
+            last=LastStep(here, jnp.where(accepted, taken.figures["predicted_change"], 0)) if keeps_last else (),
             info=_info(taken, accepted, added, given),
         )
         finite = trees.all_finite(moved, updates if taken.reads_updates else ()) & taken.finite
@@ -301,6 +316,7 @@ def _given(name, points, updates, state, params, arguments):
         info=state.info,
         params=params,
         extra=arguments,
+        last=state.last if isinstance(state.last, LastStep) else None,
     )
 
 

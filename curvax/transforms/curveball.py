@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import optax
 
 from curvax import trees
 from curvax.damping.rules import DampingRule, curveball_rule
+from curvax.matrices.plane import inner_products, minimum_in_plane
 from curvax.matrices.quadratic_model import reduction_ratio
 from curvax.objectives.term import scale_cases
 from curvax.transforms._step import Given, Step, stepper
@@ -89,13 +90,14 @@ def curveball(
         bracket = trees.add_scaled(bracket, damping, z)
         slopes, products = model.forms(bracket, z, pushed)
         if damped_model:
-            products = products + damping * _products(bracket, z)
+            products = products + damping * inner_products(bracket, z)
         products, slopes = products.astype(dtype), slopes.astype(dtype)
         # The step is -beta * bracket + rho * z.
-        fixed = (None if number is None else given.number(number) for number in (learning_rate, momentum))
-        beta, rho = _coefficients(products, slopes, *fixed)
+        fixed_rate = None if learning_rate is None else -given.number(learning_rate)
+        fixed_momentum = None if momentum is None else given.number(momentum)
+        along = minimum_in_plane(products, slopes, (fixed_rate, fixed_momentum))
+        beta, rho = -along[0], along[1]
         delta = trees.add_scaled(trees.scale(rho, z), -beta, bracket)
-        along = jnp.stack([-beta, rho])
         predicted = along @ slopes + along @ products @ along / 2
 
         loss = at.loss.astype(dtype)
@@ -180,7 +182,7 @@ class _Model:
             pulls = [trees.vdot(trees.multiply(own, weights), x) for x in (bracket, z)]
             slopes = slopes + jnp.stack(pulls).astype(slopes.dtype)
             scaled = [trees.multiply(x, jax.tree.map(jnp.sqrt, weights)) for x in (bracket, z)]
-            products = products + _products(*scaled).astype(products.dtype)
+            products = products + inner_products(*scaled).astype(products.dtype)
         if self.gradient is not None:
             slopes = jnp.stack([trees.vdot(self.gradient, x) for x in (bracket, z)])
         return slopes, products
@@ -190,47 +192,3 @@ class _Model:
 
     def _penalty_curvature(self):
         return trees.extract(self.at.penalty.curvature(self.at.params), self.like)
-
-
-def _products(x: PyTree, y: PyTree) -> Array:
-    """The inner products of two vectors among themselves."""
-    cross = trees.vdot(x, y)
-    return jnp.stack([trees.vdot(x, x), cross, cross, trees.vdot(y, y)]).reshape(2, 2)
-
-
-def _coefficients(products: Array, slopes: Array, beta: Any, rho: Any) -> tuple[Array, Array]:
-    """(beta, rho), those that are None at the minimum of the model over -beta x + rho y (eqs. 18 and 25)."""
-    dtype = products.dtype
-    if beta is None and rho is None:
-        first, second = _pseudo_solve(products, slopes)
-        return first, -second
-    if beta is None:
-        # d/dbeta: x^T (g + B (rho y - beta x)) = 0.
-        rho = jnp.asarray(rho, dtype)
-        return _divide(slopes[0] + rho * products[0, 1], products[0, 0]), rho
-    beta = jnp.asarray(beta, dtype)
-    if rho is None:
-        return beta, _divide(beta * products[0, 1] - slopes[1], products[1, 1])
-    return beta, jnp.asarray(rho, dtype)
-
-
-def _pseudo_solve(matrix: Array, vector: Array) -> Array:
-    """A^+ b for a positive semi-definite 2 x 2 matrix, first brought to a diagonal of ones.
-
-    Where the two directions are collinear, or one is zero (z at the first step), the one solution of least norm in
-    these units is taken.
-    """
-    diagonal = jnp.diagonal(matrix)
-    units = jnp.where(diagonal > 0, jax.lax.rsqrt(jnp.where(diagonal > 0, diagonal, 1)), 0)
-    r = matrix[0, 1] * units[0] * units[1]
-    scaled = vector * units
-    determinant = 1 - r * r
-    independent = determinant > 64 * jnp.finfo(matrix.dtype).eps
-    solved = (scaled - r * scaled[::-1]) / jnp.where(independent, determinant, 1)
-    sign = jnp.where(r < 0, -1, 1).astype(matrix.dtype)
-    nearest = jnp.stack([scaled[0] + sign * scaled[1], sign * scaled[0] + scaled[1]]) / 4
-    return units * jnp.where(independent, solved, nearest)
-
-
-def _divide(numerator: Array, denominator: Array) -> Array:
-    return jnp.where(denominator > 0, numerator / jnp.where(denominator > 0, denominator, 1), 0)
