@@ -27,7 +27,7 @@ from benchmarks.training import loss_at
 
 RESULTS = Path(__file__).parent / "results"
 NAMES = (
-    *("kfac", "kfac_tridiagonal", "kfac_without_momentum", "kfac_averaged", "kfac_growing", "hessian_free"),
+    *("kfac", "kfac_tridiagonal", "ekfac", "kfac_without_momentum", "kfac_averaged", "kfac_growing", "hessian_free"),
     *("adam", "nag"),
 )
 

@@ -21,7 +21,9 @@ from benchmarks import operation_prices
 from curvax.programs.walk import called_program, scan_parts
 
 
-def flops(function: Callable, *args: Any, while_trip_count: int | None = None, **kwargs: Any) -> float:
+def flops(
+    function: Callable, *args: Any, while_trip_count: int | None = None, alarms: bool = False, **kwargs: Any
+) -> float:
     """The floating-point operations that one call ``function(*args, **kwargs)`` takes.
 
     A multiplication and an addition count one each; see ``count_operations`` for the price of everything else and for
@@ -31,6 +33,7 @@ def flops(function: Callable, *args: Any, while_trip_count: int | None = None, *
         function: Any function that JAX can trace, jitted or not.
         *args: Its arguments: pytrees of arrays or of ``jax.ShapeDtypeStruct``; only shapes and dtypes matter.
         while_trip_count: The iterations to count for each ``while_loop`` that does not show its own number.
+        alarms: Whether conditionals on data are for what happens rarely, so that their cheapest branch counts.
         **kwargs: Its keyword arguments, likewise.
 
     Returns:
@@ -47,11 +50,12 @@ def flops(function: Callable, *args: Any, while_trip_count: int | None = None, *
         >>> flops(power, matrix)
         20000000.0
     """
-    return float(sum(count_operations(function, *args, while_trip_count=while_trip_count, **kwargs).values()))
+    counts = count_operations(function, *args, while_trip_count=while_trip_count, alarms=alarms, **kwargs)
+    return float(sum(counts.values()))
 
 
 def count_operations(
-    function: Callable, *args: Any, while_trip_count: int | None = None, **kwargs: Any
+    function: Callable, *args: Any, while_trip_count: int | None = None, alarms: bool = False, **kwargs: Any
 ) -> dict[str, float]:
     """The floating-point operations of ``function(*args, **kwargs)`` by the name of the primitive that takes them.
 
@@ -87,6 +91,7 @@ def count_operations(
         *args: Its arguments: pytrees of arrays or of ``jax.ShapeDtypeStruct``; only shapes and dtypes matter.
         while_trip_count: The iterations to count for each ``while_loop`` that does not show its own number; one that
             does has an integer counter with constant start, step and bound.
+        alarms: Whether conditionals on data are for what happens rarely, so that their cheapest branch counts.
         **kwargs: Its keyword arguments, likewise.
 
     Returns:
@@ -100,9 +105,16 @@ def count_operations(
         {'dot_general': 72.0, 'triangular_solve': 72.0}
     """
     program = _Computation(jax.make_jaxpr(function)(*args, **kwargs))
-    counts, _ = _live_counts(program, [True] * len(program.outputs), while_trip_count)
+    counts, _ = _live_counts(program, [True] * len(program.outputs), _Assumed(while_trip_count, alarms))
     largest_first = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return {name: float(count) for name, count in largest_first if count}
+
+
+class _Assumed(NamedTuple):
+    """What cannot be read from a program: the trips of loops, and whether its conditionals on data are alarms."""
+
+    trips: int | None
+    alarms: bool
 
 
 class _Operation(NamedTuple):
@@ -201,13 +213,16 @@ class _Computation:
         return self._append(eqn, inputs, (condition, body), _static_trip_count(eqn, known, condition, body))
 
     def _folded(self, eqn: JaxprEqn, inputs: tuple[int, ...]) -> np.ndarray | None:
-        """The value of an operation on known integers and truth values, such as whether a counter is at its period."""
+        """The value of an operation on known scalars, such as whether a counter is at its period."""
         fold = _FOLDS.get(eqn.primitive.name)
         values = [self.constants.get(x) for x in inputs]
-        if fold is None or any(value is None or value.dtype.kind not in "iub" for value in values):
+        absorbing = {"or": True, "and": False}.get(eqn.primitive.name)
+        if _type(eqn.outvars[0]) == ((), np.dtype(bool)) and any(x is not None and x == absorbing for x in values):
+            return np.asarray(absorbing)
+        if fold is None or any(value is None or value.dtype.kind not in "iubf" for value in values):
             return None
         shape, dtype = _type(eqn.outvars[0])
-        return np.asarray(fold(*values), dtype) if shape == () and np.dtype(dtype).kind in "iub" else None
+        return np.asarray(fold(*values), dtype) if shape == () and np.dtype(dtype).kind in "iubf" else None
 
     def _append(self, eqn, inputs, bodies=(), trip_count=None) -> tuple[int, ...]:
         outputs = tuple(next(self._numbers) for _ in (eqn.outvars if eqn else inputs))
@@ -231,9 +246,7 @@ class _Computation:
         return number
 
 
-def _live_counts(
-    computation: _Computation, needed: Sequence[bool], while_trip_count: int | None
-) -> tuple[Counter, list[bool]]:
+def _live_counts(computation: _Computation, needed: Sequence[bool], assumed: _Assumed) -> tuple[Counter, list[bool]]:
     """The operations by name that the needed outputs take, and which inputs they read."""
     live = {number for number, need in zip(computation.outputs, needed, strict=True) if need}
     counts = Counter()
@@ -242,7 +255,7 @@ def _live_counts(
         if not any(needed) and not (operation.eqn and _has_effects(operation.eqn)):
             continue
         if operation.bodies:
-            count, used = _CONTROL_FLOW[operation.name](operation, needed, while_trip_count)
+            count, used = _CONTROL_FLOW[operation.name](operation, needed, assumed)
         else:
             count, used = operation.counts(), [True] * len(operation.inputs)
         counts.update(count)
@@ -250,21 +263,21 @@ def _live_counts(
     return counts, [number in live for number in computation.inputs]
 
 
-def _scan_counts(operation, needed, while_trip_count):
+def _scan_counts(operation, needed, assumed):
     parts = scan_parts(operation.eqn)
     consts, carries = parts.num_consts, parts.num_carry
-    count, used, needed = _trip_counts(operation.bodies[0], consts, carries, needed, while_trip_count)
+    count, used, needed = _trip_counts(operation.bodies[0], consts, carries, needed, assumed)
     return _times(operation.trip_count, count), used[:consts] + needed[:carries] + used[consts + carries :]
 
 
-def _while_counts(operation, needed, while_trip_count):
+def _while_counts(operation, needed, assumed):
     params = operation.eqn.params
     condition, body = operation.bodies
-    test_count, test_used = _live_counts(condition, [True], while_trip_count)
+    test_count, test_used = _live_counts(condition, [True], assumed)
     consts = params["cond_nconsts"]
     needed = [need or use for need, use in zip(needed, test_used[consts:], strict=True)]
-    count, used, needed = _trip_counts(body, params["body_nconsts"], len(needed), needed, while_trip_count)
-    trips = while_trip_count if operation.trip_count is None else operation.trip_count
+    count, used, needed = _trip_counts(body, params["body_nconsts"], len(needed), needed, assumed)
+    trips = assumed.trips if operation.trip_count is None else operation.trip_count
     if trips is None:
         carried = ", ".join(str(var.aval) for var in operation.eqn.outvars)
         raise ValueError(
@@ -276,24 +289,25 @@ def _while_counts(operation, needed, while_trip_count):
     )
 
 
-def _cond_counts(operation, needed, while_trip_count):
-    branches = [_live_counts(branch, needed, while_trip_count) for branch in operation.bodies]
-    dearest = max((count for count, _ in branches), key=lambda count: sum(count.values()))
-    return dearest, [True, *map(any, zip(*(used for _, used in branches), strict=True))]
+def _cond_counts(operation, needed, assumed):
+    branches = [_live_counts(branch, needed, assumed) for branch in operation.bodies]
+    choose = min if assumed.alarms else max
+    chosen = choose((count for count, _ in branches), key=lambda count: sum(count.values()))
+    return chosen, [True, *map(any, zip(*(used for _, used in branches), strict=True))]
 
 
-def _shard_map_counts(operation, needed, while_trip_count):
-    count, used = _live_counts(operation.bodies[0], needed, while_trip_count)
+def _shard_map_counts(operation, needed, assumed):
+    count, used = _live_counts(operation.bodies[0], needed, assumed)
     return _times(operation.trip_count, count), used
 
 
 _CONTROL_FLOW = {"scan": _scan_counts, "while": _while_counts, "cond": _cond_counts, "shard_map": _shard_map_counts}
 
 
-def _trip_counts(body, consts, carries, needed, while_trip_count):
+def _trip_counts(body, consts, carries, needed, assumed):
     """One trip of a loop: its operations, the inputs it reads, and the outputs needed once its own reads are added."""
     while True:
-        count, used = _live_counts(body, needed, while_trip_count)
+        count, used = _live_counts(body, needed, assumed)
         read = used[consts : consts + carries]
         grown = [need or use for need, use in itertools.zip_longest(needed, read, fillvalue=False)]
         if grown == needed:

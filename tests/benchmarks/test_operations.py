@@ -296,6 +296,12 @@ def test_conditional_on_a_known_counter_costs_the_branch_it_takes():
     counts = [flops(functools.partial(step, jnp.int32(count)), *args) / 36 for count in (1, 4, 5, 10)]
     assert counts == [3, 1, 3, 7]
     assert flops(step, _array(dtype=jnp.int32), *args, while_trip_count=3) / 36 == 7
+    assert flops(step, _array(dtype=jnp.int32), *args, while_trip_count=3, alarms=True) / 36 == 3
+
+    def checked(due, x, w):
+        return lax.cond(due | (x[0, 0] > 0), lambda: x @ w, lambda: x)
+
+    assert [flops(functools.partial(checked, jnp.array(due)), *args, alarms=True) for due in (True, False)] == [36, 1]
 
 
 @pytest.mark.parametrize(
