@@ -19,6 +19,8 @@ from curvax import trees
 from curvax.checks import check_choice
 from curvax.layers.factors import KroneckerFactors, Pairs, damped_factors, mean_eigenvalue, zero_factors
 from curvax.layers.find import Layers
+from curvax.layers.taps import TappedPoint
+from curvax.matrices.curvature import OutputCurvature
 from curvax.matrices.inverses import InverseMethod, inverse_of, over_blocks, sequenced
 from curvax.types import Array, PyTree, Scalar
 
@@ -50,6 +52,27 @@ class Inverse(abc.ABC):
     def redamp(self, layers: Layers, factors: KroneckerFactors, gamma: Scalar, prepared: Any) -> Any:
         """``prepare`` with another gamma for the factors that ``prepared`` comes from, cheaper where that can be."""
         return self.prepare(layers, factors, gamma, prepared)
+
+    def observe(
+        self,
+        layers: Layers,
+        prepared: Any,
+        tapped: TappedPoint,
+        key: Any,
+        *,
+        curvature: OutputCurvature,
+        count: Scalar,
+        decay: Scalar = 0.95,
+    ) -> Any:
+        """``prepared`` with what it learns from a batch, at every step, besides the factors; nothing by default.
+
+        Args:
+            tapped: The point that the factors of this step are from.
+            key: What they were drawn by.
+            count: k of ``average_factors``.
+        """
+        del layers, tapped, key, curvature, count, decay
+        return prepared
 
     @abc.abstractmethod
     def apply(self, layers: Layers, prepared: Any, matrices: Matrices) -> Matrices:

@@ -58,15 +58,14 @@ def minimum_in_plane(products: Array, slopes: Array, fixed: tuple[Any, Any] = (N
         >>> minimum_in_plane(jnp.array([[2.0, 0.0], [0.0, 4.0]]), jnp.array([2.0, 2.0]))
         Array([-1. , -0.5], dtype=float...)
     """
-    dtype = products.dtype
-    first, second = (None if value is None else jnp.asarray(value).astype(dtype) for value in fixed)
-    if first is None and second is None:
-        return -_pseudo_solve(products, slopes)
-    if first is None:
-        first = -_divide(slopes[0] + second * products[0, 1], products[0, 0])
-    elif second is None:
-        second = -_divide(slopes[1] + first * products[0, 1], products[1, 1])
-    return jnp.stack([first, second])
+    first, second = (None if value is None else jnp.asarray(value).astype(products.dtype) for value in fixed)
+    if first is not None and second is not None:
+        return jnp.stack([first, second])
+    if first is not None:
+        return jnp.stack([first, -_divide(slopes[1] + first * products[0, 1], products[1, 1])])
+    if second is not None:
+        return jnp.stack([-_divide(slopes[0] + second * products[0, 1], products[0, 0]), second])
+    return -_pseudo_solve(products, slopes)
 
 
 def _pseudo_solve(matrix: Array, vector: Array) -> Array:

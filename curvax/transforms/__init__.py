@@ -12,6 +12,8 @@ from curvax.transforms.hessian_free import RECIPE_C as RECIPE_C
 from curvax.transforms.hessian_free import hessian_free as hessian_free
 from curvax.transforms.iterate_averaging import average_iterates as average_iterates
 from curvax.transforms.iterate_averaging import averaged_params as averaged_params
+from curvax.transforms.kfac import kfac as kfac
+from curvax.transforms.kfac import scale_by_kfac as scale_by_kfac
 from curvax.transforms.krylov_subspace_descent import krylov_subspace_descent as krylov_subspace_descent
 from curvax.transforms.levenberg_marquardt import levenberg_marquardt as levenberg_marquardt
 from curvax.transforms.levenberg_marquardt import scale_by_dense_curvature as scale_by_dense_curvature

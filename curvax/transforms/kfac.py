@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from curvax import trees
 from curvax.checks import check_choice
 from curvax.damping.rules import BestOfThree, DampingRule, kfac_rule, next_batch_rule
+from curvax.layers.ekfac import EigenCorrected
 from curvax.layers.factors import KroneckerFactors, Sharing, average_factors, factors_of, zero_factors
 from curvax.layers.find import Layers
-from curvax.layers.inverses import BlockDiagonal, Inverse, precondition
-from curvax.layers.taps import tap
+from curvax.layers.inverses import BlockDiagonal, ExactTikhonov, Inverse, precondition
+from curvax.layers.taps import TappedPoint, tap
+from curvax.layers.tridiagonal import BlockTridiagonal
 from curvax.matrices.curvature import Fisher, GaussNewton, OutputCurvature, check_curvature
 from curvax.matrices.plane import inner_products, minimum_in_plane, products_in_plane
 from curvax.matrices.quadratic_model import reduction_ratio
 from curvax.objectives.point import CurvaturePoint
-from curvax.transforms._step import Given, LastStep, Step, Verdict, static_count, stepper
+from curvax.transforms._step import Given, LastStep, Step, Verdict, stepper
 from curvax.types import Array, PyTree
+
+InverseName = Literal["block_diagonal", "block_tridiagonal", "exact_tikhonov", "eigen_corrected"]
+_INVERSES = {
+    "block_diagonal": BlockDiagonal,
+    "block_tridiagonal": BlockTridiagonal,
+    "exact_tikhonov": ExactTikhonov,
+    "eigen_corrected": EigenCorrected,
+}
 
 
 def kfac(
     layers: Layers,
     *,
-    inverse: Inverse | None = None,
+    inverse: InverseName | Inverse = "block_diagonal",
     initial_damping: float = 1.0,
     rule: DampingRule | None = None,
     judged_by: Literal["next_batch", "same_batch"] = "next_batch",
@@ -44,6 +54,61 @@ def kfac(
     sharing: Sharing = "expand",
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
+    r"""K-FAC: delta = alpha Delta + mu delta_0 with Delta = -F^{-1} g by Kronecker factors and delta_0 the last step.
+
+    Algorithm 7 of Martens 2016. At every step the factors of a part of the batch, with targets drawn from the model,
+    enter running averages; their damped inverses are worked out anew from time to time. alpha and mu minimise the
+    quadratic model with the exact curvature matrix B, damped by lambda, on a part of the batch, so that an inverse that
+    is only nearly right still gives a step of the right length. lambda adapts by how well the model predicts.
+
+    ``update`` takes ``at=``, and optionally ``curvature_at=``, a point on another batch for factors and model. The last
+    step is what the parameters moved by since the last update, whatever stands behind in the chain.
+
+    By default a step is judged by the next batch, which its curvature has not seen: lambda falls where the loss of the
+    new batch fell at least by a quarter of what was predicted and grows where it rose; a rise of ten times that size is
+    undone, and counted in ``undone_steps``. It takes a forward pass where the rule is due. ``judged_by="same_batch"``
+    is the rule of the paper, for batches so large that what fits them fits all data. With mini-batches of some hundred
+    examples it lets lambda fall until steps fit the batch alone.
+
+    The method of the paper has ``judged_by="same_batch"``, ``gamma_rule=curvax.damping.BestOfThree()`` and
+    ``initial_damping=150.0``; its l2 is that of the objective; its average of the iterates is
+    ``optax.chain(curvax.kfac(layers), curvax.average_iterates("exponential"))``.
+
+    Args:
+        layers: From ``curvax.find_layers``; printed, it shows which parameters have Kronecker factors. Others have the
+            diagonal of their curvature, and with ``fallback="gradient"`` the mean curvature of the rest.
+        inverse: What is inverted, by name or as a value that holds more choices: "block_diagonal", "block_tridiagonal",
+            "exact_tikhonov" or "eigen_corrected"; ``curvax.layers.BlockDiagonal()`` and so on.
+        rule: How lambda adapts; ``next_batch_rule()`` or ``kfac_rule()`` of ``curvax.damping``, as ``judged_by`` says.
+        gamma_rule: How the damping gamma^2 of the factors adapts: None ties it to lambda (and the penalty), a
+            ``BestOfThree`` tries three from time to time, each with inverses of its own.
+        learning_rate: alpha, a number or a schedule; None for the best one.
+        momentum: mu likewise; 0 for none.
+        max_divergence: A bound on 1/2 delta^T B delta, the divergence of the predictions to second order.
+        refresh_period: Steps from one set of inverses to the next, T_3; the first three steps all have new ones.
+        statistics_stride: Every so many-th example of the batch is for the factors, 1/tau_1.
+        curvature_stride: Every so many-th is for B, 1/tau_2.
+        decay: epsilon of the running averages once they are long.
+        curvature: B, ``curvax.GaussNewton()`` if None.
+        statistics: The curvature of the factors, ``curvax.Fisher(num_samples=1)`` if None; see ``kronecker_factors``.
+        sharing: See ``curvax.layers.kronecker_factors``.
+        seed: Seed of what is drawn.
+
+    Returns:
+        The transformation; ``state.info`` has alpha as ``step_size``, and ``momentum`` and ``gamma`` in ``extra``.
+
+    Example:
+        >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
+        >>> w, batch = jnp.zeros((2, 1)), (jnp.array([[1.0, 0.0], [0.0, 10.0]]), jnp.array([[1.0], [10.0]]))
+        >>> layers = curvax.find_layers(objective, w, batch)
+        >>> tx = curvax.kfac(layers, initial_damping=1e-8, statistics_stride=1, curvature_stride=1)
+        >>> loss, grads, at = objective.value_and_grad(w, batch)
+        >>> updates, state = jax.jit(tx.update)(grads, tx.init(w), w, at=at)
+        >>> bool(objective(optax.apply_updates(w, updates), batch) < 0.1 * loss)
+        True
+
+    Source: Martens and Grosse 2015; Martens 2016, chapter 6.
+    """
     check_choice("judged_by", judged_by, ("next_batch", "same_batch"))
     if rule is None:
         rule = next_batch_rule() if judged_by == "next_batch" else kfac_rule()
@@ -61,43 +126,50 @@ def kfac(
     def step(given: Given) -> Step:
         at, damping, dtype = given.curvature_at, given.strength, given.dtype
         statistics_key, curvature_key = jax.random.split(given.key)
-        factors = preconditioner.averaged(given, at, statistics_key)
+        seen = preconditioner.seen(given, at, statistics_key)
         part = at.subset(curvature_stride, given.steps)
         gradient, before = (trees.embed(v, at.params) for v in (given.gradient, given.last_change))
-        fixed = tuple(None if x is None else given.number(x) for x in (learning_rate, momentum))
+        rate, share = (None if x is None else given.number(x) for x in (learning_rate, momentum))
 
         def model(direction) -> tuple[Array, Array]:
-            """(alpha, mu) and M(alpha direction + mu before) - M(0), exactly on its part of the batch (KF-10, KF-11)."""
-            products = products_in_plane(part, curvature, direction, before, curvature_key).astype(dtype)
-            products = products + damping * inner_products(direction, before).astype(dtype)
+            """(alpha, mu) and M(alpha direction + mu before) - M(0), exactly on a part of the batch (KF-10, KF-11)."""
+            exact = products_in_plane(part, curvature, direction, before, curvature_key).astype(dtype)
+            products = exact + damping * inner_products(direction, before).astype(dtype)
             slopes = jnp.stack([trees.vdot(gradient, v) for v in (direction, before)]).astype(dtype)
-            coefficients = minimum_in_plane(products, slopes, fixed)
+            coefficients = minimum_in_plane(products, slopes, (rate, share))
+            if max_divergence is not None:
+                divergence = coefficients @ exact @ coefficients / 2
+                allowed = given.number(max_divergence) / jnp.where(divergence > 0, divergence, 1)
+                coefficients = coefficients * jnp.where(divergence > 0, jnp.sqrt(jnp.minimum(1, allowed)), 1)
             return coefficients, coefficients @ slopes + coefficients @ products @ coefficients / 2
 
-        if gamma_rule is None:
-            gamma = jnp.sqrt(damping)
-            prepared = preconditioner.refreshed(given, factors, gamma)
-            direction = preconditioner.direction(given, prepared, factors, gamma, gradient)
-            coefficients, predicted = model(direction)
-        else:
-            raise NotImplementedError
-        alpha, mu = coefficients
-        delta = trees.extract(trees.add_scaled(trees.scale(alpha, direction), mu, before), given.gradient)
+        def attempt(gamma, prepared):
+            direction = trees.scale(-1.0, preconditioner(seen, prepared, gamma, gradient))
+            return Attempt(gamma, prepared, direction, *model(direction))
+
+        gamma = _gamma(given, damping) if gamma_rule is None else given.memory.gamma
+        best = attempt(gamma, preconditioner.refreshed(given, seen, gamma))
+        if gamma_rule is not None:
+            best = _best_of_three(
+                gamma_rule, given.steps + 1, best, lambda g, p: attempt(g, preconditioner.redamped(seen, p, g))
+            )
+        alpha, mu = best.coefficients
+        delta = trees.extract(trees.add_scaled(trees.scale(alpha, best.direction), mu, before), given.gradient)
         loss = given.at.loss.astype(dtype)
         figures = {
             "loss": loss,
-            "predicted_change": predicted,
+            "predicted_change": best.predicted,
             "damping": damping,
             "step_ratio": given.info.step_ratio,
             "step_size": alpha,
             "momentum": mu,
-            "gamma": gamma,
+            "gamma": best.gamma,
         }
         strength = damping
         if judged_by == "same_batch":
 
             def measure():
-                return reduction_ratio(loss, given.at.loss_along(delta), predicted).astype(dtype)
+                return reduction_ratio(loss, given.at.loss_along(delta), best.predicted).astype(dtype)
 
             count = given.steps + 1
             ratio = jax.lax.cond(count % rule.period == 0, measure, lambda: given.info.step_ratio)
@@ -106,9 +178,9 @@ def kfac(
         return Step(
             delta,
             figures,
-            memory=Memory(factors, prepared, given.memory.gamma if gamma_rule is None else gamma),
+            memory=Memory(seen.factors, best.prepared, () if gamma_rule is None else best.gamma),
             strength=strength,
-            finite=trees.all_finite(loss, predicted),
+            finite=trees.all_finite(loss, best.predicted),
             guarded=True,
         )
 
@@ -143,6 +215,93 @@ def kfac(
     )
 
 
+def scale_by_kfac(
+    layers: Layers,
+    *,
+    damping: optax.ScalarOrSchedule = 1e-3,
+    inverse: InverseName | Inverse = "block_diagonal",
+    refresh_period: optax.ScalarOrSchedule = 20,
+    statistics_stride: int = 8,
+    decay: optax.ScalarOrSchedule = 0.95,
+    statistics: OutputCurvature | None = None,
+    sharing: Sharing = "expand",
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Multiplies the updates by F^{-1}, the damped inverse of Kronecker-factored curvature.
+
+    It preconditions whatever updates arrive and reads no loss value: chain a learning rate, momentum, a clip of the
+    norm behind it. Nothing adapts, so that rate and damping are to be tuned together; ``curvax.kfac`` does without.
+    Arguments are those of ``curvax.kfac``.
+
+    Args:
+        damping: lambda, a number or a schedule; the factors are damped by its square root, each by its share.
+
+    Example:
+        >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
+        >>> w, batch = jnp.zeros((2, 1)), (jnp.eye(2) * 2.0**0.5, jnp.ones((2, 1)))
+        >>> layers = curvax.find_layers(objective, w, batch)
+        >>> tx = curvax.scale_by_kfac(
+        ...     layers, damping=1e-12, statistics=curvax.GaussNewton(), statistics_stride=1)
+        >>> updates, _ = tx.update(jnp.ones((2, 1)), tx.init(w), w, at=objective.linearize(w, batch))
+        >>> updates.round(3)
+        Array([[1.],
+               [1.]], dtype=float...)
+
+    Source: Martens and Grosse 2015; Martens 2016, sections 6.3 to 6.5.
+    """
+    preconditioner = _Preconditioner(
+        "scale_by_kfac", layers, inverse, statistics, sharing, statistics_stride, refresh_period, decay
+    )
+
+    def step(given: Given) -> Step:
+        at, strength = given.curvature_at, given.number(damping)
+        seen, gamma = preconditioner.seen(given, at, given.key), _gamma(given, strength)
+        prepared = preconditioner.refreshed(given, seen, gamma)
+        update = preconditioner(seen, prepared, gamma, trees.embed(given.gradient, at.params))
+        memory = Memory(seen.factors, prepared, ())
+        return Step(trees.extract(update, given.gradient), {"damping": strength}, memory=memory, guarded=True)
+
+    points = ("at", "curvature_at")
+    return stepper("scale_by_kfac", step, start=preconditioner.start, seed=seed, points=points)
+
+
+class Attempt(NamedTuple):
+    """A direction -F^{-1} g by inverses with that gamma, and what the model says of the best step along it."""
+
+    gamma: Array
+    prepared: Any
+    direction: PyTree
+    coefficients: Array
+    predicted: Array
+
+
+def _best_of_three(
+    rule: BestOfThree, count: Array, first: Attempt, attempt: Callable[[Array, Any], Attempt]
+) -> Attempt:
+    """Where it is time, the best of the attempts with gamma, omega gamma and gamma / omega; else the first (KF-13).
+
+    A loop that is run no time at all passes its state on without a copy, which a ``cond`` does not promise.
+    """
+    candidates = rule.candidates(first.gamma)
+
+    def body(carry):
+        index, best = carry
+        found = attempt(candidates[index], first.prepared)
+        return index + 1, trees.where(found.predicted < best.predicted, found, best)
+
+    number = jnp.where(rule.due(count), len(candidates), 1)
+    return jax.lax.while_loop(lambda carry: carry[0] < number, body, (jnp.asarray(1), first))[1]
+
+
+class Seen(NamedTuple):
+    """What a step knows of the curvature: the part of its batch for statistics, and the running averages with it."""
+
+    layers: Layers
+    tapped: TappedPoint
+    key: Array
+    factors: KroneckerFactors
+
+
 class Memory(NamedTuple):
     """What K-FAC carries from step to step.
 
@@ -156,14 +315,32 @@ class Memory(NamedTuple):
     gamma: Any
 
 
+def _inverse(name, inverse):
+    if isinstance(inverse, Inverse):
+        return inverse
+    check_choice(f"{name}: inverse", inverse, _INVERSES)
+    return _INVERSES[inverse]()
+
+
+def _gamma(given, damping):
+    """The square root of the damping and of the penalty's strength, the largest where leaves differ (KF-8, KF-18)."""
+    penalty = given.curvature_at.penalty
+    if penalty:
+        strengths = jax.tree.leaves(penalty.curvature(given.curvature_at.params))
+        damping = damping + jnp.max(jnp.stack([eta.astype(damping.dtype) for eta in strengths]))
+    return jnp.sqrt(damping)
+
+
 class _Preconditioner:
     """Statistics and inverses, which ``kfac`` and ``scale_by_kfac`` have in common."""
 
     def __init__(self, name, layers, inverse, statistics, sharing, stride, period, decay):
         if not isinstance(layers, Layers):
-            raise TypeError(f"{name}: the first argument is curvax.find_layers(objective, params, batch), got {layers!r}")
+            raise TypeError(
+                f"{name}: the first argument is curvax.find_layers(objective, params, batch), got {layers!r}"
+            )
         self.name, self.layers, self.sharing = name, layers, sharing
-        self.inverse = BlockDiagonal() if inverse is None else inverse
+        self.inverse = _inverse(name, inverse)
         self.statistics = Fisher(num_samples=1) if statistics is None else statistics
         check_curvature(name, self.statistics, OutputCurvature)
         self.stride, self.period, self.decay = stride, period, decay
@@ -176,24 +353,32 @@ class _Preconditioner:
         layers = self.own(params)
         return Memory(zero_factors(layers, self.inverse.pairs(layers)), self.inverse.start(layers), ())
 
-    def averaged(self, given: Given, at: CurvaturePoint, key: Array) -> KroneckerFactors:
-        """The running average with the factors of this batch, or of its part for statistics (KF-3, KF-14)."""
+    def seen(self, given: Given, at: CurvaturePoint, key: Array) -> Seen:
+        """The running averages with the factors of this batch, or of its part for statistics (KF-3, KF-14)."""
         layers = self.own(given.gradient)
         tapped = tap(layers, at.subset(self.stride, given.steps))
         new = factors_of(tapped, key, self.statistics, self.sharing, self.inverse.pairs(layers))
-        return average_factors(given.memory.factors, new, given.steps + 1, decay=given.number(self.decay))
+        factors = average_factors(given.memory.factors, new, given.steps + 1, decay=given.number(self.decay))
+        return Seen(layers, tapped, key, factors)
 
-    def refreshed(self, given: Given, factors: KroneckerFactors, gamma: Array) -> Any:
-        """The inverses, worked out anew where it is time."""
-        layers, count = self.own(given.gradient), given.steps + 1
+    def refreshed(self, given: Given, seen: Seen, gamma: Array) -> Any:
+        """The inverses, worked out anew where it is time, with what they learn from this batch."""
+        count, previous = given.steps + 1, given.memory.prepared
         period = jnp.maximum(jnp.asarray(given.number(self.period)).astype(jnp.int32), 1)
-        return jax.lax.cond(
+        prepared = jax.lax.cond(
             (count % period == 0) | (count <= 3),
-            lambda: self.inverse.prepare(layers, factors, gamma, given.memory.prepared),
-            lambda: given.memory.prepared,
+            lambda: self.inverse.prepare(seen.layers, seen.factors, gamma, previous),
+            lambda: previous,
+        )
+        decay = given.number(self.decay)
+        return self.inverse.observe(
+            seen.layers, prepared, seen.tapped, seen.key, curvature=self.statistics, count=count, decay=decay
         )
 
-    def direction(self, given: Given, prepared: Any, factors: KroneckerFactors, gamma: Array, gradient: PyTree):
-        """-F^{-1} g."""
-        layers = self.own(given.gradient)
-        return trees.scale(-1.0, precondition(layers, self.inverse, prepared, factors, gamma, gradient))
+    def redamped(self, seen: Seen, prepared: Any, gamma: Array) -> Any:
+        """The inverses of the same factors with another damping."""
+        return self.inverse.redamp(seen.layers, seen.factors, gamma, prepared)
+
+    def __call__(self, seen: Seen, prepared: Any, gamma: Array, vector: PyTree) -> PyTree:
+        """F^{-1} v."""
+        return precondition(seen.layers, self.inverse, prepared, seen.factors, gamma, vector)
