@@ -10,7 +10,7 @@ from flax import nnx
 
 import curvax
 from benchmarks import data
-from benchmarks.comparison import compare, parser
+from benchmarks.comparison import compare, layers_of, parser
 
 LENGTH = 64
 
@@ -51,8 +51,7 @@ def problem(width=64):
     text = data.load("shakespeare", sequence_length=LENGTH)
     graph, params = nnx.split(Transformer(len(text.vocabulary), LENGTH, nnx.Rngs(0), width), nnx.Param)
     objective = curvax.Objective(lambda params, x: nnx.merge(graph, params)(x), curvax.losses.softmax_cross_entropy())
-    layers = curvax.find_layers(objective, params, (text.train_inputs[:2], text.train_targets[:2]))
-    return text, objective, params, layers
+    return text, objective, params, layers_of(objective, params, text)
 
 
 def main(argv=None):

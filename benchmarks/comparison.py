@@ -26,7 +26,7 @@ from benchmarks.training import Batches, train
 EVALUATED = 500
 
 
-def parser(description: str, output: str, batch_size: int, seconds: float = 120.0) -> argparse.ArgumentParser:
+def parser(description: str | None, output: str, batch_size: int, seconds: float = 120.0) -> argparse.ArgumentParser:
     """The command line of a comparison."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--seconds", type=float, default=seconds, help="training time of each run (default %(default)g)")
@@ -35,6 +35,11 @@ def parser(description: str, output: str, batch_size: int, seconds: float = 120.
     made.add_argument("--damping", type=float, default=1.0, help="of K-FAC, at the start (default %(default)g)")
     made.add_argument("--output", type=Path, default=Path(output))
     return made
+
+
+def layers_of(objective: curvax.Objective, params: Any, dataset: Dataset) -> curvax.Layers:
+    """The layers of the model."""
+    return curvax.find_layers(objective, params, _first(dataset.train_inputs, dataset.train_targets, 2))
 
 
 def compare(
@@ -51,8 +56,10 @@ def compare(
     Returns:
         The records of every run, by its name. ``seen`` counts the targets trained on so far.
     """
-    targets = dataset.train_targets
-    assert targets is not None and dataset.test_targets is not None  # noqa: PT018 - what a classifier has
+    inputs, targets = _first(dataset.train_inputs, dataset.train_targets, None)
+    seen, unseen = (
+        _first(x, y, EVALUATED) for x, y in ((inputs, targets), (dataset.test_inputs, dataset.test_targets))
+    )
     per_example = targets[0].size
     print(f"{dataset}\n{curvax.trees.size(params)} parameters. On {on_machine()}")
 
@@ -62,9 +69,8 @@ def compare(
         return objective(params, (inputs, targets)) / per_example, jnp.mean(errors)
 
     def evaluate(params):
-        loss, _ = figures(params, dataset.train_inputs[:EVALUATED], targets[:EVALUATED])
-        test = figures(params, dataset.test_inputs[:EVALUATED], dataset.test_targets[:EVALUATED])
-        return {"loss": float(loss), "test_loss": float(test[0]), "test_error": float(test[1])}
+        (loss, _), (test_loss, test_error) = figures(params, *seen), figures(params, *unseen)
+        return {"loss": float(loss), "test_loss": float(test_loss), "test_error": float(test_error)}
 
     decayed = {f"adam {rate:g}, cosine decay": optax.adam(rate) for rate in arguments.rates}
     runs, rows = {}, []
@@ -75,7 +81,7 @@ def compare(
             tx,
             objective,
             params,
-            Batches(dataset.train_inputs, targets, arguments.batch_size),
+            Batches(inputs, targets, arguments.batch_size),
             seconds=arguments.seconds,
             evaluate=evaluate,
             evaluations=20,
@@ -90,3 +96,8 @@ def compare(
     table(rows, ["optimizer", "step", "seen", "seconds", "loss", "test_loss", "test_error"], dataset.name)
     plots.plot_runs(runs, arguments.output / "loss.png", title=dataset.name, label="training loss")
     return runs
+
+
+def _first(inputs, targets, count):
+    assert targets is not None
+    return inputs[:count], targets[:count]

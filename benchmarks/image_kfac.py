@@ -11,7 +11,7 @@ import jax
 import curvax
 from benchmarks import data
 from benchmarks import image_networks as networks
-from benchmarks.comparison import compare, parser
+from benchmarks.comparison import compare, layers_of, parser
 
 NETWORKS = {"small_cnn": networks.small_cnn, "basic_cnn": networks.basic_cnn, "resnet20": networks.resnet20}
 
@@ -25,8 +25,7 @@ def problem(name, num_train=None, num_test=None):
 
     objective = curvax.Objective(apply, curvax.losses.softmax_cross_entropy())
     params = jax.jit(network.init)(jax.random.key(0))
-    layers = curvax.find_layers(objective, params, (images.train_inputs[:2], images.train_targets[:2]))
-    return images, objective, params, layers
+    return images, objective, params, layers_of(objective, params, images)
 
 
 def main(argv=None):

@@ -11,8 +11,6 @@ import jax.numpy as jnp
 import optax
 
 import curvax
-from curvax.layers import EigenCorrected
-from curvax.layers.tridiagonal import BlockTridiagonal
 
 Settings = Mapping[str, Any]
 
@@ -82,7 +80,7 @@ def _hessian_free(damping, max_iterations, warm_start):
     )
 
 
-def _kfac(layers, damping, momentum=None, inverse=None):
+def _kfac(layers, damping, momentum=None, inverse="block_diagonal"):
     return curvax.kfac(layers, inverse=inverse, initial_damping=damping, momentum=momentum)
 
 
@@ -99,8 +97,8 @@ _KFAC = {"batch_size": 1000, "damping": 1.0}
 
 OPTIMIZERS: dict[str, Optimizer] = {
     "kfac": Optimizer(_kfac, _KFAC, _products(batch_size=(500, 1000, 2000), damping=(1.0, 30.0)), True),
-    "kfac_tridiagonal": Optimizer(functools.partial(_kfac, inverse=BlockTridiagonal()), _KFAC, ({},), True),
-    "ekfac": Optimizer(functools.partial(_kfac, inverse=EigenCorrected()), _KFAC, ({},), True),
+    "kfac_tridiagonal": Optimizer(functools.partial(_kfac, inverse="block_tridiagonal"), _KFAC, ({},), True),
+    "ekfac": Optimizer(functools.partial(_kfac, inverse="eigen_corrected"), _KFAC, ({},), True),
     "kfac_without_momentum": Optimizer(functools.partial(_kfac, momentum=0.0), _KFAC, ({},), True),
     "kfac_averaged": Optimizer(_kfac_averaged, _KFAC, ({},), True, averaged=True),
     "kfac_growing": Optimizer(_kfac, {**_KFAC, "steps_to_whole": 500}, ({},), True),

@@ -25,8 +25,6 @@ from benchmarks.machine import load, on_machine
 from benchmarks.operations import flops
 from benchmarks.product_cost import setting
 from benchmarks.progress import table
-from curvax.layers import EigenCorrected
-from curvax.layers.tridiagonal import BlockTridiagonal
 
 KEEP = curvax.damping.DampingRule(decrease=1, increase=1)
 CYCLE = 20
@@ -57,9 +55,9 @@ KRONECKER = {
     "kfac, defaults": Entry(lambda layers: curvax.kfac(layers), cycle=CYCLE),
     "kfac, algorithm 7": Entry(lambda layers: algorithm_7(layers), cycle=CYCLE),
     "kfac, algorithm 7, block-tridiagonal": Entry(
-        lambda layers: algorithm_7(layers, inverse=BlockTridiagonal()), cycle=CYCLE
+        lambda layers: algorithm_7(layers, inverse="block_tridiagonal"), cycle=CYCLE
     ),
-    "kfac, EKFAC": Entry(lambda layers: curvax.kfac(layers, inverse=EigenCorrected()), cycle=CYCLE),
+    "kfac, EKFAC": Entry(lambda layers: curvax.kfac(layers, inverse="eigen_corrected"), cycle=CYCLE),
 }
 BY_PRODUCTS = {
     "curveball": Entry(lambda _: curvax.curveball(), cycle=5),
