@@ -80,8 +80,8 @@ def _hessian_free(damping, max_iterations, warm_start):
     )
 
 
-def _kfac(layers, damping, momentum=None, inverse="block_diagonal"):
-    return curvax.kfac(layers, inverse=inverse, initial_damping=damping, momentum=momentum)
+def _kfac(layers, damping, **options):
+    return curvax.kfac(layers, initial_damping=damping, **options)
 
 
 def _kfac_averaged(layers, damping):

@@ -44,6 +44,12 @@ class Entry(NamedTuple):
     cycle: int = 1
 
 
+def algorithm_7(layers, **options):
+    """K-FAC with all that the paper's algorithm adapts."""
+    rule = curvax.damping.BestOfThree()
+    return curvax.kfac(layers, initial_damping=150.0, judged_by="same_batch", gamma_rule=rule, **options)
+
+
 FIRST_ORDER = {
     "adam": Entry(lambda _: optax.adam(1e-3), cycle=CYCLE),
     "momentum sgd": Entry(lambda _: optax.sgd(1e-2, momentum=0.9)),
@@ -53,7 +59,7 @@ KRONECKER = {
         lambda layers: optax.chain(curvax.scale_by_kfac(layers), optax.trace(0.9), optax.scale(-1e-3)), cycle=CYCLE
     ),
     "kfac, defaults": Entry(lambda layers: curvax.kfac(layers), cycle=CYCLE),
-    "kfac, algorithm 7": Entry(lambda layers: algorithm_7(layers), cycle=CYCLE),
+    "kfac, algorithm 7": Entry(algorithm_7, cycle=CYCLE),
     "kfac, algorithm 7, block-tridiagonal": Entry(
         lambda layers: algorithm_7(layers, inverse="block_tridiagonal"), cycle=CYCLE
     ),
@@ -70,12 +76,6 @@ BY_PRODUCTS = {
     "natural_gradient, 10 iterations": Entry(lambda _: curvax.natural_gradient(max_iterations=10, tolerance=0.0), 10),
     "scale_by_sample_space": Entry(lambda _: curvax.scale_by_sample_space(), 40),
 }
-
-
-def algorithm_7(layers, **options):
-    """K-FAC with all that the paper's algorithm adapts."""
-    adapted = {"gamma_rule": curvax.damping.BestOfThree(), "rule": curvax.damping.kfac_rule()}
-    return curvax.kfac(layers, initial_damping=150.0, judged_by="same_batch", **adapted, **options)
 
 
 class Network(NamedTuple):
