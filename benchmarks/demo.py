@@ -59,8 +59,8 @@ def main(argv=None):
 def settings_in_use():
     """The settings of each optimiser, and where they are from."""
     file = RESULTS / "tuned.json"
-    tuned = json.loads(file.read_text()).get("demo") if file.exists() else None
-    if tuned is None:
+    tuned = json.loads(file.read_text()).get("demo", {}) if file.exists() else {}
+    if not set(NAMES) <= set(tuned):
         return {name: settings_of(name) for name in NAMES}, "defaults, as the bench has not been run"
     return tuned, "tuned by `python -m benchmarks.autoencoder_bench`; grids in benchmarks/results/autoencoders.md"
 

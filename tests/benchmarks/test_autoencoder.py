@@ -176,9 +176,10 @@ def test_the_demo_reads_tuned_settings_and_falls_back_on_defaults(tmp_path, monk
     settings, source = demo.settings_in_use()
     assert settings["adam"] == settings_of("adam")
     assert "defaults" in source
-    (tmp_path / "tuned.json").write_text(json.dumps({"demo": {"adam": {"learning_rate": 7.0}}}))
+    tuned = {name: {"learning_rate": 7.0} for name in demo.NAMES}
+    (tmp_path / "tuned.json").write_text(json.dumps({"demo": tuned}))
     settings, source = demo.settings_in_use()
-    assert settings == {"adam": {"learning_rate": 7.0}}
+    assert settings == tuned
     assert "tuned by" in source
 
 
