@@ -23,6 +23,7 @@ from benchmarks.machine import machine, on_machine
 from benchmarks.progress import table
 from benchmarks.training import Batches, train
 
+RUNS = Path(__file__).parent / "results" / "runs"
 EVALUATED = 500
 
 
@@ -33,7 +34,7 @@ def parser(description: str | None, output: str, batch_size: int, seconds: float
     made.add_argument("--batch-size", type=int, default=batch_size, help="default %(default)s")
     made.add_argument("--rates", type=float, nargs="*", default=[1e-3, 3e-3, 1e-2], help="learning rates of Adam")
     made.add_argument("--damping", type=float, default=1.0, help="of K-FAC, at the start (default %(default)g)")
-    made.add_argument("--output", type=Path, default=Path(output))
+    made.add_argument("--output", type=Path, default=RUNS / output)
     return made
 
 
