@@ -16,6 +16,10 @@ from curvax.layers.find import Layer as Layer
 from curvax.layers.find import Layers as Layers
 from curvax.layers.find import find_layers as find_layers
 from curvax.layers.hessian import layer_hessian as layer_hessian
+from curvax.layers.inverses import BlockDiagonal as BlockDiagonal
+from curvax.layers.inverses import ExactTikhonov as ExactTikhonov
+from curvax.layers.inverses import Inverse as Inverse
+from curvax.layers.inverses import kronecker_preconditioner as kronecker_preconditioner
 from curvax.layers.kronecker import EigenKroneckerMap as EigenKroneckerMap
 from curvax.layers.kronecker import KroneckerMap as KroneckerMap
 from curvax.layers.kronecker import kronecker_map as kronecker_map
@@ -25,3 +29,4 @@ from curvax.layers.per_example import per_example_gradients as per_example_gradi
 from curvax.layers.sample_space import gram as gram
 from curvax.layers.taps import TappedPoint as TappedPoint
 from curvax.layers.taps import tap as tap
+from curvax.layers.tridiagonal import BlockTridiagonal as BlockTridiagonal

@@ -165,7 +165,8 @@ class Treatment(NamedTuple):
     Attributes:
         kronecker: The blocks with Kronecker factors.
         diagonal: The places of leaves that have the diagonal of their curvature, in part or altogether.
-        covered: For each of those the entries that a Kronecker block holds, None where there are none.
+        covered: For each of those the entries that a Kronecker block holds, None where there are none. They have the
+            curvature of the block alone, without that of further elementwise uses.
         bare: The places of leaves without curvature: unused ones, and those whose ``fallback`` is "gradient".
         reasons: Why blocks of matrices have no Kronecker factors, by name.
     """

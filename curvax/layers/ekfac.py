@@ -18,7 +18,14 @@ import jax
 import jax.numpy as jnp
 
 from curvax import trees
-from curvax.layers.factors import KroneckerFactors, running_average, sum_over_sweeps, uses_by_block, without_cotangents
+from curvax.layers.factors import (
+    KroneckerFactors,
+    running_average,
+    sum_over_sweeps,
+    uses_by_block,
+    without_cotangents,
+    zero_factors,
+)
 from curvax.layers.find import Layers
 from curvax.layers.inverses import Inverse, Matrices, two_sided
 from curvax.layers.kronecker import Bases, decompose, from_basis, root_of, to_basis
@@ -105,16 +112,10 @@ class EigenCorrected(Inverse):
     """
 
     def start(self, layers: Layers) -> EigenBasis:
-        dtype = trees.wide_dtype(*layers.structs)
-        sides, values = [], []
-        for block in layers.treatment.kronecker:
-            own = trees.wide_dtype(*(layers.structs[place] for place in block.leaves))
-            blocks, *sizes = block.shape
-            shapes = [(n,) if diagonal else (n, n) for n, diagonal in zip(sizes, block.diagonal_factors, strict=True)]
-            a, g = (jnp.zeros((blocks, *shape), own) for shape in shapes)
-            sides.append((a, g))
-            values.append(jnp.zeros(block.shape, own))
-        return EigenBasis(tuple(sides), tuple(values), jnp.zeros((), dtype))
+        factors, blocks = zero_factors(layers), layers.treatment.kronecker
+        values = tuple(jnp.zeros(block.shape, a.dtype) for block, a in zip(blocks, factors.inputs, strict=True))
+        bases = tuple(zip(factors.inputs, factors.outputs, strict=True))
+        return EigenBasis(bases, values, jnp.zeros((), trees.wide_dtype(*layers.structs)))
 
     def prepare(self, layers: Layers, factors: KroneckerFactors, gamma: Scalar, previous: EigenBasis) -> EigenBasis:
         bases, products = decompose(layers, factors)

@@ -72,7 +72,8 @@ def kronecker_factors(
 
     Where positions share weights (steps of a sequence, pixels, several uses), "expand" takes every position for a case
     of its own, exact where each has a loss of its own, and "reduce" adds up over them first, exact for a linear layer
-    whose outputs are averaged (Eschenhagen et al. 2023). Several uses of the same weights and embeddings are always
+    whose outputs are averaged (Eschenhagen et al. 2023). Examples, and steps where a mask or weights single them out,
+    count by the factor of their loss in A as in G. Several uses of the same weights and embeddings are always
     expanded. Weights with exchanged roles, an output head tied to an embedding, are brought to the scales of the first
     use before they are added, so that the trace is that of the sum.
 

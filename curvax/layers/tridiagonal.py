@@ -95,7 +95,7 @@ class BlockTridiagonal(Inverse):
     r"""The block-tridiagonal inverse of K-FAC along ``chains``, block-diagonal elsewhere; factored damping.
 
     Steps are better than those of ``BlockDiagonal`` and dearer: two eigendecompositions for each block but the last of
-    a chain, and applying takes some four times as many products.
+    a chain, and applying takes three to four times as many operations.
 
     Attributes:
         method: How the damped factors of blocks outside of chains are inverted, see ``curvax.matrices.inverses``.
@@ -103,7 +103,7 @@ class BlockTridiagonal(Inverse):
     Source: Martens 2016, section 6.4.3 and appendix B.2.
     """
 
-    method: InverseMethod = "schur"
+    method: InverseMethod = "cholesky"
 
     def __post_init__(self):
         check_choice("method", self.method, get_args(InverseMethod))

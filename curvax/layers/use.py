@@ -174,7 +174,7 @@ def _by_position(weights):
 
 def with_ones(rows: Array) -> Array:
     """Every a with a one behind it: homogeneous coordinates."""
-    return jnp.concatenate([rows, jnp.ones((*rows.shape[:-1], 1), rows.dtype)], axis=-1)
+    return jnp.concatenate([rows, jnp.ones_like(rows[..., :1])], axis=-1)
 
 
 def sum_over_examples(spec: str, inputs: Array, cotangents: Array) -> Array:

@@ -422,7 +422,16 @@ def with_penalty(matrix: LinearMap, point: CurvaturePoint) -> LinearMap:
 def example_keys(point: CurvaturePoint, key: jax.Array) -> tuple[jax.Array, ...]:
     """For each term a key for each of its examples."""
     terms = range(len(point.terms))
-    return tuple(jax.random.split(jax.random.fold_in(key, i), point.num_examples(i)) for i in terms)
+    keys = tuple(jax.random.split(jax.random.fold_in(key, i), point.num_examples(i)) for i in terms)
+    if point.linearizations is None:
+        return keys
+    return tuple(_beside(own, linear.outputs) for own, linear in zip(keys, point.linearizations, strict=True))
+
+
+def _beside(keys, outputs):
+    """Keys on the devices of their examples, where these are sharded explicitly."""
+    axis = jax.typeof(jax.tree.leaves(outputs)[0]).sharding.spec[0]
+    return keys if axis is None else jax.sharding.reshard(keys, jax.sharding.PartitionSpec(axis))
 
 
 def _case_axes(piece):

@@ -22,7 +22,7 @@ from curvax.matrices.curvature import Fisher, GaussNewton, OutputCurvature, chec
 from curvax.matrices.plane import inner_products, minimum_in_plane, products_in_plane
 from curvax.matrices.quadratic_model import reduction_ratio
 from curvax.objectives.point import CurvaturePoint
-from curvax.transforms._step import Given, LastStep, Step, Verdict, stepper
+from curvax.transforms._step import Given, LastStep, Step, Verdict, static_count, stepper
 from curvax.types import Array, PyTree
 
 InverseName = Literal["block_diagonal", "block_tridiagonal", "exact_tikhonov", "eigen_corrected"]
@@ -46,8 +46,8 @@ def kfac(
     momentum: optax.ScalarOrSchedule | None = None,
     max_divergence: optax.ScalarOrSchedule | None = None,
     refresh_period: optax.ScalarOrSchedule = 20,
-    statistics_stride: int = 8,
-    curvature_stride: int = 4,
+    statistics_stride: int | None = None,
+    curvature_stride: int | None = None,
     decay: optax.ScalarOrSchedule = 0.95,
     curvature: OutputCurvature | None = None,
     statistics: OutputCurvature | None = None,
@@ -86,8 +86,8 @@ def kfac(
         momentum: mu likewise; 0 for none.
         max_divergence: A bound on 1/2 delta^T B delta, the divergence of the predictions to second order.
         refresh_period: Steps from one set of inverses to the next, T_3; the first three steps all have new ones.
-        statistics_stride: Every so many-th example of the batch is for the factors, 1/tau_1.
-        curvature_stride: Every so many-th is for B, 1/tau_2.
+        statistics_stride: Every so many-th example of the batch is for the factors, 1/tau_1; 8 if None.
+        curvature_stride: Every so many-th is for B, 1/tau_2; 4 if None.
         decay: epsilon of the running averages once they are long.
         curvature: B, ``curvax.GaussNewton()`` if None.
         statistics: The curvature of the factors, ``curvax.Fisher(num_samples=1)`` if None; see ``kronecker_factors``.
@@ -120,14 +120,13 @@ def kfac(
 
     def start(params):
         own = preconditioner.start(params)
-        root = jnp.sqrt(jnp.asarray(initial_damping).astype(trees.wide_dtype(*jax.tree.leaves(params))))
-        return own if gamma_rule is None else own._replace(gamma=root)
+        return own if gamma_rule is None else own._replace(gamma=trees.wide_zero(params))
 
     def step(given: Given) -> Step:
         at, damping, dtype = given.curvature_at, given.strength, given.dtype
         statistics_key, curvature_key = jax.random.split(given.key)
         seen = preconditioner.seen(given, at, statistics_key)
-        part = at.subset(curvature_stride, given.steps)
+        part = at.subset(static_count("kfac", "curvature_stride", curvature_stride, 4), given.steps)
         gradient, before = (trees.embed(v, at.params) for v in (given.gradient, given.last_change))
         rate, share = (None if x is None else given.number(x) for x in (learning_rate, momentum))
 
@@ -147,7 +146,9 @@ def kfac(
             direction = trees.scale(-1.0, preconditioner(seen, prepared, gamma, gradient))
             return Attempt(gamma, prepared, direction, *model(direction))
 
-        gamma = _gamma(given, damping) if gamma_rule is None else given.memory.gamma
+        gamma = _gamma(given, damping)
+        if gamma_rule is not None:  # it begins with that of lambda and the penalty, and then has a life of its own
+            gamma = jnp.where(given.steps == 0, gamma, given.memory.gamma)
         best = attempt(gamma, preconditioner.refreshed(given, seen, gamma))
         if gamma_rule is not None:
             best = _best_of_three(
@@ -195,7 +196,9 @@ def kfac(
         def measure():
             whole = trees.add(given.at.params, trees.embed(trees.scale(-1.0, given.last_change), given.at.params))
             there = given.at.loss_at(whole).astype(given.dtype)
-            return reduction_ratio(there, here, last.predicted_change).astype(given.dtype), ~(here - there <= bound)
+            # Where the loss is not finite at the old parameters either, it is the batch that is bad.
+            absurd = jnp.isfinite(there) & ~(here - there <= bound)
+            return reduction_ratio(there, here, last.predicted_change).astype(given.dtype), absurd
 
         ratio, absurd = jax.lax.cond(due, measure, lambda: (given.info.step_ratio, jnp.array(False)))
         judged = due & (last.predicted_change < 0) & (given.steps > 0)
@@ -221,7 +224,7 @@ def scale_by_kfac(
     damping: optax.ScalarOrSchedule = 1e-3,
     inverse: InverseName | Inverse = "block_diagonal",
     refresh_period: optax.ScalarOrSchedule = 20,
-    statistics_stride: int = 8,
+    statistics_stride: int | None = None,
     decay: optax.ScalarOrSchedule = 0.95,
     statistics: OutputCurvature | None = None,
     sharing: Sharing = "expand",
@@ -343,7 +346,8 @@ class _Preconditioner:
         self.inverse = _inverse(name, inverse)
         self.statistics = Fisher(num_samples=1) if statistics is None else statistics
         check_curvature(name, self.statistics, OutputCurvature)
-        self.stride, self.period, self.decay = stride, period, decay
+        self.stride = static_count(name, "statistics_stride", stride, 8)
+        self.period, self.decay = period, decay
 
     def own(self, tree: PyTree) -> Layers:
         """The layers of the leaves that this tree has."""

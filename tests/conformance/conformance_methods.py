@@ -1,8 +1,11 @@
 """Every optimiser of the library, one line each; the tests beside this file run each through every property."""
 
+import functools
 from typing import Any, NamedTuple
 
+import jax
 import optax
+from conformance_networks import batch, objective, plain, weights
 
 import curvax
 
@@ -16,6 +19,7 @@ class Method(NamedTuple):
         choices: Its settings in the tests that make them short.
         numbers: Its further settings, which are traced under ``inject_hyperparams``.
         scheduled: The argument that is given as a schedule there; None for a method that takes none.
+        by_layers: Whether its first argument is the layers of the model.
     """
 
     name: str
@@ -23,13 +27,20 @@ class Method(NamedTuple):
     choices: dict[str, Any]
     numbers: dict[str, float]
     scheduled: str | None
+    by_layers: bool = False
 
-    def __call__(self):
-        return self.as_step(self.make(**self.choices, **self.numbers))
+    def __call__(self, goal=None, params=None):
+        """The transformation, for the plain network or for another objective and its parameters."""
+        return self.as_step(self.make(goal, params)(**self.choices, **self.numbers))
 
-    @property
-    def make(self):
-        return getattr(curvax, self.name)
+    def make(self, goal=None, params=None):
+        """settings -> transformation."""
+        made = getattr(curvax, self.name)
+        if not self.by_layers:
+            return made
+        goal, params = (objective(plain()), weights()) if goal is None else (goal, params)
+        data = batch(dtype=jax.tree.leaves(params)[0].dtype)
+        return functools.partial(made, curvax.find_layers(goal, params, data))
 
     def as_step(self, tx):
         return tx if self.learning_rate is None else optax.chain(tx, optax.scale(-self.learning_rate))
@@ -71,6 +82,24 @@ METHODS = [
         {"num_vectors": 3},
         {"max_subspace_iterations": 3, "tolerance": 1e-9},
         "tolerance",
+    ),
+    # All examples, as their number, eight, is also that of the devices they are sharded over; and exact statistics, as
+    # draws depend on the dtype.
+    Method(
+        "kfac",
+        None,
+        {"statistics_stride": 1, "curvature_stride": 1, "statistics": curvax.Fisher()},
+        {"initial_damping": 0.5, "decay": 0.9},
+        "max_divergence",
+        by_layers=True,
+    ),
+    Method(
+        "scale_by_kfac",
+        0.3,
+        {"statistics_stride": 1, "statistics": curvax.Fisher()},
+        {"damping": 0.5},
+        "damping",
+        by_layers=True,
     ),
     Method("scale_by_sample_space", 0.3, {}, {"damping": 0.5}, "damping"),
 ]

@@ -240,10 +240,9 @@ def test_donated_buffers(method):
 @first_methods
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_dtypes_are_stable_for_narrow_parameters_under_x64(method, dtype):
-    goal = objective(plain())
-    tx = method()
+    goal, params, data = objective(plain()), weights(dtype), batch(dtype=dtype)
+    tx = method(goal, params)
     step, _ = make_step(tx, goal)
-    params, data = weights(dtype), batch(dtype=dtype)
     state = tx.init(params)
     new_params, new_state, loss = step(params, state, data)
     assert skeleton(new_params) == skeleton(params)
@@ -275,7 +274,7 @@ def test_every_framework_takes_the_same_step(method, framework):
     """The trained networks agree as functions, whatever the containers and the layout of their weights."""
     network = FRAMEWORKS[framework]()
     goal = objective(network)
-    tx = method()
+    tx = method(goal, network.params)
     step, _ = make_step(tx, goal)
     params, state, loss = step(network.params, tx.init(network.params), batch())
     expected, _, expected_loss = reference(method)
@@ -309,7 +308,7 @@ def frozen_reference(method, names):
         lambda params, x: network.model_fn({**constants, **params}, x), objective(network).terms[0].loss
     )
     visible = {name: leaf for name, leaf in weights().items() if name in names}
-    tx = method()
+    tx = method(goal, visible)
     step, _ = make_step(tx, goal)
     return step(visible, jax.jit(tx.init)(visible), batch())[0]
 
@@ -339,7 +338,7 @@ def test_through_the_optimizer_of_nnx(method):
     network = FRAMEWORKS["flax_nnx"]()
     goal = objective(network)
     model = network.build()
-    optimizer = nnx.Optimizer(model, method(), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, method(goal, network.params), wrt=nnx.Param)
 
     @nnx.jit
     def step(model, optimizer, data):
@@ -385,10 +384,12 @@ def test_inject_hyperparams_traces_numbers_and_schedules_without_static_args(met
     """All arguments but those that decide shapes, as the method takes them itself."""
     goal, settings = objective(plain()), method.numbers
     if method.scheduled is not None:
-        first = {"momentum": 0.9, "acceptance": 1e-4, "sufficient_decrease": 0.2}.get(method.scheduled)
+        first = {"momentum": 0.9, "acceptance": 1e-4, "sufficient_decrease": 0.2, "max_divergence": 0.1}.get(
+            method.scheduled
+        )
         first = settings.get(method.scheduled, first)
         settings = settings | {method.scheduled: lambda count: first * 0.5**count}
-    made = method.make, optax.inject_hyperparams(method.make)
+    made = method.make(), optax.inject_hyperparams(method.make())
     # What decides shapes keeps its default.
     choices = {"inner": optax.sgd(1.0)} if "inner" in method.choices else {}
     plainly, injected = (method.as_step(make(**choices, **settings)) for make in made)

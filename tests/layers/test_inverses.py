@@ -1,0 +1,168 @@
+"""Inverses of Kronecker-factored curvature against dense matrices that are formed and solved with in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import curvax
+from curvax import trees
+from curvax.layers.factors import KroneckerFactors, zero_factors
+from curvax.layers.inverses import BlockDiagonal, ExactTikhonov, precondition, two_sided
+from curvax.layers.tridiagonal import BlockTridiagonal
+
+GAMMA = 0.3
+INVERSES = [BlockDiagonal(m) for m in ("cholesky", "schur", "eigen", "newton_schulz")]
+INVERSES += [ExactTikhonov(), BlockTridiagonal(), BlockTridiagonal("newton_schulz")]
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+
+
+def every_kind():
+    """An embedding, layers under scan, a dense layer with its bias, a scale, and a leaf without structure."""
+
+    def model(params, tokens):
+        x = params["table"][tokens]
+        x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["stack"])
+        return (x @ params["w"] + params["b"]) * params["gain"] * jnp.exp(params["temperature"])
+
+    params = {
+        "b": normal(0, 4),
+        "gain": normal(1, 4),
+        "stack": normal(2, 2, 3, 3),
+        "table": normal(3, 6, 3),
+        "temperature": jnp.array(0.2),
+        "w": normal(4, 3, 4),
+    }
+    objective = curvax.Objective(model, curvax.losses.squared_error())
+    batch = (jnp.arange(5) % 6, jnp.zeros((5, 4)))
+    return curvax.find_layers(objective, params, batch, fallback="gradient"), params
+
+
+def random_factors(layers, seed, pairs=()):
+    """Definite factors, no two alike, and cross factors that are small."""
+    rng = np.random.default_rng(seed)
+
+    def of(zeros):
+        if zeros.ndim == 2:
+            return rng.uniform(0.5, 2, zeros.shape)
+        rows = rng.normal(size=zeros.shape)
+        return rows @ rows.swapaxes(1, 2) / zeros.shape[-1]
+
+    zeros = jax.tree.map(np.asarray, zero_factors(layers, pairs))
+    sides = (tuple(map(of, side)) for side in (zeros.inputs, zeros.outputs))
+    cross = (tuple(0.05 * rng.normal(size=x.shape) for x in side) for side in (zeros.cross_inputs, zeros.cross_outputs))
+    diagonals = tuple(rng.uniform(0.5, 2, x.shape) for x in zeros.diagonals)
+    return KroneckerFactors(*sides, diagonals, *cross)
+
+
+def full(factor):
+    """Each matrix of a factor, in full."""
+    return [np.diag(x) if x.ndim == 1 else np.asarray(x) for x in factor]
+
+
+def damped(a, g, gamma):
+    """Martens 2016, eq. 6.7, for one matrix."""
+    pi = np.sqrt((np.trace(a) / len(a)) / (np.trace(g) / len(g)))
+    return a + pi * gamma * np.eye(len(a)), g + gamma / pi * np.eye(len(g))
+
+
+def dense_solution(a, g, v, exact):
+    """By the matrix on the rows of V one behind another, A (x) G."""
+    matrix = np.kron(a, g) + GAMMA**2 * np.eye(v.size) if exact else np.kron(*damped(a, g, GAMMA))
+    return np.linalg.solve(matrix, np.ravel(v)).reshape(v.shape)
+
+
+@pytest.mark.many_compilations("biases and maps are looked at while tracing, one equation at a time")
+@pytest.mark.parametrize("inverse", [BlockDiagonal(), ExactTikhonov()])
+def test_every_leaf_is_solved_with_its_own_matrix(inverse):
+    layers, params = every_kind()
+    factors, gradient = random_factors(layers, 0), jax.tree.map(lambda x: normal(7, *x.shape), params)
+
+    @jax.jit
+    def compute(factors, gradient):
+        prepared = inverse.prepare(layers, factors, GAMMA, None)
+        return precondition(layers, inverse, prepared, factors, GAMMA, gradient)
+
+    found = compute(factors, gradient)
+    exact = isinstance(inverse, ExactTikhonov)
+    blocks = {block.name: i for i, block in enumerate(layers.treatment.kronecker)}
+    assert set(blocks) == {"table", "stack", "w"}
+    gradients = {
+        "table": [np.asarray(gradient["table"])],
+        "stack": list(np.asarray(gradient["stack"])),
+        "w": [np.concatenate([gradient["w"], gradient["b"][None]])],
+    }
+    solved = {
+        name: [
+            dense_solution(a, g, v, exact)
+            for a, g, v in zip(full(factors.inputs[i]), full(factors.outputs[i]), gradients[name], strict=True)
+        ]
+        for name, i in blocks.items()
+    }
+    np.testing.assert_allclose(found["table"], solved["table"][0], rtol=1e-9)
+    np.testing.assert_allclose(found["stack"], solved["stack"], rtol=1e-9)
+    np.testing.assert_allclose(found["w"], solved["w"][0][:3], rtol=1e-9)
+    np.testing.assert_allclose(found["b"], solved["w"][0][3], rtol=1e-9)
+    (gain,) = factors.diagonals
+    np.testing.assert_allclose(found["gain"], gradient["gain"] / (gain + GAMMA**2), rtol=1e-12)
+    # What has no curvature has the mean of all that have one.
+    pairs = [(full(a), full(g)) for a, g in zip(factors.inputs, factors.outputs, strict=True)]
+    values = [np.diag(np.kron(a, g)) for one in pairs for a, g in zip(*one, strict=True)]
+    mean = np.mean(np.concatenate([*values, gain])) + GAMMA**2
+    np.testing.assert_allclose(found["temperature"], gradient["temperature"] / mean, rtol=1e-12)
+
+
+@pytest.mark.many_compilations("biases and maps are looked at while tracing, one equation at a time")
+@pytest.mark.parametrize("inverse", INVERSES, ids=str)
+def test_what_is_prepared_is_a_fixed_point_and_starts_from_shapes(inverse):
+    """It is carried by a scan and chosen by a cond, in the dtype of the factors; gamma may be of another."""
+    layers, _ = every_kind()
+    pairs = inverse.pairs(layers)
+    start = inverse.start(layers)
+
+    @jax.jit
+    def compute(factors, gamma):
+        def step(prepared, number):
+            new = lambda old: inverse.prepare(layers, factors, gamma, old)  # noqa: E731
+            return jax.lax.cond(number < 2, new, lambda old: old, prepared), None
+
+        found, _ = jax.lax.scan(step, start, jnp.arange(3))
+        return (
+            found,
+            inverse.redamp(layers, factors, 2 * gamma, found),
+            inverse.prepare(layers, factors, 2 * gamma, None),
+        )
+
+    found, again, afresh = compute(random_factors(layers, 1, pairs), jnp.asarray(GAMMA, jnp.float32))
+    assert trees.structure_of(found) == trees.structure_of(start)
+    for own, other in zip(jax.tree.leaves(again), jax.tree.leaves(afresh), strict=True):
+        np.testing.assert_allclose(own, other, rtol=1e-9, atol=1e-9)
+
+
+def test_exact_damping_of_a_factor_that_rounding_made_indefinite_is_positive():
+    objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
+    w, batch = jnp.zeros((2, 2), jnp.float32), (jnp.ones((3, 2), jnp.float32), jnp.zeros((3, 2), jnp.float32))
+    layers = curvax.find_layers(objective, w, batch)
+    a = np.array([[[1.0, 1.0], [1.0, 1.0 - 1e-6]]], np.float32)
+    factors = KroneckerFactors((a,), (a,), (), (), ())
+
+    @jax.jit
+    def compute(factors, v):
+        inverse = ExactTikhonov()
+        return inverse.apply(layers, inverse.prepare(layers, factors, 1e-3, None), (v,))
+
+    v = np.array([[[1.0, -1.0], [-1.0, 1.0]]], np.float32)  # where both are nearly zero
+    (found,) = compute(factors, v)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, v / 1e-6, rtol=1e-3)
+
+
+def test_products_from_both_sides():
+    a, v, g = np.random.default_rng(0).normal(size=(3, 2, 3, 3))
+    found = jax.jit(lambda: (two_sided(a, v, g), two_sided(a[0][:2], v, g), two_sided(a, v, g[0][:2])))()
+    for own, left, right in zip(found, (a, map(np.diag, a[0][:2]), a), (g, g, map(np.diag, g[0][:2])), strict=True):
+        exact = [x @ y @ z for x, y, z in zip(left, v, right, strict=True)]
+        np.testing.assert_allclose(own, exact, atol=1e-12)

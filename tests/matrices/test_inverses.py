@@ -1,0 +1,119 @@
+"""Every way to invert a matrix against a dense float64 inverse, and where each stops being good."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from curvax.matrices.inverses import inverse_of, over_blocks, sequenced
+from tests.tolerances import rounding
+
+METHODS = ["cholesky", "schur", "eigen", "newton_schulz"]
+
+
+def spd(seed, size, condition, dtype=np.float64):
+    """A symmetric matrix with eigenvalues from 1 / condition to 1, spread evenly in their logarithms."""
+    rng = np.random.default_rng(seed)
+    vectors = np.linalg.qr(rng.normal(size=(size, size)))[0]
+    values = np.geomspace(1 / condition, 1, size) if size > 1 else np.ones(1)
+    matrix = ((vectors * values) @ vectors.T).astype(dtype)
+    return (matrix + matrix.T) / 2
+
+
+def invert(matrices, method, previous=None):
+    return np.asarray(jax.jit(lambda m, p: inverse_of(m, method, p))(matrices, previous))
+
+
+def backward_errors(inverse, matrix):
+    """||I - A X|| in the spectral norm, worked out in float64."""
+    exact = matrix.astype(np.float64)
+    return np.linalg.norm(np.eye(len(matrix)) - exact @ inverse.astype(np.float64), 2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("size", [1, 7, 300])
+def test_stacks_are_inverted_one_by_one_and_to_symmetric_matrices(method, size):
+    stack = np.stack([spd(seed, size, 50.0) for seed in (0, 1)])
+    found = invert(stack, method)
+    tolerance = rounding(np.float64, size + 20, scale=50.0, condition=50.0)  # ||A^{-1}|| times its relative change
+    np.testing.assert_allclose(found, np.linalg.inv(stack), atol=tolerance)
+    np.testing.assert_array_equal(found, found.swapaxes(1, 2))
+
+
+def test_diagonals_are_inverted_entry_by_entry():
+    np.testing.assert_array_equal(invert(np.array([[1.0, 2.0], [4.0, 8.0]]), "schur"), [[1, 0.5], [0.25, 0.125]])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("condition", [1e2, 1e4, 1e5])
+def test_float32_inverts_ill_conditioned_factors(method, condition):
+    """The residual is the condition times rounding: the error of an inverse that is computed from rounded entries."""
+    matrix = spd(2, 300, condition, np.float32)
+    found = invert(matrix[None], method)[0]
+    assert found.dtype == np.float32
+    assert backward_errors(found, matrix) < rounding(np.float32, 300, condition=condition)
+    assert np.all(np.linalg.eigvalsh(found.astype(np.float64)) > 0)
+
+
+def test_cholesky_factors_by_halves_invert_what_float32_can_hardly_tell_from_singular():
+    matrix = spd(2, 300, 1e6, np.float32)
+    found = invert(matrix[None], "cholesky")[0]
+    assert backward_errors(found, matrix) < rounding(np.float32, 300, condition=1e6)
+    assert np.all(np.linalg.eigvalsh(found.astype(np.float64)) > 0)
+
+
+def test_eigenvalues_that_rounding_made_negative_are_raised():
+    matrix = spd(3, 20, 1e3, np.float32)
+    indefinite = matrix - 2e-3 * np.eye(20, dtype=np.float32)
+    found = invert(indefinite[None], "eigen")[0]
+    assert np.all(np.isfinite(found))
+    assert np.all(np.linalg.eigvalsh(found.astype(np.float64)) > 0)
+
+
+STARTS = {
+    "none": lambda exact: None,
+    "near": lambda exact: exact / 1.05,
+    "zeros": np.zeros_like,
+    "another scale": lambda exact: 30 * exact,
+    "noise": lambda exact: np.random.default_rng(0).normal(size=exact.shape),
+    "not finite": lambda exact: np.full_like(exact, np.nan),
+    "infinite": lambda exact: np.full_like(exact, np.inf),
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_newton_schulz_arrives_from_wherever_it_starts(start):
+    matrix = spd(4, 40, 1e3)
+    exact = np.linalg.inv(matrix)
+    previous = STARTS[start](exact)
+    found = invert(matrix[None], "newton_schulz", None if previous is None else previous[None])[0]
+    np.testing.assert_allclose(found, exact, atol=rounding(np.float64, 200, scale=1e3, condition=1e3))
+    np.testing.assert_array_equal(found, found.T)
+
+
+def test_newton_schulz_takes_what_it_is_given_where_that_is_good_enough():
+    """One step from a residual of the root of the rounding: X <- X (2 I - A X)."""
+    matrix = spd(5, 10, 10.0)
+    near = np.linalg.inv(matrix) * (1 + 1e-9)
+    found = invert(matrix[None], "newton_schulz", near[None])[0]
+    np.testing.assert_allclose(found, near @ (2 * np.eye(10) - matrix @ near), rtol=1e-12, atol=1e-12)
+
+
+def test_newton_schulz_stops_at_the_precision_that_there_is():
+    """Of a matrix that is singular in float32 it gives something finite, or what is worse than nothing would spread."""
+    matrix = spd(6, 50, 1e12, np.float32)
+    assert np.all(np.isfinite(invert(matrix[None], "newton_schulz")))
+
+
+def test_what_is_done_one_after_another_is_done_in_order():
+    found = jax.jit(lambda x: sequenced([jnp.sin, jnp.cos], [x, 2 * x], after=x))(1.0)
+    np.testing.assert_allclose(found, [np.sin(1.0), np.cos(2.0)])
+
+
+def test_one_matrix_alone_is_multiplied_without_a_batch_axis():
+    stack = np.random.default_rng(0).normal(size=(3, 4, 4))
+    for count in (1, 3):
+        lowered = jax.jit(lambda x: over_blocks(jnp.matmul, x, x)).trace(stack[:count]).jaxpr
+        (product,) = [equation for equation in lowered.eqns if equation.primitive.name == "dot_general"]
+        assert product.outvars[0].aval.ndim == (2 if count == 1 else 3)
+        np.testing.assert_allclose(over_blocks(jnp.matmul, stack[:count], stack[:count]), stack[:count] @ stack[:count])

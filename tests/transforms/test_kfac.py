@@ -1,0 +1,276 @@
+"""K-FAC against algorithm 7 of Martens 2016 written out in numpy: factors, damping, rescaling, momentum, adaptation."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import curvax
+from curvax.damping import BestOfThree, kfac_rule, next_batch_rule
+from tests import oracles
+from tests.transforms.stepping import flat, gradient, loss, moved, run
+
+SIZES = (4, 5, 3)
+L2 = 0.01
+
+
+def network(params, x):
+    for index, layer in enumerate(params):
+        x = x @ layer["w"] + layer["b"]
+        if index < len(params) - 1:
+            x = jnp.tanh(x)
+    return x
+
+
+def parameters(seed=0, scale=1.0):
+    draw = np.random.default_rng(seed)
+    pairs = itertools.pairwise(SIZES)
+    return [
+        {"b": jnp.asarray(0.1 * draw.normal(size=n)), "w": jnp.asarray(scale * draw.normal(size=(m, n)))}
+        for m, n in pairs
+    ]
+
+
+def data(count=12, seed=1):
+    draw = np.random.default_rng(seed)
+    return jnp.asarray(draw.normal(size=(count, SIZES[0]))), jnp.asarray(draw.integers(0, SIZES[-1], count))
+
+
+PARAMS, DATA = parameters(), data()
+OBJECTIVE = curvax.Objective(network, curvax.losses.softmax_cross_entropy(), l2=L2)
+LAYERS = curvax.find_layers(OBJECTIVE, PARAMS, DATA)
+WHOLE = {"statistics": curvax.Fisher(), "statistics_stride": 1, "curvature_stride": 1}
+
+
+def factors_of(params, batch):
+    """For each layer E[a a^T] and E[g g^T] with g under the model's own distribution, by hand."""
+    a = np.asarray(batch[0])
+    weights = [np.asarray(layer["w"]) for layer in params]
+    biases = [np.asarray(layer["b"]) for layer in params]
+    inputs = [a, np.tanh(a @ weights[0] + biases[0])]
+    outputs = inputs[1] @ weights[1] + biases[1]
+    p = np.exp(outputs - outputs.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    first, second = 0, 0
+    for label in range(SIZES[-1]):
+        g2 = p - np.eye(SIZES[-1])[label]
+        g1 = (g2 @ weights[1].T) * (1 - inputs[1] ** 2)
+        share = p[:, label] / len(a)
+        first, second = first + (g1.T * share) @ g1, second + (g2.T * share) @ g2
+    homogeneous = [np.concatenate([x, np.ones((len(x), 1))], axis=1) for x in inputs]
+    return [(x.T @ x / len(x), g) for x, g in zip(homogeneous, (first, second), strict=True)]
+
+
+def damped_inverse(factors, gamma, vector):
+    """(A + pi gamma I)^{-1} V (G + gamma / pi I)^{-1} for each layer; vectors as the leaves are ordered, b before w."""
+    parts, place = [], 0
+    for a, g in factors:
+        m, n = len(a) - 1, len(g)
+        bias, weight = vector[place : place + n], vector[place + n : place + n + m * n].reshape(m, n)
+        place += n + m * n
+        pi = np.sqrt(np.trace(a) / len(a) / (np.trace(g) / n))
+        left, right = a + pi * gamma * np.eye(m + 1), g + gamma / pi * np.eye(n)
+        solved = np.linalg.solve(left, np.concatenate([weight, bias[None]])) @ np.linalg.inv(right)
+        parts += [solved[-1], solved[:-1].reshape(-1)]
+    return np.concatenate(parts)
+
+
+class Algorithm7:
+    """The method on one batch, exact in everything, step by step."""
+
+    def __init__(self, damping, refresh=2, gamma_rule=None, rate=None, momentum=None):
+        self.damping, self.refresh, self.rule = damping, refresh, gamma_rule
+        self.rate, self.momentum = rate, momentum
+        self.gamma = None if gamma_rule is None else np.sqrt(damping + L2)
+        self.k, self.factors, self.inverted, self.last = 0, None, None, None
+
+    def step(self, params, batch):
+        self.k += 1
+        new = factors_of(params, batch)
+        keep = min(1 - 1 / self.k, 0.95)
+        old = new if self.factors is None else self.factors
+        self.factors = [tuple(keep * x + (1 - keep) * y for x, y in zip(*pair, strict=True)) for pair in zip(old, new)]  # noqa: B905
+        g = gradient(OBJECTIVE, params, batch)
+        exact = np.asarray(oracles.dense_fisher(OBJECTIVE, params, batch))
+        damped = exact + self.damping * np.eye(len(g))
+        gamma = np.sqrt(self.damping + L2) if self.rule is None else self.gamma
+        if self.k % self.refresh == 0 or self.k <= 3:
+            self.inverted = (self.factors, gamma)
+        tried = [self.attempt(g, damped, *self.inverted)]
+        if self.rule is not None and self.k % self.rule.period == 0:
+            others = (gamma * self.rule.factor, gamma / self.rule.factor)
+            tried += [self.attempt(g, damped, self.factors, other) for other in others]
+        best = min(tried, key=lambda attempt: attempt[0])
+        predicted, delta, self.inverted = best
+        if self.rule is not None:
+            self.gamma = self.inverted[1]
+        self.last = delta
+        return delta, predicted
+
+    def attempt(self, g, damped, factors, gamma):
+        direction = -damped_inverse(factors, gamma, g)
+        basis = direction[:, None] if self.last is None else np.stack([direction, self.last], axis=1)
+        matrix, slopes = basis.T @ damped @ basis, basis.T @ g
+        if self.rate is not None:
+            coefficients = np.array([self.rate, self.momentum])[: len(slopes)]
+        else:
+            coefficients = -np.linalg.solve(matrix, slopes)
+        value = coefficients @ slopes + coefficients @ matrix @ coefficients / 2
+        return value, basis @ coefficients, (factors, gamma)
+
+
+def follow(tx, oracle, rule, steps):
+    for taken in run(tx, OBJECTIVE, PARAMS, DATA, steps):
+        delta, predicted = oracle.step(taken.before, DATA)
+        np.testing.assert_allclose(flat(taken.updates), delta, rtol=1e-6, atol=1e-9 * np.abs(delta).max())
+        np.testing.assert_allclose(taken.state.info.predicted_change, predicted, rtol=1e-6)
+        np.testing.assert_allclose(taken.state.info.damping, oracle.damping, rtol=1e-6)
+        if oracle.k % rule.period == 0:
+            change = loss(OBJECTIVE, moved(taken.before, delta), DATA) - loss(OBJECTIVE, taken.before, DATA)
+            ratio = change / predicted
+            np.testing.assert_allclose(taken.state.info.step_ratio, ratio, rtol=1e-5)
+            oracle.damping *= rule.decrease if ratio > rule.good_ratio else 1
+            oracle.damping *= rule.increase if ratio < rule.bad_ratio else 1
+    return taken
+
+
+def test_steps_are_those_of_algorithm_7_with_gamma_tied_to_lambda():
+    rule = kfac_rule(period=2)
+    tx = curvax.kfac(
+        LAYERS, initial_damping=0.5, judged_by="same_batch", rule=rule, refresh_period=2, momentum=None, **WHOLE
+    )
+    last = follow(tx, Algorithm7(0.5), rule, 7)
+    assert last.state.info.damping != 0.5
+    np.testing.assert_allclose(last.state.info.extra["gamma"] ** 2, last.state.info.damping + L2)
+
+
+def test_steps_are_those_of_algorithm_7_with_the_best_of_three_gammas():
+    rule, gamma_rule = kfac_rule(period=2), BestOfThree(factor=0.5, period=2)
+    tx = curvax.kfac(
+        LAYERS,
+        initial_damping=0.5,
+        judged_by="same_batch",
+        rule=rule,
+        gamma_rule=gamma_rule,
+        refresh_period=2,
+        **WHOLE,
+    )
+    oracle = Algorithm7(0.5, gamma_rule=gamma_rule)
+    last = follow(tx, oracle, rule, 7)
+    np.testing.assert_allclose(last.state.info.extra["gamma"], oracle.gamma)
+    assert oracle.gamma != np.sqrt(0.5 + L2)
+
+
+def test_rates_that_are_given_take_the_place_of_the_best_ones():
+    tx = curvax.kfac(
+        LAYERS, initial_damping=0.5, judged_by="same_batch", learning_rate=0.3, momentum=0.8, refresh_period=2, **WHOLE
+    )
+    follow(tx, Algorithm7(0.5, rate=0.3, momentum=0.8), kfac_rule(period=1000), 4)
+
+
+def test_the_divergence_of_a_step_is_bounded():
+    bound = 1e-4
+    tx = curvax.kfac(LAYERS, initial_damping=0.5, max_divergence=bound, **WHOLE)
+    for taken in run(tx, OBJECTIVE, PARAMS, DATA, 3):
+        step = flat(taken.updates)
+        exact = np.asarray(oracles.dense_fisher(OBJECTIVE, taken.before, DATA))
+        np.testing.assert_allclose(step @ exact @ step / 2, bound, rtol=1e-6)
+
+
+def test_on_a_quadratic_it_is_preconditioned_conjugate_gradients():
+    """KF-19: with a fixed preconditioner and the objective's own curvature, alpha and mu are those of the method."""
+    draw = np.random.default_rng(3)
+    w, x, scales = draw.normal(size=(4, 3)), draw.normal(size=(20, 4)), np.exp(draw.normal(size=(20, 3)))
+    batch = ((jnp.asarray(x), jnp.asarray(scales)), jnp.asarray(draw.normal(size=(20, 3))))
+    penalty = 0.05
+    objective = curvax.Objective(lambda w, pair: (pair[0] @ w) * pair[1], curvax.losses.squared_error(), l2=penalty)
+    w = jnp.asarray(w)
+    keep = curvax.damping.DampingRule(decrease=1, increase=1)
+    exact = {**WHOLE, "statistics": curvax.GaussNewton()}
+    layers = curvax.find_layers(objective, w, batch)
+    tx = curvax.kfac(layers, initial_damping=0.0, judged_by="same_batch", rule=keep, **exact)
+    steps = run(tx, objective, w, batch, 8)
+
+    matrix = np.asarray(oracles.dense_ggn(objective, w, batch))
+    a, g = x.T @ x / 20, np.diag(np.mean(scales**2, axis=0))
+    pi = np.sqrt(np.trace(a) / 4 / (np.trace(g) / 3))
+    gamma = np.sqrt(penalty)
+    preconditioner = np.kron(a + pi * gamma * np.eye(4), g + gamma / pi * np.eye(3))
+    residual = gradient(objective, w, batch)
+    solved = np.linalg.solve(preconditioner, residual)
+    direction = -solved
+    for taken in steps:
+        size = residual @ solved / (direction @ matrix @ direction)
+        np.testing.assert_allclose(flat(taken.updates), size * direction, rtol=1e-6, atol=1e-10)
+        new = residual + size * matrix @ direction
+        new_solved = np.linalg.solve(preconditioner, new)
+        direction = -new_solved + (new @ new_solved) / (residual @ solved) * direction
+        residual, solved = new, new_solved
+
+
+def test_scale_by_kfac_multiplies_any_vector_by_the_damped_inverse():
+    vector = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape), PARAMS)
+    at = OBJECTIVE.linearize(PARAMS, DATA)
+    tx = curvax.scale_by_kfac(LAYERS, damping=0.3, statistics=curvax.Fisher(), statistics_stride=1)
+    scaled, state = jax.jit(lambda v, at: tx.update(v, tx.init(PARAMS), PARAMS, at=at))(vector, at)
+    expected = damped_inverse(factors_of(PARAMS, DATA), np.sqrt(0.3 + L2), flat(vector))
+    np.testing.assert_allclose(flat(scaled), expected, rtol=1e-9)
+    assert state.info.damping == 0.3
+
+
+def test_inverses_are_kept_between_refreshes():
+    tx = curvax.kfac(LAYERS, refresh_period=5, **WHOLE)
+    prepared = [jax.tree.leaves(taken.state.memory.prepared)[0] for taken in run(tx, OBJECTIVE, PARAMS, DATA, 11)]
+    changed = [k + 1 for k in range(1, 11) if not np.array_equal(prepared[k], prepared[k - 1])]
+    assert changed == [2, 3, 5, 10]
+
+
+def test_the_next_batch_judges_the_last_step():
+    """Lambda follows the rule at the ratio on the new batch, whose loss is taken at both ends of the step."""
+    rule = next_batch_rule(period=1)
+    tx = curvax.kfac(LAYERS, initial_damping=0.1, rule=rule, **WHOLE)
+    batches = [data(seed=seed) for seed in range(4)]
+    params, state = PARAMS, tx.init(PARAMS)
+    expected, before = 0.1, None
+
+    @jax.jit
+    def step(params, state, batch):
+        _, grads, at = OBJECTIVE.value_and_grad(params, batch)
+        updates, state = tx.update(grads, state, params, at=at)
+        return optax.apply_updates(params, updates), state
+
+    for batch in batches:
+        if before is not None:
+            old, predicted = before
+            ratio = (loss(OBJECTIVE, params, batch) - loss(OBJECTIVE, old, batch)) / predicted
+            expected *= rule.decrease if ratio > rule.good_ratio else rule.increase if ratio < rule.bad_ratio else 1
+        before = params
+        params, state = step(params, state, batch)
+        before = before, float(state.info.predicted_change)
+        np.testing.assert_allclose(state.info.damping, expected, rtol=1e-6)
+    assert state.info.undone_steps == 0
+
+
+def test_a_step_that_does_harm_on_the_next_batch_is_undone():
+    """Labels of the first batch say the opposite of those of the second: the first step is taken back, lambda grows."""
+    tx = curvax.kfac(LAYERS, initial_damping=1e-3, momentum=0.0, **WHOLE)
+    inputs = data(40)[0]
+    first, second = (inputs, jnp.zeros(40, int)), (inputs, jnp.ones(40, int))
+
+    @jax.jit
+    def step(params, state, batch):
+        _, grads, at = OBJECTIVE.value_and_grad(params, batch)
+        updates, state = tx.update(grads, state, params, at=at)
+        return optax.apply_updates(params, updates), state
+
+    start = jax.tree.map(lambda leaf: leaf * 0.01, PARAMS)
+    once, state = step(start, tx.init(start), first)
+    rise = loss(OBJECTIVE, once, second) - loss(OBJECTIVE, start, second)
+    assert rise > 10 * -state.info.predicted_change or state.info.predicted_change < 0
+    back, after = step(once, state, second)
+    if rise > 10 * abs(float(state.info.predicted_change)):
+        np.testing.assert_allclose(flat(back), flat(start), atol=1e-15)
+        assert after.info.undone_steps == 1
+        assert after.strength == 4 * state.strength
