@@ -240,36 +240,37 @@ def measure(network: Network, repeats: int) -> list[dict[str, str]]:
     ]
 
 
+HEADING = f"""# Steps in steps of Adam, float32
+
+By `python -m benchmarks.step_cost`. Means over a cycle of {CYCLE} steps where there is periodic work, taken in turn in
+one process. Loops whose length depends on the data are counted as the name says; of `scale_by_sample_space` with 40
+iterations. What a step does only when the data alarm it is not counted. First compile is tracing, lowering and
+compiling the step. State in bytes of the parameters. Temporary bytes are XLA's.
+"""
+
+
 def main(argv=None):
-    """Prints the tables and writes them to ``benchmarks/results/step_cost.md``."""
+    """Prints the tables and writes them to ``benchmarks/results/step_cost.md``, with those of earlier networks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="timed cycles of each optimiser (default 5)")
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
     arguments = parser.parse_args(argv)
-    lines = [
-        f"# Steps in steps of Adam, float32, {on_machine()}",
-        "",
-        f"Means over a cycle of {CYCLE} steps where there is periodic work; medians of {arguments.repeats} cycles,"
-        " taken in turn in one process.",
-        "Loops whose length depends on the data are counted as the name says; of `scale_by_sample_space` with 40"
-        " iterations. What a step does only when the data alarm it is not counted.",
-        "First compile is tracing, lowering and compiling the step. State in bytes of the parameters. Temporary bytes"
-        " are XLA's.",
-        "",
-    ]
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    sections = arguments.output / "step_cost"
+    sections.mkdir(parents=True, exist_ok=True)
     for name in arguments.networks:
-        network = NETWORKS[name]
-        before = load()
+        network, before = NETWORKS[name], load()
         rows = measure(network, arguments.repeats)
         columns = list(rows[0])
-        table(rows, columns, f"{network.title}, load {before:g} to {load():g}")
-        lines += [f"## {network.title}", "", f"Load {before:g} before, {load():g} after.", ""]
+        conditions = f"On {on_machine()}; load {before:g} before. Medians of {arguments.repeats} cycles."
+        table(rows, columns, f"{network.title}. {conditions}")
         cells = [columns, ["---"] * len(columns), *([row[column] for column in columns] for row in rows)]
-        lines += ["| " + " | ".join(row) + " |" for row in cells] + [""]
-        (arguments.output / "step_cost.md").write_text("\n".join(lines))
+        lines = [f"## {network.title}", "", conditions, "", *("| " + " | ".join(row) + " |" for row in cells)]
+        (sections / f"{name}.md").write_text("\n".join(lines) + "\n")
         jax.clear_caches()
+    files = [sections / f"{name}.md" for name in NETWORKS]
+    report = "\n".join([HEADING, *(file.read_text() for file in files if file.exists())])
+    (arguments.output / "step_cost.md").write_text(report)
 
 
 def _bytes(tree):
