@@ -6,15 +6,16 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench bench-rnn bench-papers lint types clean
+.PHONY: help demo test test-all bench bench-rnn bench-papers bench-networks lint types clean
 
 help:
-	@echo "make demo      train a deep autoencoder, Hessian-free against Adam and NAG: table and plots in demo/"
+	@echo "make demo      train a deep autoencoder, K-FAC and Hessian-free against Adam and NAG: table and plots in demo/"
 	@echo "make test      all tests but the slow ones"
 	@echo "make test-all  all tests"
-	@echo "make bench     costs and autoencoders into benchmarks/results/, in 40 minutes or less; go on by the same command"
+	@echo "make bench     costs and autoencoders into benchmarks/results/, 50 minutes or less at a time; go on by the same command"
 	@echo "make bench-rnn the table over long time lags, an hour or less; go on by the same command"
 	@echo "make bench-papers  tables of the papers: CurveBall's toys, plateaus, image networks; hours; image networks go on by the same command"
+	@echo "make bench-networks  K-FAC beyond autoencoders: a character transformer and image networks, 40 minutes; go on by the same command"
 	@echo "make lint      ruff and pyright"
 
 .venv/ready: pyproject.toml
@@ -43,6 +44,11 @@ bench-papers: .venv/ready
 	$(BIN)/python -m benchmarks.curveball_toys
 	$(BIN)/python -m benchmarks.cubic_plateau
 	$(BIN)/python -m benchmarks.image_tables
+
+bench-networks: .venv/ready
+	$(BIN)/python -m benchmarks.char_transformer
+	$(BIN)/python -m benchmarks.image_kfac --network small_cnn
+	$(BIN)/python -m benchmarks.image_kfac --network resnet20
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Deep autoencoders: ``python -m benchmarks.autoencoder --data curves --optimizer hessian_free --optimizer adam``.
+"""Deep autoencoders: ``python -m benchmarks.autoencoder --data curves --optimizer kfac --optimizer adam``.
 
 The problems of Hinton and Salakhutdinov 2006, on which Martens 2010 showed Hessian-free optimisation, at their full
 layer sizes or scaled. Runs show their progress, end in a table, and leave in the output folder a line of JSON for each
@@ -6,7 +6,9 @@ evaluation, plots of the loss against steps and seconds, and a picture of recons
 goes on where it was when it is started again with the same settings.
 
 The loss is the cross-entropy of the pixels, in nats per image, above the entropy of the images, which no reconstruction
-can get below; for the faces, half the squared error. Initial weights are those of sparse initialisation.
+can get below; for the faces, half the squared error. Initial weights are those of sparse initialisation. The loss at a
+time is the last one before it; compilation and evaluation do not count as time. ``--grid`` runs every setting that the
+bench would try.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import hashlib
 import itertools
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,9 +28,10 @@ import numpy as np
 
 import curvax
 from benchmarks import data, plots
-from benchmarks.optimizers import OPTIMIZERS, settings_of
+from benchmarks.machine import machine, on_machine
+from benchmarks.optimizers import OPTIMIZERS, RUNNERS, settings_of
 from benchmarks.progress import log_json, table
-from benchmarks.training import Batches, Run, train
+from benchmarks.training import Batches, Run, loss_at, train
 
 PyTree = Any
 
@@ -37,6 +41,8 @@ SIZES = {
     "faces": (625, 2000, 1000, 500, 30),
     "digits": (64, 60, 30, 10),
 }
+MARKS = (3.0, 8.0, 15.0, 25.0, 36.0, 50.0, 60.0, 76.0, 100.0)
+SETTINGS = ("learning_rate", "damping", "max_iterations", "momentum", "warm_start")
 COLUMNS = ["optimizer", "settings", "steps", "seconds", "loss", "test loss", "squared error", "test squared error"]
 
 
@@ -56,6 +62,11 @@ class Problem(NamedTuple):
     objective: curvax.Objective
     params: PyTree
     floor: float
+
+    def layers(self) -> curvax.Layers:
+        """The layers of the network."""
+        images = self.dataset.train_inputs[:2]
+        return curvax.find_layers(self.objective, self.params, (images, images))
 
     def evaluate(self):
         """params -> the losses above the floor and the squared errors, on training and test images."""
@@ -99,11 +110,14 @@ def main(argv=None):
     )
     layers = "-".join(map(str, problem.sizes))
     print(f"{problem.dataset}\nEncoder {layers}, decoder mirrored: {curvax.trees.size(problem.params)} parameters")
+    print(f"On {on_machine()}")
     arguments.output.mkdir(parents=True, exist_ok=True)
-    runs, rows = {}, []
-    for name in arguments.optimizer or ["hessian_free"]:
-        settings = settings_of(name, **_given(arguments, name))
-        key = {"sizes": layers, "settings": settings, "l2": arguments.l2, "seed": arguments.seed}
+    marks = [mark for mark in arguments.marks if arguments.steps or mark <= arguments.seconds]
+    runs, rows, lines = {}, [], []
+    for label, name, settings in _chosen(arguments):
+        key = {"sizes": layers, "name": name, "settings": settings, "l2": arguments.l2, "seed": arguments.seed}
+        if settings.get("decay") == "cosine":  # the same steps on another budget are another run
+            key["budget"] = (arguments.seconds, arguments.steps)
         folder = arguments.output / f"{name}-{_digest({**vars(arguments), **key})}"
         if not arguments.resume:
             shutil.rmtree(folder, ignore_errors=True)
@@ -115,12 +129,29 @@ def main(argv=None):
             steps=arguments.steps,
             folder=folder,
             seed=arguments.seed,
+            marks=marks,
+            title=f"{problem.dataset.name}: {label}",
         )
-        runs[name] = run
-        rows.append(row(name, settings, run))
-    table(rows, COLUMNS, f"{arguments.data}, encoder {layers}")
+        runs[label] = run
+        rows.append(row(name, settings, run, marks))
+        lines.append({**key, "optimizer": name, "machine": machine(), "records": run.records})
+        results = arguments.output / f"{arguments.data}-{layers}.json"
+        results.write_text(json.dumps(lines, default=str) + "\n")
+    table(rows, [*COLUMNS[:4], *map(at_mark, marks), *COLUMNS[4:]], f"{arguments.data}, encoder {layers}")
     draw(problem, runs, arguments.output)
     print(f"Logs, plots and checkpoints are in {arguments.output}/")
+
+
+def _chosen(arguments):
+    """The runs: a name for each, the optimiser, its settings."""
+    for name in arguments.optimizer or ["kfac", "adam"]:
+        given = _given(arguments, name)
+        if not arguments.grid:
+            yield name, name, settings_of(name, **given)
+        else:
+            for changes in OPTIMIZERS[name].grid:
+                settings = settings_of(name, **{**changes, **given})
+                yield f"{name}, {describe(settings)}", name, settings
 
 
 def make_problem(
@@ -159,44 +190,61 @@ def fit(
     folder: Path | None = None,
     seed: int = 0,
     title: str = "",
+    marks: Sequence[float] = (),
 ) -> Run:
     """Trains a problem with one optimiser; with a folder it logs, saves checkpoints, and goes on from them."""
     images = problem.dataset.train_inputs
-    batches = Batches(images, images, min(settings["batch_size"], len(images)), seed)
+    size: Any = min(settings["batch_size"], len(images))
+    if "steps_to_whole" in settings:  # few sizes, as each compiles a step
+        size = curvax.schedules.exponential_batch_size(
+            size, len(images), steps_to_whole=settings["steps_to_whole"], multiple_of=-(-len(images) // 8)
+        )
+    optimizer = OPTIMIZERS[name]
     run = train(
         title or f"{problem.dataset.name}: {name}",
-        OPTIMIZERS[name](settings),
+        optimizer(settings, problem.layers() if optimizer.needs_layers else None),
         problem.objective,
         problem.params,
-        batches,
+        Batches(images, images, size, seed),
         seconds=seconds,
         steps=steps,
         evaluate=problem.evaluate(),
+        marks=marks,
         curvature_size=settings.get("curvature_size"),
+        cosine_decay=settings.get("decay") == "cosine",
+        averaged=optimizer.averaged,
         checkpoints=None if folder is None else folder / "checkpoints",
     )
     if folder is not None:
         log = folder / "log.jsonl"
         log.unlink(missing_ok=True)
         for record in run.records:
-            log_json(log, {"optimizer": name, **record})
+            log_json(log, {"optimizer": name, **machine(), **record})
     return run
 
 
-def row(name: str, settings: dict[str, Any], run: Run) -> dict[str, Any]:
+def row(name: str, settings: dict[str, Any], run: Run, marks: Sequence[float] = ()) -> dict[str, Any]:
     """A run as a line of the table."""
     last = run.records[-1]
     return {
         "optimizer": name,
         "settings": describe(settings),
         "steps": last["step"],
+        **{at_mark(mark): loss_at(run.records, mark) for mark in marks},
         **{column: last[column.replace(" ", "_")] for column in COLUMNS[3:]},
     }
 
 
+def at_mark(mark: float) -> str:
+    """The column of the loss at that time."""
+    return f"at {mark:g} s"
+
+
 def describe(settings: dict[str, Any]) -> str:
     """Settings as text."""
-    return ", ".join(f"{name} {value:g}" for name, value in settings.items())
+    return ", ".join(
+        f"{name} {value}" if isinstance(value, str) else f"{name} {value:g}" for name, value in settings.items()
+    )
 
 
 def draw(problem: Problem, runs: dict[str, Run], output: Path) -> None:
@@ -244,12 +292,13 @@ def initial(sizes: tuple[int, ...], seed: int) -> PyTree:
 
 def _given(arguments, name):
     """The settings of the command line that this optimiser has; those it lacks are for the others that are named."""
-    names = {"batch_size", "curvature_size", "learning_rate", "damping", "max_iterations", "momentum", "warm_start"}
-    return {key: getattr(arguments, key) for key in names & set(OPTIMIZERS[name].defaults)}
+    values = {key: getattr(arguments, key) for key in [*RUNNERS, *SETTINGS]}
+    own = set(OPTIMIZERS[name].defaults) | {"curvature_size", "steps_to_whole"}
+    return {key: value for key, value in values.items() if key in own and value is not None}
 
 
 def _digest(settings):
-    ignored = ("seconds", "steps", "output", "resume", "optimizer")
+    ignored = ("seconds", "steps", "output", "resume", "optimizer", "grid", "marks", *RUNNERS, *SETTINGS)
     text = json.dumps({key: str(value) for key, value in sorted(settings.items()) if key not in ignored})
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -258,6 +307,8 @@ def _parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=list(SIZES), default="curves")
     parser.add_argument("--optimizer", action="append", choices=list(OPTIMIZERS), help="several times to compare")
+    parser.add_argument("--grid", action="store_true", help="every setting of the grid of each optimiser")
+    parser.add_argument("--marks", type=float, nargs="+", default=MARKS, help="seconds at which the table has losses")
     parser.add_argument("--seconds", type=float, default=60.0, help="training time of each run (default 60)")
     parser.add_argument("--steps", type=int, help="stop after so many steps")
     parser.add_argument("--sizes", help="units of the encoder, such as 784-200-100-6")
@@ -265,13 +316,9 @@ def _parser():
     parser.add_argument("--num-train", type=int, help="training images, the first ones")
     parser.add_argument("--activation", choices=("tanh", "sigmoid"), default="tanh")
     parser.add_argument("--l2", type=float, help="strength of the penalty")
-    parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--curvature-size", type=int, help="examples of a batch that the curvature is taken from")
-    parser.add_argument("--learning-rate", type=float)
-    parser.add_argument("--momentum", type=float)
-    parser.add_argument("--damping", type=float)
-    parser.add_argument("--max-iterations", type=int)
-    parser.add_argument("--warm-start", type=float)
+    for name, meaning in {**RUNNERS, **dict.fromkeys(SETTINGS, "of the optimisers that have it")}.items():
+        kind = {"decay": str, "learning_rate": float, "momentum": float, "damping": float, "warm_start": float}
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind.get(name, int), help=meaning)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data-folder", help="where the data sets are (default: CURVAX_DATA)")
     parser.add_argument("--output", type=Path, default=Path("autoencoder"))

@@ -107,6 +107,31 @@ def basic_cnn(batch_norm: bool = False, classes: int = 10) -> Network:
     return Network(init, apply, (32, 32, 3))
 
 
+def small_cnn(classes: int = 10) -> Network:
+    """conv 3x3x32, 3x3x64, 3x3x64 with ReLU, 2x2 average pooling after each, dense 128 with ReLU, dense."""
+    channels = (3, 32, 64, 64)
+
+    def init(key):
+        keys = jax.random.split(key, 5)
+        pairs = zip(keys, itertools.pairwise(channels), strict=False)
+        return {
+            "conv": [_conv_params(k, 3, m, n, (2 / (9 * m)) ** 0.5, False) for k, (m, n) in pairs],
+            "dense": [
+                _dense_params(keys[3], 1024, 128, (2 / 1024) ** 0.5, False),
+                _dense_params(keys[4], 128, classes, 128**-0.5, False),
+            ],
+        }
+
+    def apply(params, x):
+        for layer in params["conv"]:
+            x = jax.nn.relu(_conv(layer, x))
+            x = jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "VALID") / 4
+        x = jax.nn.relu(_dense(params["dense"][0], x.reshape(x.shape[0], -1)))
+        return _dense(params["dense"][1], x)
+
+    return Network(init, apply, (32, 32, 3))
+
+
 def cifar_net(batch_norm: bool = True, classes: int = 10) -> Network:
     """conv 5x5x32, 5x5x32, 5x5x64 with pooling, dense 64, dense (L-SR1's paper, CIFAR-10)."""
 

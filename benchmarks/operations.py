@@ -21,7 +21,9 @@ from benchmarks import operation_prices
 from curvax.programs.walk import called_program, scan_parts
 
 
-def flops(function: Callable, *args: Any, while_trip_count: int | None = None, **kwargs: Any) -> float:
+def flops(
+    function: Callable, *args: Any, while_trip_count: int | None = None, alarms: bool = False, **kwargs: Any
+) -> float:
     """The floating-point operations that one call ``function(*args, **kwargs)`` takes.
 
     A multiplication and an addition count one each; see ``count_operations`` for the price of everything else and for
@@ -31,6 +33,7 @@ def flops(function: Callable, *args: Any, while_trip_count: int | None = None, *
         function: Any function that JAX can trace, jitted or not.
         *args: Its arguments: pytrees of arrays or of ``jax.ShapeDtypeStruct``; only shapes and dtypes matter.
         while_trip_count: The iterations to count for each ``while_loop`` that does not show its own number.
+        alarms: Whether conditionals on data are for what happens rarely, so that their cheapest branch counts.
         **kwargs: Its keyword arguments, likewise.
 
     Returns:
@@ -47,11 +50,12 @@ def flops(function: Callable, *args: Any, while_trip_count: int | None = None, *
         >>> flops(power, matrix)
         20000000.0
     """
-    return float(sum(count_operations(function, *args, while_trip_count=while_trip_count, **kwargs).values()))
+    counts = count_operations(function, *args, while_trip_count=while_trip_count, alarms=alarms, **kwargs)
+    return float(sum(counts.values()))
 
 
 def count_operations(
-    function: Callable, *args: Any, while_trip_count: int | None = None, **kwargs: Any
+    function: Callable, *args: Any, while_trip_count: int | None = None, alarms: bool = False, **kwargs: Any
 ) -> dict[str, float]:
     """The floating-point operations of ``function(*args, **kwargs)`` by the name of the primitive that takes them.
 
@@ -71,8 +75,9 @@ def count_operations(
       9n^3 (JAX always computes the vectors), general eigenproblem and Schur form 25n^3, without vectors 10n^3, SVD
       21n^3, without vectors 8n^3/3, Hessenberg form 10n^3/3, tridiagonal form 4n^3/3; a triangular solve with k right
       sides n^2 k. Rectangular ones accordingly.
-    - ``scan`` and ``while_loop``: the body times the trip count. ``cond``: the branch that takes the most operations.
-      ``shard_map``: the body times the number of devices.
+    - ``scan`` and ``while_loop``: the body times the trip count. ``cond``: the branch that its predicate says where
+      that follows from constants, else the one that takes the most operations. ``shard_map``: the body times the number
+      of devices. To count one step of a method with periodic work, close over the counter of its state as a number.
 
     Dead code does not count, also inside of loops. A pure operation repeated with equal operands counts once within a
     computation: calls (``jit``, custom derivatives, ``custom_linear_solve``) are merged into their caller; the bodies
@@ -86,6 +91,7 @@ def count_operations(
         *args: Its arguments: pytrees of arrays or of ``jax.ShapeDtypeStruct``; only shapes and dtypes matter.
         while_trip_count: The iterations to count for each ``while_loop`` that does not show its own number; one that
             does has an integer counter with constant start, step and bound.
+        alarms: Whether conditionals on data are for what happens rarely, so that their cheapest branch counts.
         **kwargs: Its keyword arguments, likewise.
 
     Returns:
@@ -99,9 +105,16 @@ def count_operations(
         {'dot_general': 72.0, 'triangular_solve': 72.0}
     """
     program = _Computation(jax.make_jaxpr(function)(*args, **kwargs))
-    counts, _ = _live_counts(program, [True] * len(program.outputs), while_trip_count)
+    counts, _ = _live_counts(program, [True] * len(program.outputs), _Assumed(while_trip_count, alarms))
     largest_first = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return {name: float(count) for name, count in largest_first if count}
+
+
+class _Assumed(NamedTuple):
+    """What cannot be read from a program: the trips of loops, and whether its conditionals on data are alarms."""
+
+    trips: int | None
+    alarms: bool
 
 
 class _Operation(NamedTuple):
@@ -124,13 +137,15 @@ class _Operation(NamedTuple):
 class _Computation:
     """A jaxpr as XLA sees it: calls inlined, equal values under one number, each distinct operation listed once."""
 
-    def __init__(self, jaxpr: Jaxpr | ClosedJaxpr):
+    def __init__(self, jaxpr: Jaxpr | ClosedJaxpr, given: Sequence[np.ndarray | None] = ()):
+        """Args: the program, and the values of its first operands that are known scalars."""
         self.operations: list[_Operation] = []
         self.constants: dict[int, np.ndarray] = {}
         self._numbers = itertools.count()
         self._known: dict[Any, tuple[int, ...]] = {}
         inner = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
         self.inputs = tuple(next(self._numbers) for _ in inner.invars)
+        self.constants |= {x: value for x, value in zip(self.inputs, given, strict=False) if value is not None}
         self.outputs = self._inline(jaxpr, self.inputs)
 
     def producer(self, number: int) -> _Operation | None:
@@ -169,6 +184,9 @@ class _Computation:
             return self._inline(called, inputs)
         if _has_effects(eqn):
             return self._append(eqn, inputs)
+        value = self._folded(eqn, inputs)
+        if value is not None:
+            return (self._constant(value, eqn.outvars[0]),)
         key = (_SYNONYMS.get(name, name), tuple(sorted(inputs)) if name in _COMMUTATIVE else inputs, _signature(params))
         if key not in self._known:
             self._known[key] = self._append(eqn, inputs)
@@ -176,18 +194,35 @@ class _Computation:
 
     def _control_flow(self, eqn: JaxprEqn, inputs: tuple[int, ...]) -> tuple[int, ...]:
         params = eqn.params
+        known = [self.constants.get(x) for x in inputs]
         if eqn.primitive.name == "cond":
-            return self._append(eqn, inputs, tuple(map(_Computation, params["branches"])))
+            branches = params["branches"]
+            if known[0] is not None:
+                return self._inline(branches[np.clip(int(known[0]), 0, len(branches) - 1)], inputs[1:])
+            return self._append(eqn, inputs, tuple(_Computation(branch, known[1:]) for branch in branches))
         if eqn.primitive.name == "scan":
             parts = scan_parts(eqn)
-            return self._append(eqn, inputs, (_Computation(parts.body),), parts.length)
+            return self._append(eqn, inputs, (_Computation(parts.body, known[: parts.num_consts]),), parts.length)
         if eqn.primitive.name == "shard_map":
             axes = params["newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"]
             devices = math.prod(params["mesh"].shape[axis] for axis in axes)
             return self._append(eqn, inputs, (_Computation(params["jaxpr"]),), devices)
-        condition, body = _Computation(params["cond_jaxpr"]), _Computation(params["body_jaxpr"])
-        known = [self.constants.get(x) for x in inputs]
+        first, second = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+        condition = _Computation(params["cond_jaxpr"], known[:first])
+        body = _Computation(params["body_jaxpr"], known[first:second])
         return self._append(eqn, inputs, (condition, body), _static_trip_count(eqn, known, condition, body))
+
+    def _folded(self, eqn: JaxprEqn, inputs: tuple[int, ...]) -> np.ndarray | None:
+        """The value of an operation on known scalars, such as whether a counter is at its period."""
+        fold = _FOLDS.get(eqn.primitive.name)
+        values = [self.constants.get(x) for x in inputs]
+        absorbing = {"or": True, "and": False}.get(eqn.primitive.name)
+        if _type(eqn.outvars[0]) == ((), np.dtype(bool)) and any(x is not None and x == absorbing for x in values):
+            return np.asarray(absorbing)
+        if fold is None or any(value is None or value.dtype.kind not in "iubf" for value in values):
+            return None
+        shape, dtype = _type(eqn.outvars[0])
+        return np.asarray(fold(*values), dtype) if shape == () and np.dtype(dtype).kind in "iubf" else None
 
     def _append(self, eqn, inputs, bodies=(), trip_count=None) -> tuple[int, ...]:
         outputs = tuple(next(self._numbers) for _ in (eqn.outvars if eqn else inputs))
@@ -211,9 +246,7 @@ class _Computation:
         return number
 
 
-def _live_counts(
-    computation: _Computation, needed: Sequence[bool], while_trip_count: int | None
-) -> tuple[Counter, list[bool]]:
+def _live_counts(computation: _Computation, needed: Sequence[bool], assumed: _Assumed) -> tuple[Counter, list[bool]]:
     """The operations by name that the needed outputs take, and which inputs they read."""
     live = {number for number, need in zip(computation.outputs, needed, strict=True) if need}
     counts = Counter()
@@ -222,7 +255,7 @@ def _live_counts(
         if not any(needed) and not (operation.eqn and _has_effects(operation.eqn)):
             continue
         if operation.bodies:
-            count, used = _CONTROL_FLOW[operation.name](operation, needed, while_trip_count)
+            count, used = _CONTROL_FLOW[operation.name](operation, needed, assumed)
         else:
             count, used = operation.counts(), [True] * len(operation.inputs)
         counts.update(count)
@@ -230,21 +263,21 @@ def _live_counts(
     return counts, [number in live for number in computation.inputs]
 
 
-def _scan_counts(operation, needed, while_trip_count):
+def _scan_counts(operation, needed, assumed):
     parts = scan_parts(operation.eqn)
     consts, carries = parts.num_consts, parts.num_carry
-    count, used, needed = _trip_counts(operation.bodies[0], consts, carries, needed, while_trip_count)
+    count, used, needed = _trip_counts(operation.bodies[0], consts, carries, needed, assumed)
     return _times(operation.trip_count, count), used[:consts] + needed[:carries] + used[consts + carries :]
 
 
-def _while_counts(operation, needed, while_trip_count):
+def _while_counts(operation, needed, assumed):
     params = operation.eqn.params
     condition, body = operation.bodies
-    test_count, test_used = _live_counts(condition, [True], while_trip_count)
+    test_count, test_used = _live_counts(condition, [True], assumed)
     consts = params["cond_nconsts"]
     needed = [need or use for need, use in zip(needed, test_used[consts:], strict=True)]
-    count, used, needed = _trip_counts(body, params["body_nconsts"], len(needed), needed, while_trip_count)
-    trips = while_trip_count if operation.trip_count is None else operation.trip_count
+    count, used, needed = _trip_counts(body, params["body_nconsts"], len(needed), needed, assumed)
+    trips = assumed.trips if operation.trip_count is None else operation.trip_count
     if trips is None:
         carried = ", ".join(str(var.aval) for var in operation.eqn.outvars)
         raise ValueError(
@@ -256,24 +289,25 @@ def _while_counts(operation, needed, while_trip_count):
     )
 
 
-def _cond_counts(operation, needed, while_trip_count):
-    branches = [_live_counts(branch, needed, while_trip_count) for branch in operation.bodies]
-    dearest = max((count for count, _ in branches), key=lambda count: sum(count.values()))
-    return dearest, [True, *map(any, zip(*(used for _, used in branches), strict=True))]
+def _cond_counts(operation, needed, assumed):
+    branches = [_live_counts(branch, needed, assumed) for branch in operation.bodies]
+    choose = min if assumed.alarms else max
+    chosen = choose((count for count, _ in branches), key=lambda count: sum(count.values()))
+    return chosen, [True, *map(any, zip(*(used for _, used in branches), strict=True))]
 
 
-def _shard_map_counts(operation, needed, while_trip_count):
-    count, used = _live_counts(operation.bodies[0], needed, while_trip_count)
+def _shard_map_counts(operation, needed, assumed):
+    count, used = _live_counts(operation.bodies[0], needed, assumed)
     return _times(operation.trip_count, count), used
 
 
 _CONTROL_FLOW = {"scan": _scan_counts, "while": _while_counts, "cond": _cond_counts, "shard_map": _shard_map_counts}
 
 
-def _trip_counts(body, consts, carries, needed, while_trip_count):
+def _trip_counts(body, consts, carries, needed, assumed):
     """One trip of a loop: its operations, the inputs it reads, and the outputs needed once its own reads are added."""
     while True:
-        count, used = _live_counts(body, needed, while_trip_count)
+        count, used = _live_counts(body, needed, assumed)
         read = used[consts : consts + carries]
         grown = [need or use for need, use in itertools.zip_longest(needed, read, fillvalue=False)]
         if grown == needed:
@@ -333,6 +367,30 @@ _IDENTITIES = frozenset(
         *("reduce_max", "reduce_min", "reduce_prod", "reduce_sum"),
     ]
 )
+# XLA's remainder has the sign of the dividend.
+_FOLDS: dict[str, Callable[..., Any]] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "rem": np.fmod,
+    "max": np.maximum,
+    "min": np.minimum,
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+    "not": np.invert,
+    "neg": np.negative,
+    "sign": np.sign,
+    "clamp": lambda low, x, high: np.clip(x, low, high),
+    "select_n": lambda which, *cases: cases[int(which)],
+    "convert_element_type": lambda x: x,
+}
 _SYNONYMS = {"add_any": "add"}
 _COMMUTATIVE = frozenset(["add", "add_any", "and", "eq", "max", "min", "mul", "ne", "or", "xor"])
 

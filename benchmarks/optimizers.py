@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -18,20 +19,33 @@ class Optimizer(NamedTuple):
     """An entry of the registry.
 
     Attributes:
-        make: (settings) -> transformation; the settings without ``batch_size`` and ``curvature_size``.
-        defaults: Settings where nothing else is said. ``batch_size`` is the number of examples in a step, all if it is
-            larger; ``curvature_size``, where given, how many of them the curvature is taken from.
+        make: (settings) -> transformation, with the problem's layers in front where ``needs_layers``; the settings
+            without those of the runner, ``RUNNERS``.
+        defaults: Settings where nothing else is said.
         grid: What tuning tries in place of the defaults.
+        needs_layers: Whether it is made for the layers of a model.
+        averaged: Whether its state has an average of the iterates.
     """
 
     make: Callable[..., optax.GradientTransformation]
     defaults: Settings
     grid: tuple[Settings, ...]
+    needs_layers: bool = False
+    averaged: bool = False
 
-    def __call__(self, settings: Settings) -> optax.GradientTransformation:
+    def __call__(self, settings: Settings, layers: curvax.Layers | None = None) -> optax.GradientTransformation:
         """The transformation with these settings."""
-        own = {name: value for name, value in settings.items() if name not in ("batch_size", "curvature_size")}
-        return self.make(**own)
+        own = {name: value for name, value in settings.items() if name not in RUNNERS}
+        return self.make(layers, **own) if self.needs_layers else self.make(**own)
+
+
+RUNNERS = {
+    "batch_size": "examples in a step, all if it is larger",
+    "curvature_size": "how many of them the curvature is taken from",
+    "decay": "'cosine' for a learning rate that falls to 0 over the run, or 'none'",
+    "steps_to_whole": "from batch_size on, batches grow exponentially to all examples in so many steps",
+}
+"""The settings that are the runner's."""
 
 
 def settings_of(name: str, **given: Any) -> dict[str, Any]:
@@ -43,7 +57,7 @@ def settings_of(name: str, **given: Any) -> dict[str, Any]:
     if name not in OPTIMIZERS:
         raise ValueError(f"there is no optimiser {name!r}; choose among {', '.join(OPTIMIZERS)}")
     given = {key: value for key, value in given.items() if value is not None}
-    unknown = set(given) - set(OPTIMIZERS[name].defaults) - {"curvature_size"}
+    unknown = set(given) - set(OPTIMIZERS[name].defaults) - set(RUNNERS)
     if unknown:
         raise ValueError(f"{name} has no setting {unknown.pop()!r}; it has {', '.join(OPTIMIZERS[name].defaults)}")
     return {**OPTIMIZERS[name].defaults, **given}
@@ -66,12 +80,28 @@ def _hessian_free(damping, max_iterations, warm_start):
     )
 
 
+def _kfac(layers, damping, **options):
+    return curvax.kfac(layers, initial_damping=damping, **options)
+
+
+def _kfac_averaged(layers, damping):
+    return optax.chain(_kfac(layers, damping), curvax.average_iterates())
+
+
 def _products(**options):
     """All combinations of the values given for each setting."""
     return tuple(dict(zip(options, values, strict=True)) for values in itertools.product(*options.values()))
 
 
+_KFAC = {"batch_size": 1000, "damping": 1.0}
+
 OPTIMIZERS: dict[str, Optimizer] = {
+    "kfac": Optimizer(_kfac, _KFAC, _products(batch_size=(500, 1000, 2000), damping=(1.0, 30.0)), True),
+    "kfac_tridiagonal": Optimizer(functools.partial(_kfac, inverse="block_tridiagonal"), _KFAC, ({},), True),
+    "ekfac": Optimizer(functools.partial(_kfac, inverse="eigen_corrected"), _KFAC, ({},), True),
+    "kfac_without_momentum": Optimizer(functools.partial(_kfac, momentum=0.0), _KFAC, ({},), True),
+    "kfac_averaged": Optimizer(_kfac_averaged, _KFAC, ({},), True, averaged=True),
+    "kfac_growing": Optimizer(_kfac, {**_KFAC, "steps_to_whole": 500}, ({},), True),
     "hessian_free": Optimizer(
         _hessian_free,
         {"batch_size": 4000, "curvature_size": 1000, "damping": 1.0, "max_iterations": 30, "warm_start": 0.95},
@@ -113,17 +143,23 @@ OPTIMIZERS: dict[str, Optimizer] = {
     ),
     "adam": Optimizer(
         optax.adam,
-        {"batch_size": 200, "learning_rate": 1e-3},
-        _products(learning_rate=(3e-4, 1e-3, 3e-3)),
+        {"batch_size": 200, "learning_rate": 1e-3, "decay": "cosine"},
+        (
+            *_products(batch_size=(200, 500, 1000), learning_rate=(1e-3, 2e-3, 4e-3)),
+            *_products(learning_rate=(5e-4, 1e-3, 2e-3), decay=("none",)),
+        ),
     ),
     "nag": Optimizer(
         _nesterov,
-        {"batch_size": 200, "learning_rate": 3e-4, "momentum": 0.99},
-        _products(learning_rate=(1e-3,), momentum=(0.9, 0.99)),
+        {"batch_size": 200, "learning_rate": 1e-3, "momentum": 0.99, "decay": "cosine"},
+        (
+            *_products(learning_rate=(1e-3, 3e-3), momentum=(0.9, 0.99)),
+            *_products(learning_rate=(1e-3,), momentum=(0.9, 0.99), decay=("none",)),
+        ),
     ),
     "sgd": Optimizer(
         optax.sgd,
-        {"batch_size": 200, "learning_rate": 1e-3, "momentum": 0.9},
+        {"batch_size": 200, "learning_rate": 1e-3, "momentum": 0.9, "decay": "none"},
         _products(learning_rate=(3e-4, 1e-3), momentum=(0.9, 0.99)),
     ),
 }

@@ -1,7 +1,8 @@
-"""What a step of every optimiser costs, in steps of Adam: counted operations, and times taken in turn in one process.
+"""What a step of every optimiser costs, in steps of Adam: counted operations, seconds and bytes.
 
-Run: ``python -m benchmarks.step_cost``. Methods with periodic work are counted over a whole cycle. The loss and batch
-are Adam's; a method that does not read the incoming gradient does not pay for it.
+Run: ``python -m benchmarks.step_cost``, or with ``--networks`` some of the networks alone. Loss and batch are Adam's; a
+method that does not read the incoming gradient does not pay for it. Periodic work is counted and timed as it occurs:
+all is the mean over a whole cycle of a method's steps, after its first, and the slowest step stands beside it.
 """
 
 from __future__ import annotations
@@ -15,54 +16,187 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import curvax
+from benchmarks.image_networks import small_cnn
+from benchmarks.machine import load, on_machine
 from benchmarks.operations import flops
 from benchmarks.product_cost import setting
 from benchmarks.progress import table
 
-NETWORKS = {
-    "784-300-10, batch 256 (235k + parameters)": ((784, 300, 10), 256),
-    "784-600-600-320-10, batch 512 (1M parameters)": ((784, 600, 600, 320, 10), 512),
-}
 KEEP = curvax.damping.DampingRule(decrease=1, increase=1)
+CYCLE = 20
 
 
 class Entry(NamedTuple):
-    """An optimiser: how it is made, and between what and what its steps alternate.
+    """An optimiser.
 
     Attributes:
-        make: () -> transformation.
-        loops: The iterations to count for loops without a known number.
-        rare: () -> the transformation without its periodic work, which is done once in ``period`` steps.
-        period: See ``rare``.
+        make: layers -> transformation.
+        loops: The iterations to count for loops without a known number. Conditionals on data are alarms.
+        cycle: Steps of a cycle of its periodic work.
     """
 
-    make: Callable[[], Any]
+    make: Callable[[curvax.Layers], Any]
     loops: int | None = None
-    rare: Callable[[], Any] | None = None
-    period: int = 1
+    cycle: int = 1
 
 
-ENTRIES = {
-    "adam": Entry(lambda: optax.adam(1e-3)),
-    "momentum sgd": Entry(lambda: optax.sgd(1e-2, momentum=0.9)),
-    "curveball": Entry(curvax.curveball, None, lambda: curvax.curveball(rule=KEEP), 5),
-    "curveball, fixed damping": Entry(lambda: curvax.curveball(rule=KEEP)),
-    "curveball, gradient recomputed": Entry(
-        lambda: curvax.curveball(gradient="recomputed"),
-        None,
-        lambda: curvax.curveball(gradient="recomputed", rule=KEEP),
-        5,
-    ),
-    "lsr1, memory 5": Entry(curvax.lsr1, 10),
-    "lsr1_linesearch, memory 5, no halving": Entry(curvax.lsr1_linesearch, 1),
-    "cubic step on sgd": Entry(lambda: curvax.scale_by_cubic_step(optax.sgd(1.0))),
-    "hessian_free, 20 iterations": Entry(lambda: curvax.hessian_free(max_iterations=20, progress_tolerance=0.0), 20),
-    "natural_gradient, 10 iterations": Entry(lambda: curvax.natural_gradient(max_iterations=10, tolerance=0.0), 10),
-    "scale_by_sample_space": Entry(curvax.scale_by_sample_space, 40),
+def algorithm_7(layers, **options):
+    """K-FAC with all that the paper's algorithm adapts."""
+    rule = curvax.damping.BestOfThree()
+    return curvax.kfac(layers, initial_damping=150.0, judged_by="same_batch", gamma_rule=rule, **options)
+
+
+FIRST_ORDER = {
+    "adam": Entry(lambda _: optax.adam(1e-3), cycle=CYCLE),
+    "momentum sgd": Entry(lambda _: optax.sgd(1e-2, momentum=0.9)),
 }
+KRONECKER = {
+    "scale_by_kfac, momentum": Entry(
+        lambda layers: optax.chain(curvax.scale_by_kfac(layers), optax.trace(0.9), optax.scale(-1e-3)), cycle=CYCLE
+    ),
+    "kfac, defaults": Entry(lambda layers: curvax.kfac(layers), cycle=CYCLE),
+    "kfac, algorithm 7": Entry(algorithm_7, cycle=CYCLE),
+    "kfac, algorithm 7, block-tridiagonal": Entry(
+        lambda layers: algorithm_7(layers, inverse="block_tridiagonal"), cycle=CYCLE
+    ),
+    "kfac, EKFAC": Entry(lambda layers: curvax.kfac(layers, inverse="eigen_corrected"), cycle=CYCLE),
+}
+BY_PRODUCTS = {
+    "curveball": Entry(lambda _: curvax.curveball(), cycle=5),
+    "curveball, fixed damping": Entry(lambda _: curvax.curveball(rule=KEEP)),
+    "curveball, gradient recomputed": Entry(lambda _: curvax.curveball(gradient="recomputed"), cycle=5),
+    "lsr1, memory 5": Entry(lambda _: curvax.lsr1(), 10),
+    "lsr1_linesearch, memory 5, no halving": Entry(lambda _: curvax.lsr1_linesearch(), 1),
+    "cubic step on sgd": Entry(lambda _: curvax.scale_by_cubic_step(optax.sgd(1.0))),
+    "hessian_free, 20 iterations": Entry(lambda _: curvax.hessian_free(max_iterations=20, progress_tolerance=0.0), 20),
+    "natural_gradient, 10 iterations": Entry(lambda _: curvax.natural_gradient(max_iterations=10, tolerance=0.0), 10),
+    "scale_by_sample_space": Entry(lambda _: curvax.scale_by_sample_space(), 40),
+}
+
+
+class Network(NamedTuple):
+    """A network with its loss and batch, and the optimisers that take steps on it.
+
+    Attributes:
+        make: () -> (objective, params, batch).
+    """
+
+    title: str
+    make: Callable[[], tuple[curvax.Objective, Any, Any]]
+    entries: dict[str, Entry]
+
+
+def dense(sizes, batch_size):
+    """A classifier with tanh units."""
+    return setting(sizes, batch_size)[:3]
+
+
+def autoencoder(batch_size):
+    """The deep autoencoder of the images of curves, on noise."""
+    from benchmarks.autoencoder import initial, network
+
+    sizes = (784, 1000, 500, 250, 30)
+    objective = curvax.Objective(network, curvax.losses.sigmoid_binary_cross_entropy())
+    images = jax.random.uniform(jax.random.key(0), (batch_size, sizes[0]))
+    return objective, initial((*sizes, *sizes[-2::-1]), 0), (images, images)
+
+
+def convolutions(batch_size):
+    """A small convolutional classifier, on noise."""
+    network = small_cnn()
+    keys = jax.random.split(jax.random.key(0), 3)
+    images = jax.random.normal(keys[0], (batch_size, *network.image_shape))
+    objective = curvax.Objective(network.apply, curvax.losses.softmax_cross_entropy())
+    return objective, network.init(keys[1]), (images, jax.random.randint(keys[2], (batch_size,), 0, 10))
+
+
+LAYERED = FIRST_ORDER | KRONECKER
+NETWORKS = {
+    "small": Network(
+        "784-300-10, batch 256", lambda: dense((784, 300, 10), 256), {**FIRST_ORDER, **KRONECKER, **BY_PRODUCTS}
+    ),
+    "wide": Network(
+        "784-600-600-320-10, batch 512",
+        lambda: dense((784, 600, 600, 320, 10), 512),
+        {**FIRST_ORDER, **KRONECKER, **BY_PRODUCTS},
+    ),
+    "autoencoder_1000": Network(
+        "autoencoder 784-1000-500-250-30 mirrored, batch 1000", lambda: autoencoder(1000), LAYERED
+    ),
+    "autoencoder_256": Network(
+        "autoencoder 784-1000-500-250-30 mirrored, batch 256", lambda: autoencoder(256), LAYERED
+    ),
+    "mlp": Network(
+        "3072-1024-512-256-128-64-32-16-10, batch 500",
+        lambda: dense((3072, 1024, 512, 256, 128, 64, 32, 16, 10), 500),
+        LAYERED,
+    ),
+    "cnn": Network(
+        "three 3x3 convolutions 32-64-64, each with 2x2 average pool, dense 1024-128-10, batch 128",
+        lambda: convolutions(128),
+        LAYERED,
+    ),
+}
+
+
+class Measured:
+    """One optimiser on one network: its compiled step, what it took to get there, and the cycles it has run."""
+
+    def __init__(self, entry: Entry, objective: curvax.Objective, params: Any, batch: Any, layers: curvax.Layers):
+        self.entry, self.batch = entry, batch
+        tx = entry.make(layers)
+        self._step = jax.jit(training_step(objective, tx), donate_argnums=(0, 1))
+        # Copies, as the step takes the place of its arguments.
+        self._carried = jax.tree.map(jnp.copy, params), jax.jit(tx.init)(params)
+        start = time.perf_counter()
+        self._compiled = self._step.lower(*self._carried, batch).compile()
+        self.compile_seconds = time.perf_counter() - start
+        self.state_bytes = _bytes(self._carried[1]) / _bytes(params)
+        memory = self._compiled.memory_analysis()
+        self.temporary_bytes = float("nan") if memory is None else memory.temp_size_in_bytes
+        self.cycles: list[list[float]] = []
+        self._counters: list[Any] = []
+
+    def run_cycle(self, kept: bool = True) -> float:
+        """Seconds of a cycle of steps, and the counters of the state at each of them."""
+        seconds, counters = [], []
+        for _ in range(self.entry.cycle):
+            counters.append([np.asarray(leaf) if _counts(leaf) else None for leaf in jax.tree.leaves(self._carried[1])])
+            start = time.perf_counter()
+            self._carried = jax.block_until_ready(self._compiled(*self._carried, self.batch))
+            seconds.append(time.perf_counter() - start)
+        self._counters = counters
+        if kept:
+            self.cycles.append(seconds)
+        return sum(seconds) / len(seconds)
+
+    @property
+    def seconds(self) -> float:
+        """The mean step, the median over the cycles."""
+        return statistics.median(sum(cycle) / len(cycle) for cycle in self.cycles)
+
+    @property
+    def slowest(self) -> float:
+        """The slowest step of the cycle, each being the median over the cycles."""
+        return max(statistics.median(place) for place in zip(*self.cycles, strict=True))
+
+    def operations(self) -> float:
+        """Floating-point operations of a step, the mean over the last cycle."""
+        leaves, treedef = jax.tree.flatten(self._carried[1])
+        shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+
+        def at(counters):
+            def step(params, state, batch):  # counters are constants of it, so that conditionals on them are known
+                state = [x if known is None else known for x, known in zip(state, counters, strict=True)]
+                return self._step(params, treedef.unflatten(state), batch)
+
+            return flops(step, self._carried[0], shapes, self.batch, while_trip_count=self.entry.loops, alarms=True)
+
+        return statistics.mean(map(at, self._counters))
 
 
 def training_step(objective, tx):
@@ -77,68 +211,75 @@ def training_step(objective, tx):
     return step
 
 
-def counted(objective, entry, params, batch):
-    """Floating-point operations of a step, the mean over a cycle."""
-
-    def of(tx):
-        state = jax.eval_shape(tx.init, params)
-        return flops(training_step(objective, tx), params, state, batch, while_trip_count=entry.loops)
-
-    every = of(entry.make())
-    if entry.rare is None:
-        return every
-    rare = of(entry.rare())
-    return rare + (every - rare) / entry.period
-
-
-def timed(objective, params, batch, repeats):
-    """Median seconds of a step of every optimiser, taken in turn; cycles are in the median only as they occur."""
-    runs = {}
-    for name, entry in ENTRIES.items():
-        tx = entry.make()
-        step = jax.jit(training_step(objective, tx), donate_argnums=(0, 1))
-        runs[name] = [step, jax.tree.map(jnp.copy, params), tx.init(params), []]
-    for repeat in range(repeats + 1):
-        for run in runs.values():
-            step, theta, state, seconds = run
-            start = time.perf_counter()
-            run[1], run[2] = jax.block_until_ready(step(theta, state, batch))
+def measure(network: Network, repeats: int) -> list[dict[str, str]]:
+    """A row for every optimiser, Adam first; the cycles are taken in turn, and ratios are to Adam's cycle beside."""
+    objective, params, batch = network.make()
+    layers = curvax.find_layers(objective, params, batch)
+    runs = {name: Measured(entry, objective, params, batch, layers) for name, entry in network.entries.items()}
+    ratios = {name: [] for name in runs}
+    for repeat in range(repeats + 1):  # the first cycle holds what a method does at its start alone
+        adam = runs["adam"].run_cycle(repeat > 0)
+        for name, run in runs.items():
+            mean = adam if name == "adam" else run.run_cycle(repeat > 0)
             if repeat:
-                seconds.append(time.perf_counter() - start)
-    return {name: statistics.median(run[3]) for name, run in runs.items()}
+                ratios[name].append(mean / adam)
+    counts = {name: run.operations() for name, run in runs.items()}
+    return [
+        {
+            "optimiser": name,
+            "GFLOP": f"{counts[name] / 1e9:.2f}",
+            "in Adam's steps (counted)": f"{counts[name] / counts['adam']:.2f}",
+            "ms": f"{1e3 * run.seconds:.1f}",
+            "slowest ms": f"{1e3 * run.slowest:.1f}",
+            "in Adam's steps (time)": f"{statistics.median(ratios[name]):.2f}",
+            "first compile s": f"{run.compile_seconds:.1f}",
+            "state / parameters": f"{run.state_bytes:.2f}",
+            "temporary MB": f"{run.temporary_bytes / 1e6:.1f}",
+        }
+        for name, run in runs.items()
+    ]
+
+
+HEADING = f"""# Steps in steps of Adam, float32
+
+By `python -m benchmarks.step_cost`. Means over a cycle of {CYCLE} steps where there is periodic work, taken in turn in
+one process. Loops whose length depends on the data are counted as the name says; of `scale_by_sample_space` with 40
+iterations. What a step does only when the data alarm it is not counted. First compile is tracing, lowering and
+compiling the step. State in bytes of the parameters. Temporary bytes are XLA's.
+"""
 
 
 def main(argv=None):
-    """Prints the tables and writes them to ``benchmarks/results/step_cost.md``."""
+    """Prints the tables and writes them to ``benchmarks/results/step_cost.md``, with those of earlier networks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=10, help="timed steps of each optimiser (default 10)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed cycles of each optimiser (default 5)")
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
     arguments = parser.parse_args(argv)
-    columns = ["optimiser", "GFLOP", "in Adam's steps (counted)", "ms (median)", "in Adam's steps (time)"]
-    lines = [f"# Steps in steps of Adam, tanh, softmax, float32, {jax.devices()[0]}", ""]
-    lines += [
-        f"Median of {arguments.repeats} steps, taken in turn in one process. Loops whose length depends on the data"
-    ]
-    lines += ["are counted as the name says; of `scale_by_sample_space` with 40 iterations.", ""]
-    for title, (sizes, batch_size) in NETWORKS.items():
-        objective, params, batch, _ = setting(sizes, batch_size)
-        counts = {name: counted(objective, entry, params, batch) for name, entry in ENTRIES.items()}
-        seconds = timed(objective, params, batch, arguments.repeats)
-        rows = [
-            [
-                name,
-                f"{counts[name] / 1e9:.2f}",
-                f"{counts[name] / counts['adam']:.2f}",
-                f"{1e3 * seconds[name]:.1f}",
-                f"{seconds[name] / seconds['adam']:.2f}",
-            ]
-            for name in ENTRIES
-        ]
-        table([dict(zip(columns, row, strict=True)) for row in rows], columns, title)
-        lines += [f"## {title}", ""]
-        lines += ["| " + " | ".join(row) + " |" for row in [columns, ["---"] * len(columns), *rows]] + [""]
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "step_cost.md").write_text("\n".join(lines))
+    sections = arguments.output / "step_cost"
+    sections.mkdir(parents=True, exist_ok=True)
+    for name in arguments.networks:
+        network, before = NETWORKS[name], load()
+        rows = measure(network, arguments.repeats)
+        columns = list(rows[0])
+        conditions = f"On {on_machine()}; load {before:g} before. Medians of {arguments.repeats} cycles."
+        table(rows, columns, f"{network.title}. {conditions}")
+        cells = [columns, ["---"] * len(columns), *([row[column] for column in columns] for row in rows)]
+        lines = [f"## {network.title}", "", conditions, "", *("| " + " | ".join(row) + " |" for row in cells)]
+        (sections / f"{name}.md").write_text("\n".join(lines) + "\n")
+        jax.clear_caches()
+    files = [sections / f"{name}.md" for name in NETWORKS]
+    report = "\n".join([HEADING, *(file.read_text() for file in files if file.exists())])
+    (arguments.output / "step_cost.md").write_text(report)
+
+
+def _bytes(tree):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def _counts(leaf):
+    """Whether a leaf of a state may be a counter."""
+    return leaf.shape == () and jnp.issubdtype(leaf.dtype, jnp.integer)
 
 
 if __name__ == "__main__":

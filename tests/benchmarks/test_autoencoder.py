@@ -8,9 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import autoencoder, autoencoder_bench, demo
+import curvax
+from benchmarks import autoencoder, autoencoder_bench, demo, training
 from benchmarks.optimizers import OPTIMIZERS, settings_of
-from benchmarks.training import Batches, train
+from benchmarks.training import Batches, loss_at, train
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +46,7 @@ def test_batches_are_a_function_of_the_step_and_cover_every_epoch():
 @pytest.mark.parametrize("name", [pytest.param("hessian_free", marks=pytest.mark.slow), "adam"])
 def test_an_interrupted_run_goes_on_to_the_same_end(name, tmp_path):
     problem = tiny()
-    settings = settings_of(name, batch_size=20)
+    settings = settings_of(name, batch_size=20, decay="none")  # which knows no end
     settings = {**settings, **({"max_iterations": 3, "curvature_size": 10} if name == "hessian_free" else {})}
     straight = autoencoder.fit(problem, name, settings, steps=6)
     autoencoder.fit(problem, name, settings, steps=2, folder=tmp_path)
@@ -143,10 +144,14 @@ def test_the_command_line_leaves_log_plots_and_reconstructions(tmp_path, capsys)
     assert len(list(tmp_path.glob("*/log.jsonl"))) == 2
 
 
+@pytest.mark.many_compilations("the benchmark initialises networks and writes figures eagerly")
 def test_the_bench_tunes_reports_and_does_not_repeat_what_is_on_file(tmp_path, monkeypatch):
-    case = autoencoder_bench.Case({"name": "digits", **TINY}, 0.02, "a test")
+    case = autoencoder_bench.Case({"name": "digits", **TINY}, (0.01, 0.02), "a test")
     monkeypatch.setitem(autoencoder_bench.CASES, "tiny", case)
     monkeypatch.setattr(autoencoder_bench, "NAMES", ("adam", "sgd"))
+    for name, count in {"adam": 2, "sgd": 1}.items():
+        short = OPTIMIZERS[name]._replace(grid=OPTIMIZERS[name].grid[:count])
+        monkeypatch.setitem(OPTIMIZERS, name, short)
 
     def bench(deadline):
         return autoencoder_bench.Bench("tiny", tmp_path, None, 1.0, deadline)
@@ -171,13 +176,50 @@ def test_the_demo_reads_tuned_settings_and_falls_back_on_defaults(tmp_path, monk
     settings, source = demo.settings_in_use()
     assert settings["adam"] == settings_of("adam")
     assert "defaults" in source
-    (tmp_path / "tuned.json").write_text(json.dumps({"demo": {"adam": {"learning_rate": 7.0}}}))
+    tuned = {name: {"learning_rate": 7.0} for name in demo.NAMES}
+    (tmp_path / "tuned.json").write_text(json.dumps({"demo": tuned}))
     settings, source = demo.settings_in_use()
-    assert settings == {"adam": {"learning_rate": 7.0}}
+    assert settings == tuned
     assert "tuned by" in source
+
+
+class _Clock:
+    """Seconds that pass when a step is taken, one for each."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        self.now += 0.5
+        return self.now
+
+
+def test_records_at_marks_are_from_before_the_step_that_passed_them(monkeypatch):
+    """On a clock by which every step takes half a second and takes 1 away, times the decay."""
+    monkeypatch.setattr(training, "time", _Clock())
+    objective = curvax.Objective(lambda theta, x: x * theta, curvax.losses.squared_error())
+    inputs = np.ones((8, 1), np.float32)
+    settings = {"evaluate": lambda theta: {"loss": float(theta)}, "evaluations": 2}
+    start = jnp.zeros((), jnp.float32)
+    minus_one = optax.stateless(lambda updates, _: -jnp.ones_like(updates))
+
+    def run(**options):
+        batches = Batches(inputs, inputs, options.pop("size", 4))
+        return train("", minus_one, objective, start, batches, **settings, **options)
+
+    records = run(seconds=5.0, marks=(2.2, 3.9)).records
+    assert [record["step"] for record in records] == [0, 4, 7, 9, 10]
+    assert [record["seconds"] for record in records] == [0, 2.0, 3.5, 4.5, 5.0]
+    np.testing.assert_allclose([record["loss"] for record in records], [0, -4, -7, -9, -10])
+    decayed = run(steps=4, cosine_decay=True).params
+    np.testing.assert_allclose(decayed, -np.sum(1 + np.cos(np.pi * np.arange(4) / 4)) / 2, rtol=1e-6)
+    growing = Batches(inputs, inputs, curvax.schedules.exponential_batch_size(2, 8, steps_to_whole=3))
+    assert [len(growing.at(step)[0]) for step in range(4)] == [2, 4, 8, 8]
 
 
 def test_losses_by_time_are_the_last_measured_before():
     records = [{"seconds": 0.0, "loss": 9.0}, {"seconds": 5.0, "loss": 4.0}, {"seconds": 10.1, "loss": 1.0}]
-    assert autoencoder_bench._loss_at(records, 7.0) == 4
-    assert autoencoder_bench._loss_at(records, 10.0) == 1
+    assert loss_at(records, 7.0) == 4
+    assert loss_at(records, 10.0) == 4
+    assert loss_at(records, 10.1) == 1
+    assert loss_at(records, 11.0) is None

@@ -278,6 +278,32 @@ def test_conditional_costs_its_dearest_branch():
     assert flops(lambda i, x, w: lax.scan(lambda x, _: (function(i, x, w), None), x, None, length=4)[0], *args) == 288
 
 
+def test_conditional_on_a_known_counter_costs_the_branch_it_takes():
+    """Periodic work of an optimiser: in a call, in a loop that it is constant in, and as a loop's number of trips."""
+
+    @jax.jit
+    def step(count, x, w):
+        due = (count % 5 == 0) | (count < 2)
+        x = lax.cond(due, lambda x: x @ w, lambda x: x, x)
+
+        def body(carry):
+            index, x = carry
+            return index + 1, lax.cond(due, lambda x: x @ w @ w, lambda x: x @ w, x)
+
+        return lax.while_loop(lambda carry: carry[0] < jnp.where(count % 10 == 0, 3, 1), body, (0, x))[1]
+
+    args = _array(2, 3), _array(3, 3)
+    counts = [flops(functools.partial(step, jnp.int32(count)), *args) / 36 for count in (1, 4, 5, 10)]
+    assert counts == [3, 1, 3, 7]
+    assert flops(step, _array(dtype=jnp.int32), *args, while_trip_count=3) / 36 == 7
+    assert flops(step, _array(dtype=jnp.int32), *args, while_trip_count=3, alarms=True) / 36 == 3
+
+    def checked(due, x, w):
+        return lax.cond(due | (x[0, 0] > 0), lambda: x @ w, lambda: x)
+
+    assert [flops(functools.partial(checked, jnp.array(due)), *args, alarms=True) for due in (True, False)] == [36, 1]
+
+
 @pytest.mark.parametrize(
     ("condition", "start", "step", "trips"),
     [
