@@ -223,4 +223,5 @@ def _linearize(objective, params, batch, *, chunk_size):
 
 def _value_and_grad(objective, params, batch, *, chunk_size):
     at = _linearize(objective, params, batch, chunk_size=chunk_size)
-    return *at.value_and_gradient(), at
+    loss, gradient = at.value_and_gradient()
+    return loss, gradient, at.with_gradient(gradient)

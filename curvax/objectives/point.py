@@ -84,6 +84,22 @@ class CurvaturePoint:
             gradient = trees.add(gradient, self.penalty.gradient(self.params))
         return value, gradient
 
+    def with_gradient(self, gradient: PyTree) -> CurvaturePoint:
+        """This point, which knows its gradient when it meets it again (``is_gradient``)."""
+        # Not a field: it is not to be carried through programs, only to be known within one.
+        at = dataclasses.replace(self)
+        object.__setattr__(at, "_gradient", tuple(jax.tree.leaves(gradient)))
+        return at
+
+    def is_gradient(self, updates: PyTree) -> bool:
+        """Whether updates are the gradient that came with this point, nothing having been done to it in between.
+
+        They are compared as objects, so False is no statement; it is what is said wherever point or gradient have
+        crossed the border of a program.
+        """
+        own, leaves = getattr(self, "_gradient", ()), jax.tree.leaves(updates)
+        return len(own) == len(leaves) > 0 and all(x is y for x, y in zip(own, leaves, strict=True))
+
     def jacobian_product(self, vector: PyTree) -> PyTree:
         """J v: the change of the outputs along v, a pytree like ``params``. A tuple over terms if there are several."""
         trees.check_like(vector, self.params, "vector")

@@ -165,10 +165,11 @@ class LastStep(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What a judge says of the step before: the strength to go on with, and whether it is to be undone."""
+    """What a judge says of the last step: the strength to go on with, whether to undo it, its ratio for the info."""
 
     strength: Array
     undo: Array
+    step_ratio: Array | None = None
 
 
 class Judge(Protocol):
@@ -226,6 +227,8 @@ def stepper(
             verdict = judge(state.last, given)
             undo = verdict.undo & (state.steps > 0)
             given = dataclasses.replace(given, strength=verdict.strength.astype(given.dtype))
+            if verdict.step_ratio is not None:
+                given = dataclasses.replace(given, info=given.info._replace(step_ratio=verdict.step_ratio))
         taken = step(given)
         accepted = jnp.array(True) if taken.accepted is None else taken.accepted
         moved = trees.cast_like(taken.update, updates)

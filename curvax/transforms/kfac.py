@@ -15,7 +15,7 @@ from curvax.damping.rules import BestOfThree, DampingRule, kfac_rule, next_batch
 from curvax.layers.ekfac import EigenCorrected
 from curvax.layers.factors import KroneckerFactors, Sharing, average_factors, factors_of, zero_factors
 from curvax.layers.find import Layers
-from curvax.layers.inverses import BlockDiagonal, ExactTikhonov, Inverse, precondition
+from curvax.layers.inverses import BlockDiagonal, ExactTikhonov, Inverse, precondition, precondition_gradient
 from curvax.layers.taps import TappedPoint, tap
 from curvax.layers.tridiagonal import BlockTridiagonal
 from curvax.matrices.curvature import Fisher, GaussNewton, OutputCurvature, check_curvature
@@ -143,7 +143,7 @@ def kfac(
             return coefficients, coefficients @ slopes + coefficients @ products @ coefficients / 2
 
         def attempt(gamma, prepared):
-            direction = trees.scale(-1.0, preconditioner(seen, prepared, gamma, gradient))
+            direction = trees.scale(-1.0, preconditioner(given, seen, prepared, gamma))
             return Attempt(gamma, prepared, direction, *model(direction))
 
         gamma = _gamma(given, damping)
@@ -203,7 +203,7 @@ def kfac(
         ratio, absurd = jax.lax.cond(due, measure, lambda: (given.info.step_ratio, jnp.array(False)))
         judged = due & (last.predicted_change < 0) & (given.steps > 0)
         strength = jnp.where(judged, rule.adapt(given.strength, ratio, count=given.steps), given.strength)
-        return Verdict(jnp.where(judged & absurd, 4 * given.strength, strength), judged & absurd)
+        return Verdict(jnp.where(judged & absurd, 4 * given.strength, strength), judged & absurd, ratio)
 
     return stepper(
         "kfac",
@@ -260,7 +260,7 @@ def scale_by_kfac(
         at, strength = given.curvature_at, given.number(damping)
         seen, gamma = preconditioner.seen(given, at, given.key), _gamma(given, strength)
         prepared = preconditioner.refreshed(given, seen, gamma)
-        update = preconditioner(seen, prepared, gamma, trees.embed(given.gradient, at.params))
+        update = preconditioner(given, seen, prepared, gamma)
         memory = Memory(seen.factors, prepared, ())
         return Step(trees.extract(update, given.gradient), {"damping": strength}, memory=memory, guarded=True)
 
@@ -383,6 +383,10 @@ class _Preconditioner:
         """The inverses of the same factors with another damping."""
         return self.inverse.redamp(seen.layers, seen.factors, gamma, prepared)
 
-    def __call__(self, seen: Seen, prepared: Any, gamma: Array, vector: PyTree) -> PyTree:
-        """F^{-1} v."""
-        return precondition(seen.layers, self.inverse, prepared, seen.factors, gamma, vector)
+    def __call__(self, given: Given, seen: Seen, prepared: Any, gamma: Array) -> PyTree:
+        """F^{-1} g; of a gradient that has come straight from the point by the rows of its batch (KF-15)."""
+        gradient = trees.embed(given.gradient, given.at.params)
+        arguments = seen.layers, self.inverse, prepared, seen.factors, gamma, gradient
+        if given.at.chunk_size is None and given.at.is_gradient(given.gradient):
+            return precondition_gradient(*arguments, given.at)
+        return precondition(*arguments)

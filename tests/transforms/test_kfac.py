@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import curvax
+from benchmarks.operations import flops
 from curvax.damping import BestOfThree, kfac_rule, next_batch_rule
 from tests import oracles
 from tests.transforms.stepping import flat, gradient, loss, moved, run
@@ -274,3 +276,34 @@ def test_a_step_that_does_harm_on_the_next_batch_is_undone():
         np.testing.assert_allclose(flat(back), flat(start), atol=1e-15)
         assert after.info.undone_steps == 1
         assert after.strength == 4 * state.strength
+
+
+@pytest.mark.parametrize("gradient", ["its own", "scaled"])
+def test_a_batch_of_fewer_rows_than_features_gives_the_same_step_by_its_rows(gradient):
+    """KF-15: the rank of a gradient is that of its batch; what stands in front in a chain still has its effect."""
+    draw = np.random.default_rng(5)
+    params = {"w": jnp.asarray(draw.normal(size=(30, 20))), "b": jnp.asarray(draw.normal(size=20))}
+    objective = curvax.Objective(lambda p, x: jnp.tanh(x @ p["w"] + p["b"]), curvax.losses.squared_error())
+    batch = jnp.asarray(draw.normal(size=(4, 30))), jnp.asarray(draw.normal(size=(4, 20)))
+    layers = curvax.find_layers(objective, params, batch)
+    tx = curvax.scale_by_kfac(layers, damping=0.1, statistics=curvax.GaussNewton(), statistics_stride=1)
+    factor = 1.0 if gradient == "its own" else 0.5
+
+    @jax.jit
+    def by_rows(params):
+        _, grads, at = objective.value_and_grad(params, batch)
+        assert at.is_gradient(grads)
+        return tx.update(
+            grads if gradient == "its own" else jax.tree.map(lambda g: factor * g, grads),
+            tx.init(params),
+            params,
+            at=at,
+        )[0]
+
+    @jax.jit
+    def by_matrices(params):
+        grads = jax.tree.map(lambda g: factor * g, jax.grad(objective)(params, batch))
+        return tx.update(grads, tx.init(params), params, at=objective.linearize(params, batch))[0]
+
+    np.testing.assert_allclose(flat(by_rows(params)), flat(by_matrices(params)), rtol=1e-9)
+    assert flops(by_rows, params) < flops(by_matrices, params) if gradient == "its own" else True
