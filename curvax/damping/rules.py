@@ -5,6 +5,7 @@ rule                 tests                             good                   ba
 ===================  ================================  =====================  =====================  ======
 ``DampingRule()``    rho = actual / predicted change   > 3/4: times 2/3       < 1/4: times 3/2       1
 ``kfac_rule()``      the same                          > 3/4: times 0.95^5    < 1/4: over 0.95^5     5
+``next_batch_rule``  rho on the next batch             > 1/2: times 0.95^5    < -1/2: over 0.95^5    5
 ``curveball_rule()`` the same                          > 3/2: times 0.999     < 1/2: over 0.999      5
 ``cubic_rule()``     the same                          > 9/10: times 1/2      < 1/10: times 2        1
 ``RadiusRule()``     rho, and whether the step is long > 3/4: radius times 2  < 1/10: radius halved  1
@@ -78,20 +79,19 @@ def kfac_rule(period: int = 5, base: float = 19 / 20) -> DampingRule:
 
 
 def next_batch_rule(period: int = 5, base: float = 19 / 20) -> DampingRule:
-    """The rule for ratios on data that the step was not computed from: lambda falls above 1/4 and grows below 0.
+    """The rule for ratios on data that the step was not computed from: lambda falls above 1/2 and grows below -1/2.
 
-    The predicted change is that of the batch which the step fits, so on other data even a good step falls short of it,
-    by more the smaller the batch; with the usual thresholds lambda would grow without end. A step that does harm
-    (ratio below 0) is taken as a sign of too little damping.
+    A step fits its own batch, so on another one it falls short of what was predicted, by more the smaller the batch. In
+    the long run of mini-batches the loss stands still and steps only follow the noise: their ratios are zero on
+    average, and a lambda that grew there would grow without end. Between the two thresholds it stays, which on deep
+    autoencoders leaves it near the best constant (``benchmarks/results``).
 
     Example:
         >>> rule = curvax.damping.next_batch_rule(period=1)
-        >>> [round(rule.adapt(jnp.array(1.0), jnp.array(x), count=1).item(), 3) for x in (0.3, 0.1, -0.1)]
-        [0.95, 1.0, 1.108]
+        >>> [round(rule.adapt(jnp.array(1.0), jnp.array(x), count=1).item(), 3) for x in (0.8, 0.0, -0.8)]
+        [0.95, 1.0, 1.053]
     """
-    return DampingRule(
-        good_ratio=1 / 4, bad_ratio=0.0, decrease=base**period, increase=base ** (-2 * period), period=period
-    )
+    return DampingRule(good_ratio=1 / 2, bad_ratio=-1 / 2, decrease=base**period, increase=base**-period, period=period)
 
 
 def curveball_rule(period: int = 5, factor: float = 0.999) -> DampingRule:

@@ -284,6 +284,19 @@ def mean_eigenvalue(factor: Array) -> Array:
     return jnp.mean(factor if factor.ndim == 2 else jnp.diagonal(factor, axis1=-2, axis2=-1), axis=-1)
 
 
+def mean_curvature(factors: KroneckerFactors) -> Array:
+    """The mean of the eigenvalues of all blocks and of the diagonals."""
+    total, count = jnp.zeros(()), 0
+    for a, g in zip(factors.inputs, factors.outputs, strict=True):
+        size = a.shape[-1] * g.shape[-1]
+        total = total + size * jnp.sum(mean_eigenvalue(a) * mean_eigenvalue(g)).astype(total.dtype)
+        count += size * a.shape[0]
+    for diagonal in factors.diagonals:
+        total = total + jnp.sum(diagonal).astype(total.dtype)
+        count += diagonal.size
+    return total / max(count, 1)
+
+
 def add_to_diagonal(factor: Array, scalars: Array) -> Array:
     """A + s I, for each matrix."""
     if factor.ndim == 2:

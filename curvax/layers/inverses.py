@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from curvax import trees
 from curvax.checks import check_choice
-from curvax.layers.factors import KroneckerFactors, Pairs, damped_factors, mean_eigenvalue, uses_by_block, zero_factors
+from curvax.layers.factors import KroneckerFactors, Pairs, damped_factors, mean_curvature, uses_by_block, zero_factors
 from curvax.layers.find import Layers
 from curvax.layers.taps import TappedPoint, tap
 from curvax.layers.use import with_ones
@@ -278,7 +278,7 @@ def precondition(
         own = leaves[place].astype(damped.dtype) / damped
         solved[place] = own if covered is None else jnp.where(covered, solved[place], own)
     for place in treatment.bare:
-        curvature = _mean_curvature(factors) + jnp.square(jnp.asarray(gamma))
+        curvature = mean_curvature(factors) + jnp.square(jnp.asarray(gamma))
         solved[place] = leaves[place] / curvature.astype(leaves[place].dtype)
     return treedef.unflatten([s.astype(v.dtype) for s, v in zip(solved, leaves, strict=True)])
 
@@ -306,16 +306,3 @@ def _eigen(factor):
 
 def _squared(gamma):
     return jnp.square(jnp.asarray(gamma, dtype=jnp.result_type(float)))
-
-
-def _mean_curvature(factors):
-    """The mean of the eigenvalues of all blocks and diagonals."""
-    total, count = jnp.zeros(()), 0
-    for a, g in zip(factors.inputs, factors.outputs, strict=True):
-        size = a.shape[-1] * g.shape[-1]
-        total = total + size * jnp.sum(mean_eigenvalue(a) * mean_eigenvalue(g))
-        count += size * a.shape[0]
-    for d in factors.diagonals:
-        total = total + jnp.sum(d).astype(total.dtype)
-        count += d.size
-    return total / max(count, 1)

@@ -95,6 +95,7 @@ class Given:
         curvature_at: The point of the curvature, and of the losses that judge the step; ``at`` unless given.
         held_out_at: A point on data that the step was not computed from; None unless given.
         last: The step before; None where the method does not keep it.
+        undo: Whether the judge takes the last step back, so that nothing of this one is kept.
     """
 
     gradient: PyTree
@@ -109,6 +110,7 @@ class Given:
     params: PyTree
     extra: Mapping[str, Any]
     last: LastStep | None
+    undo: Array
 
     @property
     def last_change(self) -> PyTree:
@@ -140,8 +142,8 @@ class Step(NamedTuple):
         accepted: Whether the step is taken; None for always.
         finite: Whether all is finite, besides updates and incoming updates, which the stepper looks at.
         reads_updates: Whether the incoming updates are read, so that they have to be finite.
-        guarded: Whether ``memory`` is already the old one where something is not finite: then the stepper does not
-            select, which would read and write all of it once more.
+        guarded: Whether ``memory`` is already what it is to be where something is not finite or ``Given.undo`` holds:
+            then the stepper does not select, which would read and write all of it once more.
     """
 
     update: PyTree
@@ -226,7 +228,7 @@ def stepper(
         if judge is not None:
             verdict = judge(state.last, given)
             undo = verdict.undo & (state.steps > 0)
-            given = dataclasses.replace(given, strength=verdict.strength.astype(given.dtype))
+            given = dataclasses.replace(given, strength=verdict.strength.astype(given.dtype), undo=undo)
             if verdict.step_ratio is not None:
                 given = dataclasses.replace(given, info=given.info._replace(step_ratio=verdict.step_ratio))
         taken = step(given)
@@ -247,6 +249,7 @@ def stepper(
         skipped = state._replace(info=state.info._replace(skipped_steps=skipped_steps))
         if taken.guarded:
             skipped = skipped._replace(memory=taken.memory)
+            state = state._replace(memory=taken.memory)
         if judge is not None:
             back = trees.cast_like(trees.sub(state.last.params, here), updates)
             undone_steps = jnp.asarray(optax.safe_increment(state.info.undone_steps))
@@ -320,6 +323,7 @@ def _given(name, points, updates, state, params, arguments):
         params=params,
         extra=arguments,
         last=state.last if isinstance(state.last, LastStep) else None,
+        undo=jnp.array(False),
     )
 
 

@@ -13,7 +13,15 @@ from curvax import trees
 from curvax.checks import check_choice
 from curvax.damping.rules import BestOfThree, DampingRule, kfac_rule, next_batch_rule
 from curvax.layers.ekfac import EigenCorrected
-from curvax.layers.factors import KroneckerFactors, Sharing, average_factors, factors_of, zero_factors
+from curvax.layers.factors import (
+    KroneckerFactors,
+    Sharing,
+    factors_are_finite,
+    factors_of,
+    mean_curvature,
+    running_average,
+    zero_factors,
+)
 from curvax.layers.find import Layers
 from curvax.layers.inverses import BlockDiagonal, ExactTikhonov, Inverse, precondition, precondition_gradient
 from curvax.layers.taps import TappedPoint, tap
@@ -38,17 +46,17 @@ def kfac(
     layers: Layers,
     *,
     inverse: InverseName | Inverse = "block_diagonal",
-    initial_damping: float = 1.0,
+    initial_damping: float | None = None,
     rule: DampingRule | None = None,
     judged_by: Literal["next_batch", "same_batch"] = "next_batch",
     gamma_rule: BestOfThree | None = None,
     learning_rate: optax.ScalarOrSchedule | None = None,
     momentum: optax.ScalarOrSchedule | None = None,
     max_divergence: optax.ScalarOrSchedule | None = None,
-    refresh_period: optax.ScalarOrSchedule = 20,
+    refresh_period: optax.ScalarOrSchedule = 10,
     statistics_stride: int | None = None,
     curvature_stride: int | None = None,
-    decay: optax.ScalarOrSchedule = 0.95,
+    decay: optax.ScalarOrSchedule = 0.9,
     curvature: OutputCurvature | None = None,
     statistics: OutputCurvature | None = None,
     sharing: Sharing = "expand",
@@ -65,18 +73,21 @@ def kfac(
     step is what the parameters moved by since the last update, whatever stands behind in the chain.
 
     By default a step is judged by the next batch, which its curvature has not seen: lambda falls where the loss of the
-    new batch fell at least by a quarter of what was predicted and grows where it rose; a rise of ten times that size is
-    undone, and counted in ``undone_steps``. It takes a forward pass where the rule is due. ``judged_by="same_batch"``
-    is the rule of the paper, for batches so large that what fits them fits all data. With mini-batches of some hundred
-    examples it lets lambda fall until steps fit the batch alone.
+    new batch fell by half of what was predicted and grows where it rose by as much; a rise of ten times the prediction
+    is undone, and counted in ``undone_steps``. It takes a forward pass where the rule is due. The rule of the paper,
+    ``judged_by="same_batch"``, is for batches so large that what fits them fits all data: with smaller ones it lets
+    lambda fall until steps fit the batch alone.
 
-    The method of the paper has ``judged_by="same_batch"``, ``gamma_rule=curvax.damping.BestOfThree()`` and
-    ``initial_damping=150.0``; its l2 is that of the objective; its average of the iterates is
+    The method of the paper has ``judged_by="same_batch"``, ``gamma_rule=curvax.damping.BestOfThree()``,
+    ``initial_damping=150.0``, ``refresh_period=20``, ``decay=0.95`` and strides of 8 and 4; its l2 is that of the
+    objective; its average of the iterates is
     ``optax.chain(curvax.kfac(layers), curvax.average_iterates("exponential"))``.
 
     Args:
         layers: From ``curvax.find_layers``; printed, it shows which parameters have Kronecker factors. Others have the
             diagonal of their curvature, and with ``fallback="gradient"`` the mean curvature of the rest.
+        initial_damping: lambda_0; if None the mean curvature of the first batch, the trace of F over its size, which
+            follows the scale of the loss.
         inverse: What is inverted, by name or as a value that holds more choices: "block_diagonal", "block_tridiagonal",
             "exact_tikhonov" or "eigen_corrected"; ``curvax.layers.BlockDiagonal()`` and so on.
         rule: How lambda adapts; ``next_batch_rule()`` or ``kfac_rule()`` of ``curvax.damping``, as ``judged_by`` says.
@@ -86,9 +97,11 @@ def kfac(
         momentum: mu likewise; 0 for none.
         max_divergence: A bound on 1/2 delta^T B delta, the divergence of the predictions to second order.
         refresh_period: Steps from one set of inverses to the next, T_3; the first three steps all have new ones.
-        statistics_stride: Every so many-th example of the batch is for the factors, 1/tau_1; 8 if None.
-        curvature_stride: Every so many-th is for B, 1/tau_2; 4 if None.
-        decay: epsilon of the running averages once they are long.
+        statistics_stride: Every so many-th example of the batch is for the factors, 1/tau_1; if None, so that some 125
+            or more are, but no more than every eighth.
+        curvature_stride: Every so many-th is for B, 1/tau_2; if None, so that some 250 or more are, but no more than
+            every fourth.
+        decay: epsilon of the running averages once they are long; the paper has 0.95.
         curvature: B, ``curvax.GaussNewton()`` if None.
         statistics: The curvature of the factors, ``curvax.Fisher(num_samples=1)`` if None; see ``kronecker_factors``.
         sharing: See ``curvax.layers.kronecker_factors``.
@@ -123,10 +136,14 @@ def kfac(
         return own if gamma_rule is None else own._replace(gamma=trees.wide_zero(params))
 
     def step(given: Given) -> Step:
-        at, damping, dtype = given.curvature_at, given.strength, given.dtype
+        at, dtype = given.curvature_at, given.dtype
         statistics_key, curvature_key = jax.random.split(given.key)
         seen = preconditioner.seen(given, at, statistics_key)
-        part = at.subset(static_count("kfac", "curvature_stride", curvature_stride, 4), given.steps)
+        part = at.subset(_stride("kfac", "curvature_stride", curvature_stride, at, most=4, least=250), given.steps)
+        damping = given.strength
+        if initial_damping is None:
+            first = jnp.maximum(mean_curvature(seen.factors).astype(dtype), rule.minimum)
+            damping = jnp.where(given.steps == 0, first, damping)
         gradient, before = (trees.embed(v, at.params) for v in (given.gradient, given.last_change))
         rate, share = (None if x is None else given.number(x) for x in (learning_rate, momentum))
 
@@ -154,6 +171,7 @@ def kfac(
             best = _best_of_three(
                 gamma_rule, given.steps + 1, best, lambda g, p: attempt(g, preconditioner.redamped(seen, p, g))
             )
+        kept_gamma = () if gamma_rule is None else jnp.where(given.undo, given.memory.gamma, best.gamma)
         alpha, mu = best.coefficients
         delta = trees.extract(trees.add_scaled(trees.scale(alpha, best.direction), mu, before), given.gradient)
         loss = given.at.loss.astype(dtype)
@@ -179,7 +197,7 @@ def kfac(
         return Step(
             delta,
             figures,
-            memory=Memory(seen.factors, best.prepared, () if gamma_rule is None else best.gamma),
+            memory=Memory(seen.factors, best.prepared, kept_gamma),
             strength=strength,
             finite=trees.all_finite(loss, best.predicted),
             guarded=True,
@@ -209,7 +227,7 @@ def kfac(
         "kfac",
         step,
         start=start,
-        strength=initial_damping,
+        strength=0.0 if initial_damping is None else initial_damping,
         seed=seed,
         extra={"momentum": None, "gamma": None},
         points=("at", "curvature_at"),
@@ -223,9 +241,9 @@ def scale_by_kfac(
     *,
     damping: optax.ScalarOrSchedule = 1e-3,
     inverse: InverseName | Inverse = "block_diagonal",
-    refresh_period: optax.ScalarOrSchedule = 20,
+    refresh_period: optax.ScalarOrSchedule = 10,
     statistics_stride: int | None = None,
-    decay: optax.ScalarOrSchedule = 0.95,
+    decay: optax.ScalarOrSchedule = 0.9,
     statistics: OutputCurvature | None = None,
     sharing: Sharing = "expand",
     seed: int = 0,
@@ -325,6 +343,12 @@ def _inverse(name, inverse):
     return _INVERSES[inverse]()
 
 
+def _stride(name, argument, value, at, *, most, least):
+    """The stride that is given, or the largest up to ``most`` that leaves ``least`` examples."""
+    count = min(at.num_examples(index) for index in range(len(at.terms)))
+    return static_count(name, argument, value, max(1, min(most, count // least)))
+
+
 def _gamma(given, damping):
     """The square root of the damping and of the penalty's strength, the largest where leaves differ (KF-8, KF-18)."""
     penalty = given.curvature_at.penalty
@@ -346,8 +370,7 @@ class _Preconditioner:
         self.inverse = _inverse(name, inverse)
         self.statistics = Fisher(num_samples=1) if statistics is None else statistics
         check_curvature(name, self.statistics, OutputCurvature)
-        self.stride = static_count(name, "statistics_stride", stride, 8)
-        self.period, self.decay = period, decay
+        self.stride, self.period, self.decay = stride, period, decay
 
     def own(self, tree: PyTree) -> Layers:
         """The layers of the leaves that this tree has."""
@@ -360,24 +383,30 @@ class _Preconditioner:
     def seen(self, given: Given, at: CurvaturePoint, key: Array) -> Seen:
         """The running averages with the factors of this batch, or of its part for statistics (KF-3, KF-14)."""
         layers = self.own(given.gradient)
-        tapped = tap(layers, at.subset(self.stride, given.steps))
+        stride = _stride(self.name, "statistics_stride", self.stride, at, most=8, least=125)
+        tapped = tap(layers, at.subset(stride, given.steps))
         new = factors_of(tapped, key, self.statistics, self.sharing, self.inverse.pairs(layers))
-        factors = average_factors(given.memory.factors, new, given.steps + 1, decay=given.number(self.decay))
+        kept = factors_are_finite(new) & ~given.undo
+        factors = running_average(given.memory.factors, new, given.steps + 1, given.number(self.decay), kept)
         return Seen(layers, tapped, key, factors)
 
     def refreshed(self, given: Given, seen: Seen, gamma: Array) -> Any:
         """The inverses, worked out anew where it is time, with what they learn from this batch."""
         count, previous = given.steps + 1, given.memory.prepared
         period = jnp.maximum(jnp.asarray(given.number(self.period)).astype(jnp.int32), 1)
-        prepared = jax.lax.cond(
-            (count % period == 0) | (count <= 3),
-            lambda: self.inverse.prepare(seen.layers, seen.factors, gamma, previous),
-            lambda: previous,
-        )
+
+        def anew():
+            # Rounding can make a factor indefinite: then the last inverse has to do.
+            prepared = self.inverse.prepare(seen.layers, seen.factors, gamma, previous)
+            return trees.where(trees.all_finite(prepared), prepared, previous)
+
+        due = ((count % period == 0) | (count <= 3)) & ~given.undo
+        prepared = jax.lax.cond(due, anew, lambda: previous)
         decay = given.number(self.decay)
-        return self.inverse.observe(
+        observed = self.inverse.observe(
             seen.layers, prepared, seen.tapped, seen.key, curvature=self.statistics, count=count, decay=decay
         )
+        return prepared if observed is prepared else trees.where(given.undo, previous, observed)
 
     def redamped(self, seen: Seen, prepared: Any, gamma: Array) -> Any:
         """The inverses of the same factors with another damping."""
