@@ -33,7 +33,7 @@ def parser(description: str | None, output: str, batch_size: int, seconds: float
     made.add_argument("--seconds", type=float, default=seconds, help="training time of each run (default %(default)g)")
     made.add_argument("--batch-size", type=int, default=batch_size, help="default %(default)s")
     made.add_argument("--rates", type=float, nargs="*", default=[1e-3, 3e-3, 1e-2], help="learning rates of Adam")
-    made.add_argument("--damping", type=float, default=1.0, help="of K-FAC, at the start (default %(default)g)")
+    made.add_argument("--damping", type=float, help="of K-FAC, at the start (default: the mean curvature)")
     made.add_argument("--output", type=Path, default=RUNS / output)
     return made
 

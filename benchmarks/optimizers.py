@@ -80,12 +80,8 @@ def _hessian_free(damping, max_iterations, warm_start):
     )
 
 
-def _kfac(layers, damping, **options):
-    return curvax.kfac(layers, initial_damping=damping, **options)
-
-
-def _kfac_averaged(layers, damping):
-    return optax.chain(_kfac(layers, damping), curvax.average_iterates())
+def _kfac_averaged(layers):
+    return optax.chain(curvax.kfac(layers), curvax.average_iterates())
 
 
 def _products(**options):
@@ -93,15 +89,15 @@ def _products(**options):
     return tuple(dict(zip(options, values, strict=True)) for values in itertools.product(*options.values()))
 
 
-_KFAC = {"batch_size": 1000, "damping": 1.0}
+_KFAC = {"batch_size": 1000}
 
 OPTIMIZERS: dict[str, Optimizer] = {
-    "kfac": Optimizer(_kfac, _KFAC, _products(batch_size=(500, 1000, 2000), damping=(1.0, 30.0)), True),
-    "kfac_tridiagonal": Optimizer(functools.partial(_kfac, inverse="block_tridiagonal"), _KFAC, ({},), True),
-    "ekfac": Optimizer(functools.partial(_kfac, inverse="eigen_corrected"), _KFAC, ({},), True),
-    "kfac_without_momentum": Optimizer(functools.partial(_kfac, momentum=0.0), _KFAC, ({},), True),
+    "kfac": Optimizer(curvax.kfac, _KFAC, _products(batch_size=(250, 500, 1000, 2000)), True),
+    "kfac_tridiagonal": Optimizer(functools.partial(curvax.kfac, inverse="block_tridiagonal"), _KFAC, ({},), True),
+    "ekfac": Optimizer(functools.partial(curvax.kfac, inverse="eigen_corrected"), _KFAC, ({},), True),
+    "kfac_without_momentum": Optimizer(functools.partial(curvax.kfac, momentum=0.0), _KFAC, ({},), True),
     "kfac_averaged": Optimizer(_kfac_averaged, _KFAC, ({},), True, averaged=True),
-    "kfac_growing": Optimizer(_kfac, {**_KFAC, "steps_to_whole": 500}, ({},), True),
+    "kfac_growing": Optimizer(curvax.kfac, {**_KFAC, "steps_to_whole": 500}, ({},), True),
     "hessian_free": Optimizer(
         _hessian_free,
         {"batch_size": 4000, "curvature_size": 1000, "damping": 1.0, "max_iterations": 30, "warm_start": 0.95},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -121,6 +122,12 @@ def train(
         own = {name: float(value) for name, value in figures(state).items()} if count else {}
         return {"step": count, "seconds": spent, "load": load()} | measured | own
 
+    def state_of_record(state):
+        """What a record reads of a state, which the step overwrites."""
+        if averaged:
+            return jax.tree.map(jnp.copy, state)
+        return [{"info": jax.device_get(info)} for _, info in optax.tree.get_all_with_path(state, "info")]
+
     def done(spent, count):
         return max(spent / (seconds or np.inf), count / (steps or np.inf))
 
@@ -133,14 +140,14 @@ def train(
 
     def compile_for(batch):
         if len(batch[0]) not in compiled:
-            jax.block_until_ready(step(params, state, batch, np.float32(0)))
+            jax.block_until_ready(step(params, jax.tree.map(jnp.copy, state), batch, np.float32(0)))
             compiled.add(len(batch[0]))
 
     compile_for(batches.at(count))
     saved = time.perf_counter()
     with Progress(steps, seconds, title) as progress:
         while done(spent, count) < 1:
-            batch, before = batches.at(count), (params, state, count, spent)
+            batch, before = batches.at(count), (params, state_of_record(state), count, spent)
             share = np.float32(done(spent, count))
             compile_for(batch)
             start = time.perf_counter()
@@ -179,7 +186,8 @@ def figures(state: PyTree) -> dict[str, Any]:
 
 
 def _step_function(tx, objective, curvature_size, cosine_decay):
-    @jax.jit
+    # The state is given up to the step, as in any training loop: it may be several times as large as the parameters.
+    @functools.partial(jax.jit, donate_argnums=1)
     def step(params, state, batch, done):
         loss, gradient, at = objective.value_and_grad(params, batch)
         extra = {}
