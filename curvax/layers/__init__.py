@@ -28,6 +28,7 @@ from curvax.layers.per_example import gradient_inner_products as gradient_inner_
 from curvax.layers.per_example import gradient_norms as gradient_norms
 from curvax.layers.per_example import per_example_gradients as per_example_gradients
 from curvax.layers.sample_space import gram as gram
+from curvax.layers.sharding import factor_shardings as factor_shardings
 from curvax.layers.taps import TappedPoint as TappedPoint
 from curvax.layers.taps import tap as tap
 from curvax.layers.tridiagonal import BlockTridiagonal as BlockTridiagonal

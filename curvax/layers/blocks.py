@@ -28,7 +28,7 @@ MAX_FACTOR = 8192
 """The largest side of a layer whose second moments are kept as a matrix; above it, as a diagonal."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Block:
     """A layer with its bias, if one rides on it, as matrices of shape (blocks, inputs, outputs).
 
@@ -41,6 +41,10 @@ class Block:
     weights: Layer
     bias: Layer | None
     bias_order: tuple[int, ...] = ()
+
+    def __repr__(self) -> str:
+        bias = "" if self.bias is None else f" with {self.bias.name!r}"
+        return f"Block({self.name!r}{bias}, shape={self.shape})"
 
     @property
     def name(self) -> str:

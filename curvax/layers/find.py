@@ -254,19 +254,17 @@ class Layers:
 
     def __str__(self) -> str:
         head = ("layer", "shape", "kind", "bias", "uses", "shared", "factors", "reason")
-        biases = {layer.bias for layer in self.layers if layer.bias is not None}
         rows = [
             (
-                layer.name,
-                str(layer.shown_shape),
-                layer.kind,
-                layer.bias or "",
-                str(len(layer.members)),
-                str(layer.shared),
-                *self._curvature_of(layer),
+                block.name,
+                str(block.weights.shown_shape),
+                block.weights.kind,
+                "" if block.bias is None else block.bias.name,
+                str(len(block.weights.members)),
+                str(block.weights.shared),
+                *self._curvature_of(block.weights),
             )
-            for layer in self.layers
-            if layer.name not in biases
+            for block in self.blocks
         ]
         without = {"error": "", "diagonal": "diagonal", "gradient": "mean"}[self.fallback]
         rows += [

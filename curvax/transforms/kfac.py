@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from curvax import trees
@@ -54,6 +56,7 @@ def kfac(
     momentum: optax.ScalarOrSchedule | None = None,
     max_divergence: optax.ScalarOrSchedule | None = None,
     refresh_period: optax.ScalarOrSchedule = 10,
+    spread_refresh: bool = False,
     statistics_stride: int | None = None,
     curvature_stride: int | None = None,
     decay: optax.ScalarOrSchedule = 0.9,
@@ -97,6 +100,8 @@ def kfac(
         momentum: mu likewise; 0 for none.
         max_divergence: A bound on 1/2 delta^T B delta, the divergence of the predictions to second order.
         refresh_period: Steps from one set of inverses to the next, T_3; the first three steps all have new ones.
+        spread_refresh: Whether the blocks of a block-diagonal inverse take turns within the period, so that no step is
+            slow, in place of all at once.
         statistics_stride: Every so many-th example of the batch is for the factors, 1/tau_1; if None, so that some 125
             or more are, but no more than every eighth.
         curvature_stride: Every so many-th is for B, 1/tau_2; if None, so that some 250 or more are, but no more than
@@ -128,7 +133,7 @@ def kfac(
     curvature = GaussNewton() if curvature is None else curvature
     check_curvature("kfac", curvature, OutputCurvature)
     preconditioner = _Preconditioner(
-        "kfac", layers, inverse, statistics, sharing, statistics_stride, refresh_period, decay
+        "kfac", layers, inverse, statistics, sharing, statistics_stride, refresh_period, spread_refresh, decay
     )
 
     def start(params):
@@ -242,6 +247,7 @@ def scale_by_kfac(
     damping: optax.ScalarOrSchedule = 1e-3,
     inverse: InverseName | Inverse = "block_diagonal",
     refresh_period: optax.ScalarOrSchedule = 10,
+    spread_refresh: bool = False,
     statistics_stride: int | None = None,
     decay: optax.ScalarOrSchedule = 0.9,
     statistics: OutputCurvature | None = None,
@@ -271,7 +277,7 @@ def scale_by_kfac(
     Source: Martens and Grosse 2015; Martens 2016, sections 6.3 to 6.5.
     """
     preconditioner = _Preconditioner(
-        "scale_by_kfac", layers, inverse, statistics, sharing, statistics_stride, refresh_period, decay
+        "scale_by_kfac", layers, inverse, statistics, sharing, statistics_stride, refresh_period, spread_refresh, decay
     )
 
     def step(given: Given) -> Step:
@@ -361,7 +367,7 @@ def _gamma(given, damping):
 class _Preconditioner:
     """Statistics and inverses, which ``kfac`` and ``scale_by_kfac`` have in common."""
 
-    def __init__(self, name, layers, inverse, statistics, sharing, stride, period, decay):
+    def __init__(self, name, layers, inverse, statistics, sharing, stride, period, spread, decay):
         if not isinstance(layers, Layers):
             raise TypeError(
                 f"{name}: the first argument is curvax.find_layers(objective, params, batch), got {layers!r}"
@@ -370,7 +376,7 @@ class _Preconditioner:
         self.inverse = _inverse(name, inverse)
         self.statistics = Fisher(num_samples=1) if statistics is None else statistics
         check_curvature(name, self.statistics, OutputCurvature)
-        self.stride, self.period, self.decay = stride, period, decay
+        self.stride, self.period, self.spread, self.decay = stride, period, spread, decay
 
     def own(self, tree: PyTree) -> Layers:
         """The layers of the leaves that this tree has."""
@@ -395,18 +401,41 @@ class _Preconditioner:
         count, previous = given.steps + 1, given.memory.prepared
         period = jnp.maximum(jnp.asarray(given.number(self.period)).astype(jnp.int32), 1)
 
-        def anew():
-            # Rounding can make a factor indefinite: then the last inverse has to do.
-            prepared = self.inverse.prepare(seen.layers, seen.factors, gamma, previous)
-            return trees.where(trees.all_finite(prepared), prepared, previous)
+        def due(phase):
+            return (((count + phase) % period == 0) | (count <= 3)) & ~given.undo
 
-        due = ((count % period == 0) | (count <= 3)) & ~given.undo
-        prepared = jax.lax.cond(due, anew, lambda: previous)
+        if self.spread and self.inverse.has_two_sides:
+            prepared = self._some_refreshed(seen, gamma, previous, period, due)
+        else:
+            prepared = jax.lax.cond(
+                due(0), lambda: self._anew(seen.factors, seen.layers, gamma, previous), lambda: previous
+            )
         decay = given.number(self.decay)
         observed = self.inverse.observe(
             seen.layers, prepared, seen.tapped, seen.key, curvature=self.statistics, count=count, decay=decay
         )
         return prepared if observed is prepared else trees.where(given.undo, previous, observed)
+
+    def _anew(self, factors, layers, gamma, previous):
+        # Rounding can make a factor indefinite: then the last inverse has to do.
+        prepared = self.inverse.prepare(layers, factors, gamma, previous)
+        return trees.where(trees.all_finite(prepared), prepared, previous)
+
+    def _some_refreshed(self, seen, gamma, previous, period, due):
+        """The inverses of each block when it is its turn, by shares of the cubes of their sizes."""
+        blocks = seen.layers.treatment.kronecker
+        costs = np.array([float(n) * (i**3 + o**3) for n, i, o in (block.shape for block in blocks)])
+        middles = (np.cumsum(costs) - costs / 2) / np.sum(costs)
+        prepared, last = [], None
+        for place, middle in enumerate(middles):
+            own = KroneckerFactors((seen.factors.inputs[place],), (seen.factors.outputs[place],), (), (), ())
+            own, _ = jax.lax.optimization_barrier((own, last))  # one block after another, as ``sequenced`` says
+            phase = (jnp.float32(middle) * period.astype(jnp.float32)).astype(jnp.int32)
+            before = (previous[place],)
+            refresh = functools.partial(self._anew, own, seen.layers, gamma, before)
+            last = jax.lax.cond(due(phase), refresh, lambda before=before: before)
+            prepared.append(last[0])
+        return tuple(prepared)
 
     def redamped(self, seen: Seen, prepared: Any, gamma: Array) -> Any:
         """The inverses of the same factors with another damping."""

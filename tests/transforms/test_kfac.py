@@ -43,6 +43,7 @@ def data(count=12, seed=1):
 PARAMS, DATA = parameters(), data()
 OBJECTIVE = curvax.Objective(network, curvax.losses.softmax_cross_entropy(), l2=L2)
 LAYERS = curvax.find_layers(OBJECTIVE, PARAMS, DATA)
+FACTORS = {"statistics": curvax.Fisher(num_samples=1), "statistics_stride": 1}
 WHOLE = {"statistics": curvax.Fisher(), "statistics_stride": 1, "curvature_stride": 1, "decay": 0.95}
 
 
@@ -227,6 +228,27 @@ def test_inverses_are_kept_between_refreshes():
     prepared = [jax.tree.leaves(taken.state.memory.prepared)[0] for taken in run(tx, OBJECTIVE, PARAMS, DATA, 11)]
     changed = [k + 1 for k in range(1, 11) if not np.array_equal(prepared[k], prepared[k - 1])]
     assert changed == [2, 3, 5, 10]
+
+
+def test_blocks_take_turns_within_a_period_when_asked():
+    """Each of the two blocks once in five steps, at different ones, and what it gets is its inverse of then."""
+    tx = curvax.scale_by_kfac(LAYERS, damping=0.1, refresh_period=5, spread_refresh=True, **FACTORS)
+    every = curvax.scale_by_kfac(LAYERS, damping=0.1, refresh_period=1, **FACTORS)
+    # The parameters stand still, so that the factors of both are the same at every step.
+    still = optax.set_to_zero()
+    some, whole = (
+        [taken.state[0].memory.prepared for taken in run(optax.chain(method, still), OBJECTIVE, PARAMS, DATA, 13)]
+        for method in (tx, every)
+    )
+    turns = [
+        {k for k in range(4, 13) if not np.array_equal(some[k][block][0], some[k - 1][block][0])} for block in range(2)
+    ]
+    assert all(np.diff(sorted(own)).tolist() in ([], [5]) for own in turns)
+    assert all(turns)
+    assert not turns[0] & turns[1]
+    for block, own in enumerate(turns):
+        for k in own:
+            np.testing.assert_allclose(some[k][block][0], whole[k][block][0], rtol=1e-12)
 
 
 def test_the_next_batch_judges_the_last_step():
