@@ -269,7 +269,7 @@ def scale_by_kfac(
         >>> layers = curvax.find_layers(objective, w, batch)
         >>> tx = curvax.scale_by_kfac(
         ...     layers, damping=1e-12, statistics=curvax.GaussNewton(), statistics_stride=1)
-        >>> updates, _ = tx.update(jnp.ones((2, 1)), tx.init(w), w, at=objective.linearize(w, batch))
+        >>> updates, _ = jax.jit(tx.update)(jnp.ones((2, 1)), tx.init(w), w, at=objective.linearize(w, batch))
         >>> updates.round(3)
         Array([[1.],
                [1.]], dtype=float...)

@@ -122,6 +122,7 @@ def test_ekfac_is_kfac_where_that_is_exact():
     np.testing.assert_allclose(E.values[0], K.values[0], atol=1e-12)
 
 
+@pytest.mark.many_compilations("the squares of the layers' maps are found by small programs of their own")
 @pytest.mark.parametrize("make", [mlp, scaled_and_added, experts_and_embedding])
 def test_every_answer_is_that_of_the_dense_matrix(make):
     (objective, params, batch), fallback = make()

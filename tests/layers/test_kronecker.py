@@ -173,6 +173,7 @@ def test_every_answer_is_that_of_the_dense_matrix(make):
         check(found, dense, np.asarray(trees.ravel(vector)), noise, damping)
 
 
+@pytest.mark.many_compilations("the squares of the layers' maps are found by small programs of their own")
 def test_scaled_blocks_have_the_curvature_of_their_parameters():
     """For one example the map is the Gauss-Newton matrix itself, the null space of the sum p + q^T included."""
     (objective, params, batch), _ = scaled_and_added()

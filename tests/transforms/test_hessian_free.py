@@ -291,3 +291,24 @@ def test_with_layers_the_preconditioner_varies_less():
         iterations[cap] = np.linalg.norm(flat(one) - flat(two)) / np.linalg.norm(flat(one))
         assert state.info.skipped_steps == 0
     assert iterations[60] < 1e-6 < 1e-3 < iterations[3]
+
+
+def test_the_kronecker_preconditioner_needs_fewer_iterations_for_the_same_step():
+    """Inputs that are mixed after they were scaled: no diagonal sees the scales, the factor of the inputs does."""
+    draw = np.random.default_rng(2)
+    inputs = draw.normal(size=(200, 20)) * np.geomspace(10, 0.01, 20) @ np.linalg.qr(draw.normal(size=(20, 20)))[0]
+    data = jnp.asarray(inputs), jnp.asarray(draw.integers(0, 3, 200))
+    params = {"first": jnp.asarray(draw.normal(size=(20, 6)) / 20), "second": jnp.asarray(draw.normal(size=(6, 3)))}
+    options = {"max_iterations": 200, "progress_tolerance": 1e-6, "choice": "last", "initial_damping": 1e-3}
+    layers = curvax.find_layers(objective, params, data)
+    kronecker, diagonal = (
+        one_step(curvax.hessian_free(**options, **more), objective, params, data)
+        for more in ({"preconditioner": "kronecker", "layers": layers}, {})
+    )
+    matrix, slopes = np.asarray(dense_ggn(objective, params, data)), gradient(objective, params, data)
+    delta = -np.linalg.solve(matrix + 1e-3 * np.eye(len(matrix)), slopes)
+    model = slopes @ delta + delta @ matrix @ delta / 2
+    np.testing.assert_allclose(kronecker[1].info.predicted_change, model, rtol=1e-2)
+    assert int(kronecker[1].info.inner_iterations) < 0.6 * int(diagonal[1].info.inner_iterations)
+    with pytest.raises(ValueError, match="needs layers="):
+        curvax.hessian_free(preconditioner="kronecker")
