@@ -6,7 +6,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench bench-rnn bench-papers bench-networks lint types clean
+.PHONY: help demo test test-all bench bench-rnn bench-papers bench-networks lint clean
 
 help:
 	@echo "make demo      train a deep autoencoder, K-FAC and Hessian-free against Adam and NAG: table and plots in demo/"

@@ -39,13 +39,11 @@ class Case(NamedTuple):
         options: For ``make_problem``.
         marks: Seconds at which the report has the losses; the last is the time of each setting of the grids.
         note: What it is, in words.
-        elsewhere: Figures from elsewhere to compare with.
     """
 
     options: dict[str, Any]
     marks: tuple[float, ...]
     note: str
-    elsewhere: str = ""
 
 
 CASES = {
@@ -58,15 +56,11 @@ CASES = {
         {"name": "curves", "num_train": 10_000, "num_test": 2000},
         (3, 8, 15, 25, 36, 50, 60),
         "the layers of Hinton and Salakhutdinov 2006, 10,000 images",
-        "Another library's K-FAC (adaptive damping, batches of 1,000), on the same images and two quiet cores: 46,"
-        " 15.6, 6.3, 3.6, 2.6, 2.1 and 1.96 at these times, test loss 5.8.",
     ),
     "curves": Case(
         {"name": "curves", "sizes": (784, 1000, 500, 250, 30), "num_train": 10_000, "num_test": 2000},
         (8, 15, 25, 36, 50, 76, 100),
         "wide layers, 10,000 images",
-        "Another library's K-FAC (adaptive damping, batches of 1,000), on the same images and two quiet cores: 8.0,"
-        " 3.5, 1.8, 1.22, 0.88, 0.64 and 0.54 at these times, test loss 1.21.",
     ),
     "mnist": Case(
         {"name": "mnist", "num_train": 10_000, "num_test": 2000}, (4, 10, 20, 40), "full layer sizes, 10,000 images"
@@ -164,8 +158,6 @@ class Bench:
         for name, tried in self.grids.items():
             lines += [f"- {name}: " + "; ".join(f"({describe(s)}) {loss:.3f}" for s, loss in tried)]
         lines += ["", f"On {'; '.join(sorted(self._machines))}."]
-        if self.case.elsewhere:
-            lines += ["", self.case.elsewhere]
         return "\n".join([*lines, ""])
 
     def _verdict(self):

@@ -1,8 +1,9 @@
 """Second order against first order: ``python -m benchmarks.demo``, which is ``make demo``.
 
 A deep autoencoder learns generated images of smooth curves (CURVES, after Hinton and Salakhutdinov 2006) by K-FAC,
-Hessian-free optimisation, Adam and NAG for the same number of seconds each, with the settings that the autoencoder
-bench found best on its grids (``benchmarks/results/tuned.json``). Writes a table and plots to ``demo/``.
+Hessian-free optimisation, Adam and NAG for the same number of seconds each: at their defaults, or with the settings
+that the autoencoder bench found best on its grids where it has been run (``benchmarks/results/tuned.json``). Writes a
+table and plots to ``demo/``.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     ),
     "adam": Optimizer(
         optax.adam,
-        {"batch_size": 200, "learning_rate": 1e-3, "decay": "cosine"},
+        {"batch_size": 200, "learning_rate": 2e-3, "decay": "cosine"},
         (
             *_products(batch_size=(200, 500, 1000), learning_rate=(1e-3, 2e-3, 4e-3)),
             *_products(learning_rate=(5e-4, 1e-3, 2e-3), decay=("none",)),

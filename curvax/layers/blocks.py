@@ -80,6 +80,17 @@ class Block:
         return one_hot or inputs > MAX_FACTOR, outputs > MAX_FACTOR
 
     @functools.cached_property
+    def squares(self) -> np.ndarray | None:
+        """d = L L^T 1 in the shape of the matrices; None where L moves entries, and d is one."""
+        if self.weights.only_moves and (self.bias is None or self.bias.only_moves):
+            return None
+        squares = self._squares(self.weights)
+        if self.bias is None:
+            return squares
+        row = self._squares(self.bias).reshape(-1)[np.array(self.bias_order)]
+        return np.concatenate([squares, row.reshape(squares.shape[0], 1, -1)], axis=1)
+
+    @functools.cached_property
     def roots(self) -> tuple[np.ndarray, np.ndarray] | None:
         """(r, q) of shapes (blocks, inputs) and (blocks, outputs) with r q^T = d^{1/2}; None where L moves entries.
 
@@ -89,12 +100,9 @@ class Block:
         Raises:
             ValueError: d is no product of such a kind, or an entry of a leaf is in several of the matrices.
         """
-        if self.weights.only_moves and (self.bias is None or self.bias.only_moves):
+        squares = self.squares
+        if squares is None:
             return None
-        squares = self._squares(self.weights)
-        if self.bias is not None:
-            row = self._squares(self.bias).reshape(-1)[np.array(self.bias_order)]
-            squares = np.concatenate([squares, row.reshape(squares.shape[0], 1, -1)], axis=1)
         root = np.sqrt(squares)
         inputs, outputs = root[:, :, 0], root[:, 0] / root[:, :1, 0]
         rounding = 1e2 * float(jnp.finfo(root.dtype).eps)

@@ -242,6 +242,7 @@ def _squares_of_sums(inputs, outputs):
 
 def _squares_of_rows_read(indices, outputs, block):
     """The same for one-hot x: positions that read the same row are added up, without a row that is not read."""
+    indices, outputs = replicated(indices), replicated(outputs)
     same = (indices[:, :, None] == indices[:, None]).astype(outputs.dtype)
     products = outputs * (same @ outputs)
     if block.roots is not None:

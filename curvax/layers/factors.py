@@ -12,11 +12,13 @@ can move from one to the other.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from curvax import trees
 from curvax.checks import check_choice
@@ -24,7 +26,7 @@ from curvax.layers.blocks import Block
 from curvax.layers.diagonals import entrywise, products
 from curvax.layers.find import Layers
 from curvax.layers.taps import TappedPoint, tap
-from curvax.layers.use import LayerUse, with_ones
+from curvax.layers.use import LayerUse, sum_over_examples, with_ones
 from curvax.matrices.curvature import Fisher, OutputCurvature, check_curvature
 from curvax.objectives.objective import Objective, compiled_if_eager
 from curvax.objectives.term import scale_cases
@@ -73,9 +75,9 @@ def kronecker_factors(
     Where positions share weights (steps of a sequence, pixels, several uses), "expand" takes every position for a case
     of its own, exact where each has a loss of its own, and "reduce" adds up over them first, exact for a linear layer
     whose outputs are averaged (Eschenhagen et al. 2023). Examples, and steps where a mask or weights single them out,
-    count by the factor of their loss in A as in G. Several uses of the same weights and embeddings are always
-    expanded. Weights with exchanged roles, an output head tied to an embedding, are brought to the scales of the first
-    use before they are added, so that the trace is that of the sum.
+    count by the factor of their loss in A as in G; "reduce" takes the mean of the inputs of all steps. Several uses of
+    the same weights and embeddings are always expanded. Weights with exchanged roles, an output head tied to an
+    embedding, are brought to the scales of the first use before they are added, so that the trace is that of the sum.
 
     Args:
         key: For a curvature that draws.
@@ -141,7 +143,11 @@ def factors_of(tapped: TappedPoint, key: Any, curvature: OutputCurvature, sharin
     for pair in pairs:
         left, right = _uses_of_pair(tapped, forward, pair, sharing)
         own = [layers.treatment.kronecker[place] for place in pair]
-        cross_inputs.append(_cross_inputs(left, right, own, scales[left.term]))
+        cross_inputs.append(_cross_inputs(left, right, own, scales[left.term]).astype(_dtype(layers, own[0])))
+    cross_outputs = tuple(
+        cross.astype(_dtype(layers, layers.treatment.kronecker[pair[0]]))
+        for cross, pair in zip(cross_outputs, pairs, strict=True)
+    )
     return KroneckerFactors(tuple(inputs), tuple(outputs), diagonals, tuple(cross_inputs), cross_outputs)
 
 
@@ -214,8 +220,8 @@ def factors_over_batches(
 ) -> KroneckerFactors:
     r"""The factors of all batches of a data set together: means over all examples, one pass, no optimiser.
 
-    Each batch counts by its examples; the work on one batch is compiled once for each of its shapes. The result is a
-    pytree of arrays, saved as it is.
+    Each batch counts by its cases and their weights, exact where a layer stands in one term; the work on one batch is
+    compiled once for each of its shapes. The result is a pytree of arrays, saved as it is.
 
     Args:
         batches: Batches as for ``objective``; they are read once, so a generator will do.
@@ -238,14 +244,14 @@ def factors_over_batches(
     @jax.jit
     def one(params, batch, key):
         at = objective.linearize(params, batch)
-        return factors_of(tap(layers, at), key, curvature, sharing, ()), sum(cases.num_cases for cases in at.cases)
+        return factors_of(tap(layers, at), key, curvature, sharing, ()), _masses(layers, at)
 
-    total, cases = None, 0.0
+    total, mass = None, None
     for index, batch in enumerate(batches):
         own, count = one(params, batch, None if key is None else jax.random.fold_in(key, index))
-        cases = cases + count
+        mass = count if mass is None else trees.add(mass, count)
         # A running mean, by the share of this batch in all that were read.
-        total = own if total is None else _mix(total, own, count / jnp.where(cases > 0, cases, 1))
+        total = own if total is None else jax.tree.map(_mix, total, own, count, mass)
     if total is None:
         raise ValueError("factors_over_batches got no batches")
     return total
@@ -284,16 +290,19 @@ def mean_eigenvalue(factor: Array) -> Array:
     return jnp.mean(factor if factor.ndim == 2 else jnp.diagonal(factor, axis1=-2, axis2=-1), axis=-1)
 
 
-def mean_curvature(factors: KroneckerFactors) -> Array:
-    """The mean of the eigenvalues of all blocks and of the diagonals."""
-    total, count = jnp.zeros(()), 0
-    for a, g in zip(factors.inputs, factors.outputs, strict=True):
-        size = a.shape[-1] * g.shape[-1]
-        total = total + size * jnp.sum(mean_eigenvalue(a) * mean_eigenvalue(g)).astype(total.dtype)
-        count += size * a.shape[0]
-    for diagonal in factors.diagonals:
-        total = total + jnp.sum(diagonal).astype(total.dtype)
-        count += diagonal.size
+def mean_curvature(layers: Layers, factors: KroneckerFactors) -> Array:
+    """The mean eigenvalue of the curvature on the parameters that have one, blocks and diagonals."""
+    treatment, total, count = layers.treatment, jnp.zeros(()), 0
+    for block, *sides in zip(treatment.kronecker, factors.inputs, factors.outputs, strict=True):
+        a, g = (x if x.ndim == 2 else jnp.diagonal(x, axis1=-2, axis2=-1) for x in sides)
+        products = jnp.sum(a, 1) * jnp.sum(g, 1)
+        if block.squares is not None:  # the trace of L^T (A (x) G) L
+            products = jnp.einsum("bi,bio,bo->b", a, jnp.asarray(block.squares, a.dtype), g)
+        total, count = total + jnp.sum(products).astype(total.dtype), count + math.prod(block.shape)
+    for diagonal, covered in zip(factors.diagonals, treatment.covered, strict=True):
+        own = diagonal if covered is None else jnp.where(covered, 0, diagonal)
+        total = total + jnp.sum(own).astype(total.dtype)
+        count += diagonal.size if covered is None else int(np.sum(~covered))
     return total / max(count, 1)
 
 
@@ -453,6 +462,9 @@ def _uses_of_pair(tapped, uses, pair, sharing):
     """The uses of two blocks that have one each."""
     blocks = uses_by_block(tapped, uses)
     (left,), (right,) = (blocks[place][1] for place in pair)
+    if left.term != right.term or left.cotangents.shape[2] != right.cotangents.shape[2]:
+        names = " and ".join(repr(blocks[place][0].name) for place in pair)
+        raise ValueError(f"{names} have no cross factors: they are of two terms, or have other numbers of positions")
     return _reduced(left, sharing), _reduced(right, sharing)
 
 
@@ -465,12 +477,13 @@ def _cross_inputs(left, right, pair_blocks, scale):
     weights, total = _weights(left, scale)
     weights = scale if weights is None else weights
     weights = weights.reshape(*weights.shape, *(1,) * (3 - weights.ndim)).astype(a.dtype)
-    return jnp.einsum("nri,nrj->ij", a * weights, b) / jnp.where(total == 0, 1, total).astype(a.dtype)
+    products = sum_over_examples("bnri,bnrj->bij", (a * weights)[None], b[None])[0]
+    return products / jnp.where(total == 0, 1, total).astype(a.dtype)
 
 
 def _cross_cotangents(left, right):
     """E[g_i g_j^T]."""
-    return jnp.einsum("nri,nrj->ij", left.cotangents[0], right.cotangents[0])
+    return sum_over_examples("bnri,bnrj->bij", left.cotangents, right.cotangents)[0]
 
 
 def _as(factor, diagonal):
@@ -486,8 +499,32 @@ def _spread(scalars, factor):
     return scalars.reshape(-1, *(1,) * (factor.ndim - 1))
 
 
-def _mix(old, new, share):
-    return jax.tree.map(lambda a, b: a + share.astype(a.dtype) * (b - a), old, new)
+def _masses(layers, at):
+    """What each of the factors of a batch counts by: A is a mean by the weights of the cases, G one by their number."""
+    number = [cases.num_cases for cases in at.cases]
+    weight = [
+        n * jnp.sum(cases.scale) * (at.num_examples(i) if cases.scale.ndim == 0 else 1)
+        for i, (n, cases) in enumerate(zip(number, at.cases, strict=True))
+    ]
+
+    def of(members, masses):
+        return functools.reduce(jnp.add, [masses[term] for term in sorted({member.term for member in members})])
+
+    blocks, treatment = layers.treatment.kronecker, layers.treatment
+    users = [[m for layer in layers if place in layer.leaves for m in layer.members] for place in treatment.diagonal]
+    everywhere = functools.reduce(jnp.add, number)
+    return KroneckerFactors(
+        tuple(of(block.weights.members, weight) for block in blocks),
+        tuple(of(block.weights.members, number) for block in blocks),
+        tuple(of(members, number) if members else everywhere for members in users),
+        (),
+        (),
+    )
+
+
+def _mix(old, new, own, whole):
+    """The mean with what came last, whose share of the whole mass is given."""
+    return old + (own / jnp.where(whole > 0, whole, 1)).astype(old.dtype) * (new - old)
 
 
 def _dtype(layers, block):

@@ -23,7 +23,7 @@ from curvax.checks import check_choice
 from curvax.layers.factors import KroneckerFactors, Pairs, damped_factors, mean_curvature, uses_by_block, zero_factors
 from curvax.layers.find import Layers
 from curvax.layers.taps import TappedPoint, tap
-from curvax.layers.use import with_ones
+from curvax.layers.use import sum_over_examples, with_ones
 from curvax.matrices.curvature import OutputCurvature
 from curvax.matrices.inverses import InverseMethod, inverse_of, over_blocks, sequenced
 from curvax.objectives.point import CurvaturePoint
@@ -194,7 +194,7 @@ def precondition_gradient(
         inputs = with_ones(use.inputs) if blocks[place].bias is not None else use.inputs
         rows = [x.reshape(x.shape[0], -1, x.shape[-1]).astype(left.dtype) for x in (inputs, use.cotangents)]
         a, g = (over_blocks(jnp.matmul, x, side) for x, side in zip(rows, (left, right), strict=True))
-        products[place] = over_blocks(lambda x, y: x.T @ y, a, g)
+        products[place] = sum_over_examples("bni,bno->bio", a, g)
     return precondition(layers, inverse, prepared, factors, gamma, gradient, products)
 
 
@@ -280,7 +280,7 @@ def precondition(
         own = leaves[place].astype(damped.dtype) / damped
         solved[place] = own if covered is None else jnp.where(covered, solved[place], own)
     for place in treatment.bare:
-        curvature = mean_curvature(factors) + jnp.square(jnp.asarray(gamma))
+        curvature = mean_curvature(layers, factors) + jnp.square(jnp.asarray(gamma))
         solved[place] = leaves[place] / curvature.astype(leaves[place].dtype)
     return treedef.unflatten([s.astype(v.dtype) for s, v in zip(solved, leaves, strict=True)])
 

@@ -263,6 +263,8 @@ def _chain(tapped, chain):
                 f"block {block.name!r} is no link of a chain: it has {block.shape[0]} matrices in {uses[block.name]}"
                 " uses, or its factors are diagonals; name the blocks that are by chain="
             )
+    if len({member.term for place in chain for member in blocks[place].weights.members}) > 1:
+        raise ValueError("blocks of different terms are no chain; name those of one term by chain=")
     return chain
 
 

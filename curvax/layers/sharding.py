@@ -9,11 +9,12 @@ from curvax.types import PyTree
 
 
 def factor_shardings(state: PyTree, mesh: Mesh, axis_name: str) -> PyTree:
-    r"""Shardings of a state that split its matrices by layers over an axis of a mesh, and copy the rest.
+    r"""Shardings of a state that split its stacks of matrices over an axis of a mesh, and copy the rest.
 
-    An array (blocks, rows, columns), such as a factor or an inverse, is split by its blocks, the layers of a scan or
-    the experts of a mixture, where the devices share them out evenly, else by its rows, where they share those; all
-    else is on every device. Results are those of one device; each matrix is put together where it is worked with.
+    An array (blocks, rows, columns), such as a factor or the inverse of one, is split by its blocks, the
+    layers of a scan or the experts of a mixture, where the devices share them out evenly, else by its rows, where they
+    share those; all else is on every device. Results are those of one device; each matrix is put together where it is
+    worked with.
 
     Args:
         state: A state, or its shapes: ``jax.eval_shape(tx.init, params)``.

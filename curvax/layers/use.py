@@ -158,6 +158,7 @@ class LayerUse(NamedTuple):
         return jnp.where((indices >= 0) & (indices < rows), indices, rows)
 
     def _added_to_rows(self, indices, values):
+        indices, values = replicated(indices), replicated(values)
         zeros = jnp.zeros((self._num_rows, values.shape[-1]), values.dtype)
         return zeros.at[indices.reshape(-1)].add(values.reshape(-1, values.shape[-1]), mode="drop")
 

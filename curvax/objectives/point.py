@@ -153,19 +153,27 @@ class CurvaturePoint:
     def subset(self, stride: int, offset: Any = 0) -> CurvaturePoint:
         """The point on every ``stride``-th example, from number ``offset`` (mod ``stride``, may be traced) on.
 
-        Examples a stride apart, so that a sharded batch gives some of every shard. Factors of cases grow so that they
-        add up as before; a batch of fewer examples than ``stride`` gives one. The model is linearised anew.
+        Examples a stride apart, so that a sharded batch gives some of every shard; of a number that the stride does not
+        divide the rest is left out. Factors of cases grow so that they add up as before; where all that would be taken
+        are masked, the offset with the most weight takes the place of the one that is given. The model is linearised
+        anew, in one piece.
         """
         if stride < 1:
             raise ValueError(f"stride must be positive, got {stride}")
-        if stride == 1:
+        if stride == 1 and self.chunk_size is None:
             return self
         cases, linearizations, aux = [], [], []
         for index, (term, whole) in enumerate(zip(self.terms, self.cases, strict=True)):
             count = self.num_examples(index)
-            step = _stride_of_shards(min(stride, count), whole.packed.leaves)
+            located = located_examples(term, (whole.inputs, whole.targets))
+            step = _stride_of_shards(min(stride, count), jax.tree.leaves(located))
+            start = jnp.asarray(offset) % step
+            if whole.scale.ndim:
+                rows = jnp.abs(whole.scale[: count // step * step])
+                held = jnp.sum(rows.reshape(count // step, step, -1), axis=(0, 2))
+                start = jnp.where(held[start] > 0, start, jnp.argmax(held).astype(start.dtype))
 
-            def cut(leaf, axis, count=count, step=step):
+            def cut(leaf, axis, count=count, step=step, start=start):
                 if axis is None:
                     return leaf
                 if axis >= jnp.ndim(leaf) or jnp.shape(leaf)[axis] != count:
@@ -175,9 +183,8 @@ class CurvaturePoint:
                     )
                 kept = jax.lax.slice_in_dim(leaf, 0, count // step * step, axis=axis)
                 kept = kept.reshape(*kept.shape[:axis], count // step, step, *kept.shape[axis + 1 :])
-                return jax.lax.dynamic_index_in_dim(kept, jnp.asarray(offset) % step, axis + 1, keepdims=False)
+                return jax.lax.dynamic_index_in_dim(kept, start, axis + 1, keepdims=False)
 
-            located = located_examples(term, (whole.inputs, whole.targets))
             inputs, targets = jax.tree.map(lambda pair: cut(*pair), located)
             scale, num_cases = whole.scale, whole.num_cases
             if scale.ndim:
@@ -361,17 +368,18 @@ def _piece(term, packed, inputs, targets, scale, linearization, extra):
     return Piece(term.loss, linearization.outputs, targets, scale, along, back, value_at, gradient_at, extra)
 
 
-def _stride_of_shards(stride, leaves):
+def _stride_of_shards(stride, located):
     """The largest stride up to ``stride`` that takes as many examples of every shard where axes are sharded explicitly.
 
     An axis that is sharded can be split in two only where every shard can.
     """
-    for leaf in leaves:
+    for leaf, axis in located:
         sharding = jax.typeof(leaf).sharding
-        names = sharding.spec[0] if len(sharding.spec) else None
+        if axis is None or axis >= len(sharding.spec):
+            continue
+        names = sharding.spec[axis]
         for name in (names,) if isinstance(names, str) else names or ():
-            own = sharding.mesh.shape[name]
-            while jnp.shape(leaf)[0] % (own * stride):
+            while jnp.shape(leaf)[axis] % (sharding.mesh.shape[name] * stride):
                 stride -= 1
     return stride
 

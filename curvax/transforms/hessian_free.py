@@ -14,7 +14,7 @@ from curvax import solvers, trees
 from curvax.damping.matrices import Damping, tikhonov
 from curvax.damping.rules import DampingRule
 from curvax.estimators.chapelle_erhan import chapelle_erhan_diagonal
-from curvax.layers.factors import factors_of
+from curvax.layers.factors import factors_of, mean_curvature
 from curvax.layers.find import Layers
 from curvax.layers.inverses import kronecker_preconditioner
 from curvax.layers.taps import tap
@@ -217,8 +217,12 @@ def _kronecker_preconditioner(damped, key, given, *, layers):
     """F^{-1} by the factors of the curvature batch, with the damping of the step."""
     del damped
     own, point = layers.restricted(trees.leaf_paths(given.gradient)), given.curvature_at
-    factors = factors_of(tap(own, point), key, Fisher(num_samples=1), "expand", ())
-    solve = kronecker_preconditioner(own, factors, damping=given.strength)
+    # Of a point in chunks a part of the size of one.
+    part = point if point.chunk_size is None else point.subset(-(-point.num_examples(0) // point.chunk_size))
+    factors = factors_of(tap(own, part), key, Fisher(num_samples=1), "expand", ())
+    # A damping within the rounding of the factors would not keep them definite.
+    least = 1e-5 * mean_curvature(own, factors).astype(given.dtype)
+    solve = kronecker_preconditioner(own, factors, damping=jnp.maximum(given.strength, least))
     return lambda v: trees.extract(solve(trees.embed(v, point.params)), v)
 
 

@@ -77,9 +77,9 @@ def kfac(
 
     By default a step is judged by the next batch, which its curvature has not seen: lambda falls where the loss of the
     new batch fell by half of what was predicted and grows where it rose by as much; a rise of ten times the prediction
-    is undone, and counted in ``undone_steps``. It takes a forward pass where the rule is due. The rule of the paper,
-    ``judged_by="same_batch"``, is for batches so large that what fits them fits all data: with smaller ones it lets
-    lambda fall until steps fit the batch alone.
+    is undone, and counted in ``undone_steps``. It takes a forward pass where the rule is due, and where the loss jumps
+    from one batch to the next. The rule of the paper, ``judged_by="same_batch"``, is for batches so large that what
+    fits them fits all data: with smaller ones it lets lambda fall until steps fit the batch alone.
 
     The method of the paper has ``judged_by="same_batch"``, ``gamma_rule=curvax.damping.BestOfThree()``,
     ``initial_damping=150.0``, ``refresh_period=20``, ``decay=0.95`` and strides of 8 and 4; its l2 is that of the
@@ -145,10 +145,11 @@ def kfac(
         statistics_key, curvature_key = jax.random.split(given.key)
         seen = preconditioner.seen(given, at, statistics_key)
         part = at.subset(_stride("kfac", "curvature_stride", curvature_stride, at, most=4, least=250), given.steps)
-        damping = given.strength
+        damping, begun = given.strength, jnp.array(True)
         if initial_damping is None:
-            first = jnp.maximum(mean_curvature(seen.factors).astype(dtype), rule.minimum)
+            first = jnp.maximum(mean_curvature(seen.layers, seen.factors).astype(dtype), rule.minimum)
             damping = jnp.where(given.steps == 0, first, damping)
+            begun = (given.steps > 0) | seen.informative
         gradient, before = (trees.embed(v, at.params) for v in (given.gradient, given.last_change))
         rate, share = (None if x is None else given.number(x) for x in (learning_rate, momentum))
 
@@ -176,7 +177,7 @@ def kfac(
             best = _best_of_three(
                 gamma_rule, given.steps + 1, best, lambda g, p: attempt(g, preconditioner.redamped(seen, p, g))
             )
-        kept_gamma = () if gamma_rule is None else jnp.where(given.undo, given.memory.gamma, best.gamma)
+        kept_gamma = () if gamma_rule is None else jnp.where(seen.usable, best.gamma, given.memory.gamma)
         alpha, mu = best.coefficients
         delta = trees.extract(trees.add_scaled(trees.scale(alpha, best.direction), mu, before), given.gradient)
         loss = given.at.loss.astype(dtype)
@@ -204,21 +205,23 @@ def kfac(
             figures,
             memory=Memory(seen.factors, best.prepared, kept_gamma),
             strength=strength,
-            finite=trees.all_finite(loss, best.predicted),
+            finite=trees.all_finite(loss, best.predicted) & begun,
             guarded=True,
         )
 
     def judge(last: LastStep, given: Given) -> Verdict:
         """By the loss of this batch, which the last step has not seen, there and here."""
         here, before = given.at.loss.astype(given.dtype), given.info.loss
-        bound = 10 * jnp.abs(last.predicted_change)
+        bound = 10 * (jnp.abs(last.predicted_change) + jnp.finfo(here.dtype).eps * jnp.abs(here))
         # Another batch has another loss: only a rise that no noise explains is worth a forward pass by itself.
         alarming = ~(here - before <= bound + jnp.abs(before) / 4)
         due = (given.steps % rule.period == 0) | alarming
 
         def measure():
-            whole = trees.add(given.at.params, trees.embed(trees.scale(-1.0, given.last_change), given.at.params))
-            there = given.at.loss_at(whole).astype(given.dtype)
+            # The old parameters in their places; leaves that are hidden from the method are as they are.
+            now = given.at.params
+            hidden = trees.sub(now, trees.embed(trees.extract(now, given.gradient), now))
+            there = given.at.loss_at(trees.add(hidden, trees.embed(last.params, now))).astype(given.dtype)
             # Where the loss is not finite at the old parameters either, it is the batch that is bad.
             absurd = jnp.isfinite(there) & ~(here - there <= bound)
             return reduction_ratio(there, here, last.predicted_change).astype(given.dtype), absurd
@@ -226,7 +229,8 @@ def kfac(
         ratio, absurd = jax.lax.cond(due, measure, lambda: (given.info.step_ratio, jnp.array(False)))
         judged = due & (last.predicted_change < 0) & (given.steps > 0)
         strength = jnp.where(judged, rule.adapt(given.strength, ratio, count=given.steps), given.strength)
-        return Verdict(jnp.where(judged & absurd, 4 * given.strength, strength), judged & absurd, ratio)
+        far = jnp.minimum(4 * given.strength, rule.maximum)
+        return Verdict(jnp.where(judged & absurd, far, strength), judged & absurd, ratio)
 
     return stepper(
         "kfac",
@@ -302,9 +306,7 @@ class Attempt(NamedTuple):
     predicted: Array
 
 
-def _best_of_three(
-    rule: BestOfThree, count: Array, first: Attempt, attempt: Callable[[Array, Any], Attempt]
-) -> Attempt:
+def _best_of_three(due: Array, rule: BestOfThree, first: Attempt, attempt: Callable[[Array, Any], Attempt]) -> Attempt:
     """Where it is time, the best of the attempts with gamma, omega gamma and gamma / omega; else the first (KF-13).
 
     A loop that is run no time at all passes its state on without a copy, which a ``cond`` does not promise.
@@ -316,17 +318,24 @@ def _best_of_three(
         found = attempt(candidates[index], first.prepared)
         return index + 1, trees.where(found.predicted < best.predicted, found, best)
 
-    number = jnp.where(rule.due(count), len(candidates), 1)
+    number = jnp.where(due, len(candidates), 1)
     return jax.lax.while_loop(lambda carry: carry[0] < number, body, (jnp.asarray(1), first))[1]
 
 
 class Seen(NamedTuple):
-    """What a step knows of the curvature: the part of its batch for statistics, and the running averages with it."""
+    """What a step knows of the curvature: the part of its batch for statistics, and the running averages with it.
+
+    Attributes:
+        usable: Whether gradient and loss are finite and the step is one, so that what is seen may be kept.
+        informative: Whether the batch has curvature, which one that is masked altogether has not.
+    """
 
     layers: Layers
     tapped: TappedPoint
     key: Array
     factors: KroneckerFactors
+    usable: Array
+    informative: Array
 
 
 class Memory(NamedTuple):
@@ -350,16 +359,17 @@ def _inverse(name, inverse):
 
 
 def _stride(name, argument, value, at, *, most, least):
-    """The stride that is given, or the largest up to ``most`` that leaves ``least`` examples."""
+    """The stride that is given, or the largest up to ``most`` that leaves ``least`` examples, and of chunks one."""
     count = min(at.num_examples(index) for index in range(len(at.terms)))
-    return static_count(name, argument, value, max(1, min(most, count // least)))
+    chunks = 1 if at.chunk_size is None else -(-count // at.chunk_size)
+    return static_count(name, argument, value, max(1, min(most, count // least), chunks))
 
 
 def _gamma(given, damping):
     """The square root of the damping and of the penalty's strength, the largest where leaves differ (KF-8, KF-18)."""
     penalty = given.curvature_at.penalty
     if penalty:
-        strengths = jax.tree.leaves(penalty.curvature(given.curvature_at.params))
+        strengths = jax.tree.leaves(trees.extract(penalty.curvature(given.curvature_at.params), given.gradient))
         damping = damping + jnp.max(jnp.stack([eta.astype(damping.dtype) for eta in strengths]))
     return jnp.sqrt(damping)
 
@@ -392,9 +402,13 @@ class _Preconditioner:
         stride = _stride(self.name, "statistics_stride", self.stride, at, most=8, least=125)
         tapped = tap(layers, at.subset(stride, given.steps))
         new = factors_of(tapped, key, self.statistics, self.sharing, self.inverse.pairs(layers))
-        kept = factors_are_finite(new) & ~given.undo
+        # A step that is skipped or undone leaves all as it was, and a batch that is masked altogether says nothing.
+        usable = trees.all_finite(given.gradient, given.at.loss) & ~given.undo
+        nothing = not (layers.treatment.kronecker or layers.treatment.diagonal)
+        informative = jnp.array(nothing) | (mean_curvature(layers, new) > 0)
+        kept = usable & factors_are_finite(new) & informative
         factors = running_average(given.memory.factors, new, given.steps + 1, given.number(self.decay), kept)
-        return Seen(layers, tapped, key, factors)
+        return Seen(layers, tapped, key, factors, usable, informative)
 
     def refreshed(self, given: Given, seen: Seen, gamma: Array) -> Any:
         """The inverses, worked out anew where it is time, with what they learn from this batch."""
@@ -402,7 +416,7 @@ class _Preconditioner:
         period = jnp.maximum(jnp.asarray(given.number(self.period)).astype(jnp.int32), 1)
 
         def due(phase):
-            return (((count + phase) % period == 0) | (count <= 3)) & ~given.undo
+            return (((count + phase) % period == 0) | (count <= 3)) & seen.usable
 
         if self.spread and self.inverse.has_two_sides:
             prepared = self._some_refreshed(seen, gamma, previous, period, due)
@@ -414,11 +428,14 @@ class _Preconditioner:
         observed = self.inverse.observe(
             seen.layers, prepared, seen.tapped, seen.key, curvature=self.statistics, count=count, decay=decay
         )
-        return prepared if observed is prepared else trees.where(given.undo, previous, observed)
+        return prepared if observed is prepared else trees.where(seen.usable, observed, previous)
 
     def _anew(self, factors, layers, gamma, previous):
         # Rounding can make a factor indefinite: then the last inverse has to do.
         prepared = self.inverse.prepare(layers, factors, gamma, previous)
+        if self.inverse.has_two_sides:
+            pairs = zip(prepared, previous, strict=True)
+            return tuple(trees.where(trees.all_finite(new), new, old) for new, old in pairs)
         return trees.where(trees.all_finite(prepared), prepared, previous)
 
     def _some_refreshed(self, seen, gamma, previous, period, due):

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import curvax
 from curvax import trees
 from curvax.layers import blocks
-from curvax.layers.factors import zero_factors
+from curvax.layers.factors import mean_curvature, zero_factors
 from tests import oracles
 from tests.layers.cases import CASES, N
 from tests.problems import problem
@@ -476,3 +477,67 @@ def test_curvature_is_a_value_and_sharing_has_two():
         curvax.layers.kronecker_factors(tapped, curvature=curvax.ggn)
     with pytest.raises(ValueError, match="sharing"):
         curvax.layers.kronecker_factors(tapped, sharing="both")
+
+
+def test_weighted_batches_and_terms_of_their_own_add_up_to_the_data_set():
+    """A of every batch counts by its weights, G by its number of cases, each by those of the layer's own term."""
+
+    def term(name, **options):
+        return curvax.Term(
+            lambda params, x: x @ params[name],
+            curvax.losses.squared_error(),
+            select=lambda batch: batch[name],
+            **options,
+        )
+
+    objective = curvax.Objective.from_terms(
+        term("u", example_weights=lambda batch: batch["weights"]), term("v", mask=lambda batch: batch["mask"])
+    )
+    draw = np.random.default_rng(8)
+    params = {name: jnp.asarray(draw.normal(size=(3, 2))) for name in "uv"}
+    pairs = {name: tuple(jnp.asarray(draw.normal(size=(8, n))) for n in (3, 2)) for name in "uv"}
+    batch = pairs | {"weights": jnp.arange(1.0, 9), "mask": jnp.arange(8) % 4 < jnp.where(jnp.arange(8) < 4, 1, 3)}
+    layers, whole = factors_at(objective, params, batch)
+    parts = [jax.tree.map(lambda leaf, cut=cut: leaf[cut], batch) for cut in (slice(0, 4), slice(4, 8))]
+    found = curvax.layers.factors_over_batches(layers, objective, params, parts, curvature=EXACT)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), found, whole)
+
+
+def test_the_mean_curvature_is_the_trace_of_the_map_over_its_size():
+    """In the units of the parameters, of a weight that is scaled before it is used, too."""
+    objective = curvax.Objective(
+        lambda p, x: jnp.tanh(x @ (p["w"] / 100) + p["b"]) * p["s"], curvax.losses.squared_error()
+    )
+    draw = np.random.default_rng(9)
+    params = {name: jnp.asarray(draw.normal(size=shape)) for name, shape in {"w": (3, 2), "b": (2,), "s": (2,)}.items()}
+    batch = jnp.asarray(draw.normal(size=(5, 3))), jnp.asarray(draw.normal(size=(5, 2)))
+    layers, factors = factors_at(objective, params, batch)
+    trace = curvax.kronecker_map(layers, factors, params).trace()
+    np.testing.assert_allclose(mean_curvature(layers, factors), trace / 10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_cross_factors_and_embeddings_of_a_sharded_batch(axis_type):
+    def model(params, tokens):
+        return jnp.tanh(jnp.tanh(params["table"][tokens] @ params["a"]) @ params["b"])
+
+    draw = np.random.default_rng(10)
+    shapes = {"table": (7, 4), "a": (4, 3), "b": (3, 2)}
+    params = {name: jnp.asarray(draw.normal(size=shape)) for name, shape in shapes.items()}
+    batch = jnp.asarray(draw.integers(0, 7, 8)), jnp.asarray(draw.normal(size=(8, 2)))
+    objective = curvax.Objective(model, curvax.losses.squared_error())
+    layers = curvax.find_layers(objective, params, batch)
+
+    @jax.jit
+    def compute(params, batch):
+        tapped = curvax.tap(layers, objective.linearize(params, batch))
+        return curvax.layers.kronecker_factors(tapped, curvature=EXACT, pairs=((0, 1),))
+
+    expected = compute(params, batch)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
+    with jax.set_mesh(mesh):
+        found = compute(
+            jax.device_put(params, NamedSharding(mesh, PartitionSpec())),
+            jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data"))),
+        )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), found, expected)

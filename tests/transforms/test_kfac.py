@@ -274,6 +274,7 @@ def test_the_next_batch_judges_the_last_step():
         params, state = step(params, state, batch)
         before = before, float(state.info.predicted_change)
         np.testing.assert_allclose(state.info.damping, expected, rtol=1e-6)
+    assert expected != 0.1
     assert state.info.undone_steps == 0
 
 
@@ -306,10 +307,92 @@ def test_a_step_that_does_harm_on_the_next_batch_is_undone():
 
 
 def test_an_inverse_that_is_not_finite_is_not_kept():
-    """A factor that is not positive definite, as rounding can make one, leaves the inverse of the step before."""
-    tx = curvax.scale_by_kfac(LAYERS, damping=-1e6, refresh_period=1, statistics_stride=1)
-    taken = run(tx, OBJECTIVE, PARAMS, DATA, 1)[0]
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(taken.state.memory))
+    """A factor that is not positive definite, as rounding can make one, leaves the inverse of its block as it was."""
+    tx = curvax.scale_by_kfac(LAYERS, damping=1e-3, refresh_period=1, **FACTORS)
+    state = run(tx, OBJECTIVE, PARAMS, DATA, 4)[-1].state
+    factors = state.memory.factors
+    poisoned = factors._replace(inputs=(factors.inputs[0] - 1e3 * jnp.eye(5), *factors.inputs[1:]))
+    after = run(tx, OBJECTIVE, PARAMS, DATA, 1, state=state._replace(memory=state.memory._replace(factors=poisoned)))[0]
+    old, new = state.memory.prepared, after.state.memory.prepared
+    np.testing.assert_array_equal(new[0][0], old[0][0])
+    assert not np.array_equal(new[1][0], old[1][0])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.updates))
+
+
+def masked_objective():
+    """Squared error, which targets enter by the gradient alone, on the cases that a mask leaves."""
+    return curvax.Objective(
+        lambda params, batch: network(params, batch),
+        curvax.losses.squared_error(),
+        select=lambda batch: batch[:2],
+        mask=lambda batch: batch[2],
+    )
+
+
+def masked_data(mask, bad_target=False):
+    inputs = data(16)[0]
+    targets = jnp.sin(inputs[:, :3])
+    return inputs, targets.at[0, 0].set(jnp.nan) if bad_target else targets, mask
+
+
+def masked_step(tx, objective):
+    @jax.jit
+    def step(params, state, batch):
+        _, grads, at = objective.value_and_grad(params, batch)
+        updates, state = tx.update(grads, state, params, at=at)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def test_a_batch_that_is_nearly_or_altogether_masked():
+    """What is taken of it has its one case, wherever it is; one without cases is skipped before anything has begun."""
+    objective = masked_objective()
+    layers = curvax.find_layers(objective, PARAMS, masked_data(jnp.ones(16, bool)))
+    tx = curvax.kfac(layers, statistics_stride=4, curvature_stride=4)
+    step = masked_step(tx, objective)
+    one = jnp.arange(16) == 6
+    params, state = step(PARAMS, tx.init(PARAMS), masked_data(one))
+    assert state.info.damping > 1e-6
+    assert state.info.predicted_change < 0
+    assert loss(objective, params, masked_data(one)) < loss(objective, PARAMS, masked_data(one))
+    same, skipped = step(PARAMS, tx.init(PARAMS), masked_data(jnp.zeros(16, bool)))
+    np.testing.assert_array_equal(flat(same), flat(PARAMS))
+    assert skipped.info.skipped_steps == 1
+    kept = state.memory.factors
+    _, later = step(params, state, masked_data(jnp.zeros(16, bool)))
+    jax.tree.map(np.testing.assert_array_equal, later.memory.factors, kept)
+
+
+def test_a_skipped_step_leaves_factors_and_inverses():
+    """A target that is not finite: the factors, which targets do not enter, are not taken in; nor at a refresh."""
+    objective = masked_objective()
+    good, bad = masked_data(jnp.ones(16, bool)), masked_data(jnp.ones(16, bool), bad_target=True)
+    tx = curvax.kfac(curvax.find_layers(objective, PARAMS, good), refresh_period=5, **FACTORS)
+    step, params, state = masked_step(tx, objective), PARAMS, tx.init(PARAMS)
+    for _ in range(4):
+        params, state = step(params, state, good)
+    same, skipped = step(params, state, bad)
+    np.testing.assert_array_equal(flat(same), flat(params))
+    jax.tree.map(np.testing.assert_array_equal, skipped.memory, state.memory)
+    assert skipped.info.skipped_steps == 1
+
+
+def test_a_point_in_chunks_gives_parts_of_the_size_of_a_chunk():
+    objective = curvax.Objective(network, curvax.losses.softmax_cross_entropy())
+    batch = data(24)
+    tx = curvax.kfac(curvax.find_layers(objective, PARAMS, batch))
+
+    @jax.jit
+    def step(params, state):
+        _, grads, at = objective.value_and_grad(params, batch, chunk_size=8)
+        updates, state = tx.update(grads, state, params, at=at)
+        return optax.apply_updates(params, updates), state
+
+    params, state = PARAMS, tx.init(PARAMS)
+    for _ in range(6):
+        params, state = step(params, state)
+    assert loss(objective, params, batch) < 0.8 * loss(objective, PARAMS, batch)
 
 
 @pytest.mark.parametrize("inverse", ["block_tridiagonal", "exact_tikhonov", "eigen_corrected"])
