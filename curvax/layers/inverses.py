@@ -230,10 +230,11 @@ def kronecker_preconditioner(
         >>> at = objective.linearize(w, batch)
         >>> layers = curvax.find_layers(objective, w, batch)
         >>> factors = curvax.layers.kronecker_factors(curvax.tap(layers, at), curvature=curvax.GaussNewton())
-        >>> P = curvax.layers.kronecker_preconditioner(layers, factors, damping=1e-10)
-        >>> curvax.solvers.cg(
-        ...     curvax.ggn(at), jnp.ones((2, 1)), preconditioner=P, max_iterations=9, tolerance=1e-3
-        ... ).iterations.item()
+        >>> @jax.jit
+        ... def solve(at, factors, v):
+        ...     P = curvax.layers.kronecker_preconditioner(layers, factors, damping=1e-10)
+        ...     return curvax.solvers.cg(curvax.ggn(at), v, preconditioner=P, max_iterations=9, tolerance=1e-3)
+        >>> solve(at, factors, jnp.ones((2, 1))).iterations.item()
         1
 
     Source: Martens 2016, section 6.7, the end.

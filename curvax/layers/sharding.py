@@ -26,8 +26,8 @@ def factor_shardings(state: PyTree, mesh: Mesh, axis_name: str) -> PyTree:
     Example:
         >>> mesh = jax.make_mesh((1,), ("data",))
         >>> shardings = curvax.layers.factor_shardings({"A": jnp.zeros((4, 3, 3))}, mesh, "data")
-        >>> shardings["A"].spec
-        PartitionSpec('data', None, None)
+        >>> tuple(shardings["A"].spec)
+        ('data', None, None)
     """
     devices = mesh.shape[axis_name]
 

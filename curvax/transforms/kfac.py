@@ -174,9 +174,8 @@ def kfac(
             gamma = jnp.where(given.steps == 0, gamma, given.memory.gamma)
         best = attempt(gamma, preconditioner.refreshed(given, seen, gamma))
         if gamma_rule is not None:
-            best = _best_of_three(
-                gamma_rule, given.steps + 1, best, lambda g, p: attempt(g, preconditioner.redamped(seen, p, g))
-            )
+            due = gamma_rule.due(given.steps + 1) & seen.usable
+            best = _best_of_three(due, gamma_rule, best, lambda g, p: attempt(g, preconditioner.redamped(seen, p, g)))
         kept_gamma = () if gamma_rule is None else jnp.where(seen.usable, best.gamma, given.memory.gamma)
         alpha, mu = best.coefficients
         delta = trees.extract(trees.add_scaled(trees.scale(alpha, best.direction), mu, before), given.gradient)

