@@ -214,7 +214,8 @@ def kfac(
         bound = 10 * (jnp.abs(last.predicted_change) + jnp.finfo(here.dtype).eps * jnp.abs(here))
         # Another batch has another loss: only a rise that no noise explains is worth a forward pass by itself.
         alarming = ~(here - before <= bound + jnp.abs(before) / 4)
-        due = (given.steps % rule.period == 0) | alarming
+        taken = (given.steps > 0) & (last.predicted_change < 0)
+        due = ((given.steps % rule.period == 0) | alarming) & taken
 
         def measure():
             # The old parameters in their places; leaves that are hidden from the method are as they are.
@@ -226,10 +227,9 @@ def kfac(
             return reduction_ratio(there, here, last.predicted_change).astype(given.dtype), absurd
 
         ratio, absurd = jax.lax.cond(due, measure, lambda: (given.info.step_ratio, jnp.array(False)))
-        judged = due & (last.predicted_change < 0) & (given.steps > 0)
-        strength = jnp.where(judged, rule.adapt(given.strength, ratio, count=given.steps), given.strength)
+        strength = jnp.where(due, rule.adapt(given.strength, ratio, count=given.steps), given.strength)
         far = jnp.minimum(4 * given.strength, rule.maximum)
-        return Verdict(jnp.where(judged & absurd, far, strength), judged & absurd, ratio)
+        return Verdict(jnp.where(absurd, far, strength), absurd, ratio)
 
     return stepper(
         "kfac",
