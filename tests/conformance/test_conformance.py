@@ -238,6 +238,7 @@ def test_donated_buffers(method):
 
 
 @first_methods
+@pytest.mark.many_compilations("the layers of K-FAC are found anew, and the reference may be compiled here first")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_dtypes_are_stable_for_narrow_parameters_under_x64(method, dtype):
     goal, params, data = objective(plain()), weights(dtype), batch(dtype=dtype)
