@@ -15,6 +15,7 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,10 +27,8 @@ from benchmarks.progress import format_number
 from benchmarks.training import loss_at
 
 RESULTS = Path(__file__).parent / "results"
-NAMES = (
-    *("kfac", "kfac_tridiagonal", "ekfac", "kfac_without_momentum", "kfac_averaged", "kfac_growing", "hessian_free"),
-    *("adam", "nag"),
-)
+METHODS = ("kfac", "kfac_tridiagonal", "adam", "nag", "hessian_free")
+VARIANTS = ("ekfac", "kfac_without_momentum", "kfac_averaged", "kfac_growing")
 
 
 class Case(NamedTuple):
@@ -39,11 +38,13 @@ class Case(NamedTuple):
         options: For ``make_problem``.
         marks: Seconds at which the report has the losses; the last is the time of each setting of the grids.
         note: What it is, in words.
+        names: The optimisers that it compares.
     """
 
     options: dict[str, Any]
     marks: tuple[float, ...]
     note: str
+    names: tuple[str, ...] = METHODS
 
 
 CASES = {
@@ -56,11 +57,13 @@ CASES = {
         {"name": "curves", "num_train": 10_000, "num_test": 2000},
         (3, 8, 15, 25, 36, 50, 60),
         "the layers of Hinton and Salakhutdinov 2006, 10,000 images",
+        METHODS + VARIANTS,
     ),
     "curves": Case(
         {"name": "curves", "sizes": (784, 1000, 500, 250, 30), "num_train": 10_000, "num_test": 2000},
         (8, 15, 25, 36, 50, 76, 100),
         "wide layers, 10,000 images",
+        METHODS + VARIANTS,
     ),
     "mnist": Case(
         {"name": "mnist", "num_train": 10_000, "num_test": 2000}, (4, 10, 20, 40), "full layer sizes, 10,000 images"
@@ -70,11 +73,12 @@ CASES = {
 
 
 def main(argv=None):
-    """Runs what is not on file, until the time is over, and writes the report of all cases that are complete."""
+    """Runs what is not on file, until the time is over, and writes the report of the cases that have been begun."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=36.0, help="start no run after so many minutes (default 36)")
     parser.add_argument("--seconds-scale", type=float, default=1.0, help="multiplies the time of every run")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--optimizers", nargs="+", choices=METHODS + VARIANTS, default=METHODS + VARIANTS)
     parser.add_argument("--data-folder")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)
@@ -83,13 +87,13 @@ def main(argv=None):
     for name in CASES:
         until = deadline if name in arguments.cases else float("-inf")
         bench = Bench(name, arguments.output, arguments.data_folder, arguments.seconds_scale, until)
-        if bench.run():
+        if bench.run(arguments.optimizers):
             sections.append(bench.report())
             tuned[name] = bench.best
         elif name in arguments.cases:
-            print(f"{name} is not complete: start again to go on")
+            print(f"{name} has optimisers without a run: start again to go on")
     if not sections:
-        raise SystemExit("no case was finished in the time given; start again to go on")
+        raise SystemExit("no case has a run of every optimiser yet; start again to go on")
     (arguments.output / "tuned.json").write_text(json.dumps(tuned, indent=1) + "\n")
     (arguments.output / "autoencoders.md").write_text(heading() + "\n".join(sections))
     print(f"The report is {arguments.output / 'autoencoders.md'}")
@@ -107,19 +111,20 @@ class Bench:
         self.runs: dict[str, list[dict[str, float]]] = {}
         self._machines: set[str] = set()
 
-    def run(self) -> bool:
-        """Runs all grids; False if the time was over first."""
-        for name in NAMES:
-            tried = []
-            for changes in OPTIMIZERS[name].grid:
-                settings = settings_of(name, **changes)
-                records = self._records(name, settings)
-                if records is None:
-                    return False
-                tried.append((settings, _last_loss(records), records))
-            self.grids[name] = [(settings, loss) for settings, loss, _ in tried]
-            self.best[name], _, self.runs[name] = min(tried, key=lambda entry: entry[1])
-        return True
+    def run(self, allowed: Sequence[str]) -> bool:
+        """Runs the grids, the first settings of all optimisers first; whether each one allowed has a run on file."""
+        grids = {name: [settings_of(name, **changes) for changes in OPTIMIZERS[name].grid] for name in self.case.names}
+        tried: dict[str, list[Any]] = {name: [] for name in grids}
+        for place in range(max(map(len, grids.values()))):
+            for name, settings in grids.items():
+                records = self._records(name, settings[place], name in allowed) if place < len(settings) else None
+                if records is not None:
+                    tried[name].append((settings[place], _last_loss(records), records))
+        for name, runs in tried.items():
+            if runs:
+                self.grids[name] = [(settings, loss) for settings, loss, _ in runs]
+                self.best[name], _, self.runs[name] = min(runs, key=lambda entry: entry[1])
+        return all(tried[name] for name in grids if name in allowed)
 
     def report(self) -> str:
         """The case as a section of Markdown, and its plot."""
@@ -156,7 +161,9 @@ class Bench:
             "",
         ]
         for name, tried in self.grids.items():
-            lines += [f"- {name}: " + "; ".join(f"({describe(s)}) {loss:.3f}" for s, loss in tried)]
+            rest = len(OPTIMIZERS[name].grid) - len(tried)
+            more = f"; {rest} more of its grid not run" if rest else ""
+            lines += [f"- {name}: " + "; ".join(f"({describe(s)}) {loss:.3f}" for s, loss in tried) + more]
         lines += ["", f"On {'; '.join(sorted(self._machines))}."]
         return "\n".join([*lines, ""])
 
@@ -165,11 +172,11 @@ class Bench:
         (lowest, winner), (second, runner_up) = finals[:2]
         return f"Lowest at the end: {winner} ({lowest:.3f}), before {runner_up} ({second:.3f})."
 
-    def _records(self, name, settings):
+    def _records(self, name, settings, start):
         key = {"case": self.name, "options": str(self.case.options), "optimizer": name, **settings, "marks": self.marks}
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:10]
         file = self._output / "autoencoders" / f"{self.name}-{name}-{self.marks[-1]:g}s-{digest}.json"
-        if not file.exists() and time.perf_counter() < self._deadline:
+        if not file.exists() and start and time.perf_counter() < self._deadline:
             # Checkpoints outlive an interruption, and are of no use once the run is on file.
             folder = Path(tempfile.gettempdir()) / "curvax_autoencoder_bench" / digest
             title, began = f"{self.name}: {name} ({describe(settings)})", load()

@@ -59,9 +59,10 @@ KRONECKER = {
         lambda layers: optax.chain(curvax.scale_by_kfac(layers), optax.trace(0.9), optax.scale(-1e-3)), cycle=CYCLE
     ),
     "kfac, defaults": Entry(lambda layers: curvax.kfac(layers), cycle=CYCLE),
-    "kfac, algorithm 7": Entry(algorithm_7, cycle=CYCLE),
+    # Once a cycle it tries two more values of gamma, unless the batch is not finite.
+    "kfac, algorithm 7": Entry(algorithm_7, 2, CYCLE),
     "kfac, algorithm 7, block-tridiagonal": Entry(
-        lambda layers: algorithm_7(layers, inverse="block_tridiagonal"), cycle=CYCLE
+        lambda layers: algorithm_7(layers, inverse="block_tridiagonal"), 2, CYCLE
     ),
     "kfac, EKFAC": Entry(lambda layers: curvax.kfac(layers, inverse="eigen_corrected"), cycle=CYCLE),
 }

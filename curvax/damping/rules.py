@@ -17,9 +17,27 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+
+
+class Rule(Protocol):
+    """How a strength, lambda or a radius, adapts to the ratio of a step."""
+
+    @property
+    def period(self) -> int:
+        """Steps from one adaptation to the next."""
+        ...
+
+    def adapt(self, strength: jax.Array, step_ratio: jax.Array, /, *, count: jax.Array, step_norm: jax.Array) -> Any:
+        """The strength after step number ``count``, from 1, of that norm."""
+        ...
+
+    def retreat(self, strength: jax.Array, /) -> jax.Array:
+        """The strength after a step that had to be undone."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +55,7 @@ class DampingRule:
         period: Steps from one adaptation to the next (T_1 in K-FAC).
         excess_ratio: Above it, where far more was gained than predicted, the damping hides the curvature and falls by
             ``excess_decrease``; inf for never.
+        excess_limit: Up to it: a ratio beyond is noise, and only good.
 
     Example:
         >>> rule = curvax.damping.DampingRule()
@@ -52,19 +71,28 @@ class DampingRule:
     minimum: float = 1e-12
     maximum: float = 1e12
     excess_ratio: float = math.inf
+    excess_limit: float = math.inf
     excess_decrease: float = 1.0
 
     def __post_init__(self):
         if not (0 < self.decrease <= 1 <= self.increase and self.bad_ratio <= self.good_ratio and self.period >= 1):
             raise ValueError(f"a damping rule needs 0 < decrease <= 1 <= increase and bad <= good ratio, got {self}")
 
-    def adapt(self, damping: jax.Array, step_ratio: jax.Array, *, count: jax.Array) -> jax.Array:
+    def adapt(
+        self, damping: jax.Array, step_ratio: jax.Array, *, count: jax.Array, step_norm: jax.Array | None = None
+    ) -> jax.Array:
         """The damping after step number ``count``, from 1; the rule acts where ``period`` divides it."""
+        del step_norm  # is for rules of radii
         factor = jnp.where(step_ratio > self.good_ratio, self.decrease, 1.0)
-        factor = jnp.where(step_ratio > self.excess_ratio, self.excess_decrease, factor)
+        excess = (step_ratio > self.excess_ratio) & (step_ratio < self.excess_limit)
+        factor = jnp.where(excess, self.excess_decrease, factor)
         factor = jnp.where(step_ratio < self.bad_ratio, self.increase, factor)
         factor = jnp.where(count % self.period == 0, factor, 1.0)
         return jnp.clip(damping * factor.astype(damping.dtype), self.minimum, self.maximum)
+
+    def retreat(self, damping: jax.Array) -> jax.Array:
+        """The damping after a step that had to be undone: four times as large."""
+        return jnp.minimum(4 * damping, self.maximum)
 
 
 def kfac_rule(period: int = 5, base: float = 19 / 20) -> DampingRule:
@@ -90,13 +118,14 @@ def next_batch_rule(period: int = 5, base: float = 19 / 20) -> DampingRule:
     A step fits its own batch, so on another one it falls short of what was predicted, by more the smaller the batch. In
     the long run of mini-batches the loss stands still and steps only follow the noise: their ratios are zero on
     average, and a lambda that grew there would grow without end. Between the two thresholds it stays, which on deep
-    autoencoders leaves it near the best constant (``benchmarks/results/kfac.md``). Above 3/2 more was gained than the
-    damped model has: lambda stands in the way, and falls four times as fast.
+    autoencoders leaves it near the best constant (``benchmarks/results/kfac.md``). Between 3/2 and 5/2 more was gained
+    than the damped model has, so lambda stands in the way and falls four times as fast: without curvature a step gains
+    twice what that model promises, and what is beyond is noise again.
 
     Example:
         >>> rule = curvax.damping.next_batch_rule(period=1)
-        >>> [round(rule.adapt(jnp.array(1.0), jnp.array(x), count=1).item(), 3) for x in (2.0, 0.8, 0.0, -0.8)]
-        [0.815, 0.95, 1.0, 1.053]
+        >>> [round(rule.adapt(jnp.array(1.0), jnp.array(x), count=1).item(), 3) for x in (9.0, 2.0, 0.8, 0.0, -0.8)]
+        [0.95, 0.815, 0.95, 1.0, 1.053]
     """
     return DampingRule(
         good_ratio=1 / 2,
@@ -105,6 +134,7 @@ def next_batch_rule(period: int = 5, base: float = 19 / 20) -> DampingRule:
         increase=base**-period,
         period=period,
         excess_ratio=3 / 2,
+        excess_limit=5 / 2,
         excess_decrease=base ** (4 * period),
     )
 
@@ -161,15 +191,27 @@ class RadiusRule:
     minimum: float = 1e-12
     maximum: float = 1e12
 
+    @property
+    def period(self) -> int:
+        """1: a radius adapts at every step."""
+        return 1
+
     def __post_init__(self):
         if not (0 < self.shrink < 1 <= self.grow and self.bad_ratio <= self.good_ratio and self.long_step >= 0):
             raise ValueError(f"a radius rule needs 0 < shrink < 1 <= grow and bad <= good ratio, got {self}")
 
-    def adapt(self, radius: jax.Array, step_ratio: jax.Array, *, step_norm: jax.Array) -> jax.Array:
+    def adapt(
+        self, radius: jax.Array, step_ratio: jax.Array, *, step_norm: jax.Array, count: jax.Array | None = None
+    ) -> jax.Array:
         """The radius after a step whose norm, in the norm of the region, is ``step_norm``."""
+        del count  # is for rules with a period
         factor = jnp.where((step_ratio > self.good_ratio) & (step_norm > self.long_step * radius), self.grow, 1.0)
         factor = jnp.where(step_ratio < self.bad_ratio, self.shrink, factor)
         return jnp.clip(radius * factor.astype(radius.dtype), self.minimum, self.maximum)
+
+    def retreat(self, radius: jax.Array) -> jax.Array:
+        """The radius after a step that had to be undone: a quarter."""
+        return jnp.maximum(radius / 4, self.minimum)
 
 
 @dataclasses.dataclass(frozen=True)

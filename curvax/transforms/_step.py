@@ -144,6 +144,8 @@ class Step(NamedTuple):
         reads_updates: Whether the incoming updates are read, so that they have to be finite.
         guarded: Whether ``memory`` is already what it is to be where something is not finite or ``Given.undo`` holds:
             then the stepper does not select, which would read and write all of it once more.
+        change: The model's change of the loss for the update itself, where ``predicted_change`` is for another length.
+        loss_behind: The loss behind the update itself, likewise; None for ``new_loss``.
     """
 
     update: PyTree
@@ -154,16 +156,22 @@ class Step(NamedTuple):
     finite: Any = True
     reads_updates: bool = True
     guarded: bool = False
+    change: Array | None = None
+    loss_behind: Array | None = None
 
 
 class LastStep(NamedTuple):
-    """What a judge is told of the step before: where it began and the change that it predicted, 0 if it was not taken.
+    """What a judge is told of the step before.
 
-    Where it began and not how long it was: what stands behind the method in a chain may have changed the update.
+    Attributes:
+        params: Where it began; not how long it was, as what stands behind the method in a chain may change the update.
+        predicted_change: What the model promised, 0 if the step was not taken.
+        loss: The loss of its batch where it ended, NaN where that was not measured.
     """
 
     params: PyTree
     predicted_change: Array
+    loss: Array
 
 
 class Verdict(NamedTuple):
@@ -196,6 +204,7 @@ def stepper(
     extra: Mapping[str, Any] | None = None,
     points: tuple[str, ...] = ("at",),
     judge: Judge | None = None,
+    forget: Callable[[Any], Any] = lambda memory: memory,
     keeps_last: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation of a method.
@@ -206,6 +215,8 @@ def stepper(
         extra: The names of the figures that the method adds, with their dtypes (None for that of the losses).
         judge: What judges the last step before a new one is computed. One that it undoes is taken back by the
             update, in place of a new step.
+        forget: What the method carries on from a step that was undone, given what it carried: a direction or a warm
+            start that leads there is of no use.
         keeps_last: Whether the step is given the one before, as a judge is.
     """
     keeps_last = keeps_last or judge is not None
@@ -215,12 +226,12 @@ def stepper(
 
     def init(params: PyTree) -> StepState:
         dtype = trees.wide_dtype(*jax.tree.leaves(params))
-        last = LastStep(trees.zeros_like(params), jnp.zeros((), dtype)) if keeps_last else ()
+        last = LastStep(trees.zeros_like(params), jnp.zeros((), dtype), jnp.full((), jnp.nan, dtype))
         info = _empty_info(added, dtype)
         # Floating point may arrive as a number, an array or a traced value, of any dtype.
         first = jnp.array(jnp.asarray(strength).astype(dtype))
         key = jax.random.key_data(jax.random.key(seed))
-        return StepState(jnp.zeros((), jnp.int32), first, key, start(params), last, info)
+        return StepState(jnp.zeros((), jnp.int32), first, key, start(params), last if keeps_last else (), info)
 
     def update(updates: PyTree, state: StepState, params: PyTree = None, **arguments: Any) -> tuple[PyTree, StepState]:
         given = _given(name, points, updates, state, params, arguments)
@@ -241,7 +252,7 @@ def stepper(
             strength=given.strength if taken.strength is None else taken.strength.astype(given.dtype),
             key=state.key,
             memory=taken.memory,
-            last=LastStep(here, jnp.where(accepted, taken.figures["predicted_change"], 0)) if keeps_last else (),
+            last=_last_step(here, taken, accepted, given) if keeps_last else (),
             info=_info(taken, accepted, added, given),
         )
         finite = trees.all_finite(moved, updates if taken.reads_updates else ()) & taken.finite
@@ -255,6 +266,7 @@ def stepper(
             undone_steps = jnp.asarray(optax.safe_increment(state.info.undone_steps))
             reverted = state._replace(
                 strength=given.strength,
+                memory=forget(state.memory),
                 last=state.last._replace(predicted_change=jnp.zeros((), given.dtype)),
                 info=state.info._replace(undone_steps=undone_steps),
             )
@@ -263,6 +275,13 @@ def stepper(
         return trees.where(finite, moved, trees.zeros_like(moved)), trees.where(finite, after, skipped)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def _last_step(began, taken, accepted, given):
+    figures = taken.figures
+    change = figures["predicted_change"] if taken.change is None else taken.change
+    behind = figures.get("new_loss", jnp.nan) if taken.loss_behind is None else taken.loss_behind
+    return LastStep(began, jnp.where(accepted, change, 0).astype(given.dtype), jnp.asarray(behind).astype(given.dtype))
 
 
 _COUNTS = ("inner_iterations", "reason")

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import optax
 
 from curvax import trees
-from curvax.damping.rules import DampingRule, curveball_rule
+from curvax.damping.rules import DampingRule, curveball_rule, next_batch_rule
 from curvax.matrices.plane import inner_products, minimum_in_plane
 from curvax.matrices.quadratic_model import reduction_ratio
 from curvax.objectives.term import scale_cases
+from curvax.transforms._judge import JudgedBy, judging
 from curvax.transforms._step import Given, Step, stepper
 from curvax.types import Array, PyTree
 
@@ -23,6 +24,7 @@ def curveball(
     learning_rate: optax.ScalarOrSchedule | None = None,
     initial_damping: float = 1.0,
     rule: DampingRule | None = None,
+    judged_by: JudgedBy = "next_batch",
     damped_model: bool = True,
     gradient: Literal["incoming", "recomputed"] = "incoming",
 ) -> optax.GradientTransformationExtraArgs:
@@ -45,10 +47,13 @@ def curveball(
     Args:
         momentum: rho, a number or a schedule; None for the best one. 1 is the variant of the paper's appendix B.5.
         learning_rate: beta, a number or a schedule; None for the best one.
-        initial_damping: lambda_0. The paper takes 1 for networks with batch normalisation and 10 for others.
-        rule: How lambda adapts to gamma, which takes a forward pass where it is due; by default every 5 steps times
-            0.999 above 3/2 and over 0.999 below 1/2. ``DampingRule(decrease=1, increase=1)`` keeps it fixed, without
-            the forward pass.
+        initial_damping: lambda_0. The paper takes 1 for networks with batch normalisation and 10 for others; it may be
+            wrong by a factor of a hundred.
+        rule: How lambda adapts, every 5 steps, which takes a forward pass; if None ``next_batch_rule()``, or with
+            ``judged_by="same_batch"`` that of the paper, ``curveball_rule()``, which changes lambda by a thousandth.
+            ``DampingRule(decrease=1, increase=1)`` keeps it fixed, without the forward pass.
+        judged_by: Whether the ratio is that of the "next_batch", and a step that raised its loss absurdly is undone, or
+            that of the "same_batch" as in the paper.
         damped_model: Whether lambda z enters the model that rho, beta and the predicted change come from, as in the
             authors' published code, or the bracket alone, as equation 18 reads; without it steps on a nearly flat model
             are not bounded by lambda and may diverge.
@@ -77,7 +82,7 @@ def curveball(
 
     Source: Henriques, Ehrhardt, Albanie and Vedaldi 2019 ("Small steps and giant leaps"), algorithm 1, eqs. 16 to 18.
     """
-    rule = curveball_rule() if rule is None else rule
+    rule, judge = judging(judged_by, rule, curveball_rule(), next_batch_rule())
     adapts = not rule.decrease == rule.increase == 1
     if gradient not in ("incoming", "recomputed"):
         raise ValueError(f"gradient must be 'incoming' or 'recomputed', got {gradient!r}")
@@ -105,9 +110,10 @@ def curveball(
         def measure():
             return reduction_ratio(loss, at.loss_along(delta), predicted).astype(dtype)
 
-        ratio = given.info.step_ratio
-        if adapts:
+        ratio, strength = given.info.step_ratio, damping
+        if adapts and judge is None:
             ratio = jax.lax.cond((given.steps + 1) % rule.period == 0, measure, lambda: ratio)
+            strength = rule.adapt(damping, ratio, count=given.steps + 1)
         figures = {
             "loss": loss,
             "predicted_change": predicted,
@@ -122,13 +128,21 @@ def curveball(
             delta,
             figures,
             memory=delta,
-            strength=rule.adapt(damping, ratio, count=given.steps + 1) if adapts else damping,
+            strength=strength,
             finite=trees.all_finite(loss, predicted),
             reads_updates=gradient == "incoming",
         )
 
     extra = {"momentum": None, "learning_rate": None}
-    return stepper("curveball", step, start=trees.zeros_like, strength=initial_damping, extra=extra)
+    return stepper(
+        "curveball",
+        step,
+        start=trees.zeros_like,
+        strength=initial_damping,
+        extra=extra,
+        judge=judge if adapts else None,
+        forget=trees.zeros_like,
+    )
 
 
 class _Model:

@@ -12,7 +12,7 @@ import optax
 
 from curvax import solvers, trees
 from curvax.damping.matrices import Damping, tikhonov
-from curvax.damping.rules import DampingRule
+from curvax.damping.rules import DampingRule, next_batch_rule
 from curvax.estimators.chapelle_erhan import chapelle_erhan_diagonal
 from curvax.layers.factors import factors_of, mean_curvature
 from curvax.layers.find import Layers
@@ -20,6 +20,7 @@ from curvax.layers.inverses import kronecker_preconditioner
 from curvax.layers.taps import tap
 from curvax.matrices.curvature import Curvature, Fisher, GaussNewton, check_curvature
 from curvax.matrices.quadratic_model import reduction_ratio
+from curvax.transforms._judge import JudgedBy, judging
 from curvax.transforms._step import Given, Step, static_count, stepper
 
 RECIPE_A = MappingProxyType({"max_iterations": 250, "choice": "walk"})
@@ -39,6 +40,7 @@ def hessian_free(
     *,
     initial_damping: float = 1.0,
     rule: DampingRule | None = None,
+    judged_by: JudgedBy = "next_batch",
     damping_matrix: Damping | None = None,
     warm_start: optax.ScalarOrSchedule = 0.95,
     warm_start_from: Literal["last", "best"] = "last",
@@ -71,11 +73,19 @@ def hessian_free(
     products and the reduction ratio, and ``held_out_at=``, a point on a batch on which the choice among iterates and
     the line search judge the loss (they take the curvature batch otherwise).
 
+    By default the next batch judges how lambda adapts, as a step always suits the batch that it was made from: lambda
+    falls where the step has lowered the loss of the new batch by half of what was predicted, and grows where it has
+    raised it by as much; a step that has raised it by three times the prediction is undone, and counted in
+    ``undone_steps``. Where the batch stays the same, or with ``judged_by="same_batch"``, the rule is that of Martens,
+    on the ratio of the info.
+
     With an indefinite matrix (``curvature=curvax.Hessian()``) a run ends at the first direction of negative curvature,
     and the damping grows; ``curvax.newton_cg`` makes use of such a direction.
 
     Args:
-        rule: How lambda adapts; by default times 2/3 above rho = 3/4 and times 3/2 below 1/4.
+        rule: How lambda adapts; if None ``next_batch_rule(period=1, base=0.9)`` where batches change, and times 2/3
+            above rho = 3/4 and times 3/2 below 1/4 where they do not.
+        judged_by: "next_batch" or "same_batch".
         damping_matrix: D: ``curvax.damping.tikhonov()`` by default, ``scale_sensitive()`` or ``structural(...)``.
         warm_start: zeta, in [0, 1], a number or a schedule.
         warm_start_from: Start from the "last" iterate of the last run or from the "best" on its curvature batch.
@@ -113,7 +123,7 @@ def hessian_free(
         Array([[1.],
                [1.]], dtype=float...)
     """
-    rule = DampingRule() if rule is None else rule
+    rule, judge = judging(judged_by, rule, DampingRule(), next_batch_rule(period=1, base=0.9))
     damping_matrix = tikhonov() if damping_matrix is None else damping_matrix
     curvature = GaussNewton() if curvature is None else curvature
     check_curvature("hessian_free", curvature)
@@ -181,6 +191,11 @@ def hessian_free(
             first=chosen.objective,
         )
         step_size = jnp.where(search.found, search.step_size, 0)
+        strength, change = rule.adapt(given.strength, ratio, count=given.steps + 1), slope * step_size
+        change = change + (predicted - slope) * step_size**2
+        if judge is not None:  # the next batch judges, but where there is no step or the matrix alone has failed
+            strength = jnp.where(search.found & ~indefinite, given.strength, strength)
+            change = jnp.where(indefinite, 0, change)
         figures = {
             "loss": loss,
             "new_loss": new_loss,
@@ -197,9 +212,11 @@ def hessian_free(
             trees.scale(step_size, delta),
             figures,
             memory=best.value,
-            strength=rule.adapt(given.strength, ratio, count=given.steps + 1),
+            strength=strength,
             accepted=search.found,
             finite=trees.all_finite(loss, delta, predicted),
+            change=change.astype(dtype),
+            loss_behind=jnp.where(search.step_size == 1, new_loss, search.value),
         )
 
     return stepper(
@@ -210,6 +227,8 @@ def hessian_free(
         seed=seed,
         extra={"chosen_iteration": jnp.int32},
         points=("at", "curvature_at", "held_out_at"),
+        judge=judge,
+        forget=trees.zeros_like,
     )
 
 

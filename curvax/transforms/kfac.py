@@ -32,7 +32,8 @@ from curvax.matrices.curvature import Fisher, GaussNewton, OutputCurvature, chec
 from curvax.matrices.plane import inner_products, minimum_in_plane, products_in_plane
 from curvax.matrices.quadratic_model import reduction_ratio
 from curvax.objectives.point import CurvaturePoint
-from curvax.transforms._step import Given, LastStep, Step, Verdict, static_count, stepper
+from curvax.transforms._judge import JudgedBy, judging
+from curvax.transforms._step import Given, Step, static_count, stepper
 from curvax.types import Array, PyTree
 
 InverseName = Literal["block_diagonal", "block_tridiagonal", "exact_tikhonov", "eigen_corrected"]
@@ -50,7 +51,7 @@ def kfac(
     inverse: InverseName | Inverse = "block_diagonal",
     initial_damping: float | None = None,
     rule: DampingRule | None = None,
-    judged_by: Literal["next_batch", "same_batch"] = "next_batch",
+    judged_by: JudgedBy = "next_batch",
     gamma_rule: BestOfThree | None = None,
     learning_rate: optax.ScalarOrSchedule | None = None,
     momentum: optax.ScalarOrSchedule | None = None,
@@ -76,9 +77,9 @@ def kfac(
     step is what the parameters moved by since the last update, whatever stands behind in the chain.
 
     By default a step is judged by the next batch, which its curvature has not seen: lambda falls where the loss of the
-    new batch fell by half of what was predicted and grows where it rose by as much; a rise of ten times the prediction
-    is undone, and counted in ``undone_steps``. It takes a forward pass where the rule is due, and where the loss jumps
-    from one batch to the next. The rule of the paper, ``judged_by="same_batch"``, is for batches so large that what
+    new batch fell by half of what was predicted and grows where it rose by as much; a rise by three times the
+    prediction is undone, and counted in ``undone_steps``. It takes a forward pass where the rule is due, and where the
+    loss jumps from one batch to the next. The rule of the paper, ``judged_by="same_batch"``, is for batches so large that what
     fits them fits all data: with smaller ones it lets lambda fall until steps fit the batch alone.
 
     The method of the paper has ``judged_by="same_batch"``, ``gamma_rule=curvax.damping.BestOfThree()``,
@@ -127,9 +128,7 @@ def kfac(
 
     Source: Martens and Grosse 2015; Martens 2016, chapter 6.
     """
-    check_choice("judged_by", judged_by, ("next_batch", "same_batch"))
-    if rule is None:
-        rule = next_batch_rule() if judged_by == "next_batch" else kfac_rule()
+    rule, judge = judging(judged_by, rule, kfac_rule(), next_batch_rule())
     curvature = GaussNewton() if curvature is None else curvature
     check_curvature("kfac", curvature, OutputCurvature)
     preconditioner = _Preconditioner(
@@ -208,29 +207,6 @@ def kfac(
             guarded=True,
         )
 
-    def judge(last: LastStep, given: Given) -> Verdict:
-        """By the loss of this batch, which the last step has not seen, there and here."""
-        here, before = given.at.loss.astype(given.dtype), given.info.loss
-        bound = 10 * (jnp.abs(last.predicted_change) + jnp.finfo(here.dtype).eps * jnp.abs(here))
-        # Another batch has another loss: only a rise that no noise explains is worth a forward pass by itself.
-        alarming = ~(here - before <= bound + jnp.abs(before) / 4)
-        taken = (given.steps > 0) & (last.predicted_change < 0)
-        due = ((given.steps % rule.period == 0) | alarming) & taken
-
-        def measure():
-            # The old parameters in their places; leaves that are hidden from the method are as they are.
-            now = given.at.params
-            hidden = trees.sub(now, trees.embed(trees.extract(now, given.gradient), now))
-            there = given.at.loss_at(trees.add(hidden, trees.embed(last.params, now))).astype(given.dtype)
-            # Where the loss is not finite at the old parameters either, it is the batch that is bad.
-            absurd = jnp.isfinite(there) & ~(here - there <= bound)
-            return reduction_ratio(there, here, last.predicted_change).astype(given.dtype), absurd
-
-        ratio, absurd = jax.lax.cond(due, measure, lambda: (given.info.step_ratio, jnp.array(False)))
-        strength = jnp.where(due, rule.adapt(given.strength, ratio, count=given.steps), given.strength)
-        far = jnp.minimum(4 * given.strength, rule.maximum)
-        return Verdict(jnp.where(absurd, far, strength), absurd, ratio)
-
     return stepper(
         "kfac",
         step,
@@ -239,7 +215,7 @@ def kfac(
         seed=seed,
         extra={"momentum": None, "gamma": None},
         points=("at", "curvature_at"),
-        judge=judge if judged_by == "next_batch" else None,
+        judge=judge,
         keeps_last=True,
     )
 

@@ -8,10 +8,11 @@ import optax
 
 from curvax import trees
 from curvax.damping.matrices import Damping, tikhonov
-from curvax.damping.rules import DampingRule
+from curvax.damping.rules import DampingRule, next_batch_rule
 from curvax.matrices.curvature import Curvature, GaussNewton, check_curvature
 from curvax.matrices.linear_map import DenseMap
 from curvax.matrices.quadratic_model import reduction_ratio
+from curvax.transforms._judge import JudgedBy, judging
 from curvax.transforms._step import Given, Step, stepper
 from curvax.types import Array
 
@@ -20,6 +21,7 @@ def levenberg_marquardt(
     *,
     initial_damping: float = 1.0,
     rule: DampingRule | None = None,
+    judged_by: JudgedBy = "next_batch",
     damping_matrix: Damping | None = None,
     curvature: Curvature | None = None,
     absolute: bool = False,
@@ -28,11 +30,13 @@ def levenberg_marquardt(
     r"""Levenberg-Marquardt: delta = -(B + lambda D)^{-1} g, with lambda adapted and bad steps rejected.
 
     The matrix is formed and factorised, so this is for some thousands of parameters at most. A step that does not
-    reduce the loss on the batch is not taken and raises lambda. ``update`` takes ``at=``, to which curvature and the
-    loss that judges the step belong.
+    reduce the loss on the batch is not taken and raises lambda; what the others do to lambda, the next batch decides
+    where batches change (see ``curvax.hessian_free``). ``update`` takes ``at=``.
 
     Args:
-        rule: How lambda adapts; by default times 2/3 above rho = 3/4 and times 3/2 below 1/4.
+        rule: How lambda adapts; if None ``next_batch_rule(period=1, base=0.9)`` where batches change, and times 2/3
+            above rho = 3/4 and times 3/2 below 1/4 where they do not.
+        judged_by: "next_batch", or "same_batch" for the rule on each step's own batch.
         damping_matrix: D: ``curvax.damping.tikhonov()`` by default (Levenberg 1944), or ``scale_sensitive()``, with
             the exact diagonal of B (Marquardt 1963).
         curvature: B, ``curvax.GaussNewton()`` by default.
@@ -55,7 +59,7 @@ def levenberg_marquardt(
         >>> print(f"{state.info.step_ratio:.3f}")
         1.000
     """
-    rule = DampingRule() if rule is None else rule
+    rule, judge = judging(judged_by, rule, DampingRule(), next_batch_rule(period=1, base=0.9))
     solve = _Solve("levenberg_marquardt", damping_matrix, curvature, absolute)
 
     def step(given: Given) -> Step:
@@ -73,16 +77,19 @@ def levenberg_marquardt(
             "step_ratio": ratio,
             "damping": given.strength,
         }
+        strength = rule.adapt(given.strength, ratio, count=given.steps + 1)
+        if judge is not None:  # a step that is taken is judged by the next batch
+            strength = jnp.where(ratio > 0, given.strength, strength)
         return Step(
             delta,
             figures,
-            strength=rule.adapt(given.strength, ratio, count=given.steps + 1),
+            strength=strength,
             accepted=ratio > 0,
             # The solution of a matrix that could not be factorised is not finite, and more damping mends that.
             finite=trees.all_finite(loss, matrix),
         )
 
-    return stepper("levenberg_marquardt", step, strength=initial_damping, seed=seed)
+    return stepper("levenberg_marquardt", step, strength=initial_damping, seed=seed, judge=judge)
 
 
 def scale_by_dense_curvature(

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import optax
 
 from curvax import solvers, trees
+from curvax.damping.rules import DampingRule, next_batch_rule
 from curvax.matrices.curvature import Curvature, Fisher, check_curvature
+from curvax.matrices.linear_map import LinearMap
+from curvax.transforms._judge import NextBatch
 from curvax.transforms._step import Given, Step, stepper
+from curvax.types import Array, PyTree
 
 
 def natural_gradient(
     learning_rate: optax.ScalarOrSchedule = 1.0,
     *,
-    damping: optax.ScalarOrSchedule = 1e-3,
+    damping: optax.ScalarOrSchedule | None = None,
+    initial_damping: float | None = None,
+    rule: DampingRule | None = None,
     max_divergence: optax.ScalarOrSchedule | None = None,
     max_iterations: int = 20,
     tolerance: optax.ScalarOrSchedule = 1e-4,
@@ -23,15 +30,21 @@ def natural_gradient(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Natural gradient descent, delta = -alpha (F + lambda I)^{-1} g, solved by conjugate gradients.
 
+    lambda adapts unless ``damping`` is given: it begins with the curvature along the first gradient and follows how
+    well the damped model predicts what a step does to the loss of the next batch. A step that raises that far beyond
+    what noise explains is undone, and counted in ``undone_steps``. A damping that is given stays, and nothing is
+    undone: it is to be tuned together with the learning rate.
+
     With ``max_divergence`` the step is shortened where needed so that 1/2 delta^T F delta, the divergence KL(p_new ||
     p_old) of the predictions to second order, stays within it: alpha is multiplied by min(1, sqrt(2 c / delta^T F
-    delta)). Martens 2016 (section 5.5) finds an adapted damping far better than rescaling the undamped step;
-    ``hessian_free`` has that. ``update`` takes ``at=`` and optionally ``curvature_at=``, a point on another batch for
-    F.
+    delta)). Martens 2016 (section 5.5) finds an adapted damping far better than rescaling the undamped step.
+    ``update`` takes ``at=`` and optionally ``curvature_at=``, a point on another batch for F.
 
     Args:
         learning_rate: alpha, a number or a schedule.
-        damping: lambda, above 0, a number or a schedule.
+        damping: lambda, above 0, a number or a schedule; None lets it adapt.
+        initial_damping: The lambda that adapting begins with; if None g^T F g / g^T g for the first gradient.
+        rule: How it adapts, ``curvax.damping.next_batch_rule(period=1, base=0.9)`` if None.
         max_divergence: The bound c on the divergence of a step, a number or a schedule; None for none.
         tolerance: The relative residual to stop at.
         warm_start: The solve starts from this times the last solution; above 0 only where F changes little.
@@ -54,19 +67,55 @@ def natural_gradient(
 
     Source: Amari 1998; Martens 2016, sections 5.3 and 5.5.
     """
+    solve = _Solve("natural_gradient", max_iterations, tolerance, warm_start, curvature)
+    if damping is not None and not (initial_damping is None and rule is None):
+        raise ValueError(
+            "natural_gradient: damping= is a lambda that stays; initial_damping= and rule= are for one that adapts"
+        )
+    judge = None
+    if damping is None:
+        rule = next_batch_rule(period=1, base=0.9) if rule is None else rule
+        judge = NextBatch(rule, rule)
 
-    def finished(solution, matrix, given):
-        step = trees.scale(-given.number(learning_rate), solution)
-        if max_divergence is None:
-            return step, 0.0
-        divergence = matrix.quadratic(step) / 2
-        limit = given.number(max_divergence).astype(divergence.dtype)
-        within = divergence <= limit
-        factor = jnp.where(within, 1, jnp.sqrt(limit / jnp.where(within, 1, divergence)))
-        return trees.scale(factor, step), factor**2 * divergence
+    def step(given: Given) -> Step:
+        matrix, rate = solve.matrix(given), given.number(learning_rate)
+        if damping is not None:
+            strength = given.number(damping)
+        elif initial_damping is not None:
+            strength = given.strength
+        else:
+            strength = jax.lax.cond(
+                given.steps == 0, lambda: _curvature_along_gradient(matrix, given), lambda: given.strength
+            )
+        solution, figures, finite = solve(matrix, strength, given)
+        divergence, factor = jnp.zeros((), given.dtype), jnp.ones((), given.dtype)
+        if max_divergence is not None:
+            divergence = rate**2 * matrix.quadratic(solution).astype(given.dtype) / 2
+            limit = given.number(max_divergence)
+            within = divergence <= limit
+            factor = jnp.where(within, 1, jnp.sqrt(limit / jnp.where(within, 1, divergence)))
+        # The damped model at -a x, from its value q(x) = 1/2 x^T (F + lambda I) x - g^T x at x.
+        length, slope = factor * rate, trees.vdot(given.gradient, solution).astype(given.dtype)
+        figures |= {
+            "loss": given.at.loss,
+            "predicted_change": length**2 * (figures.pop("model_value") + slope) - length * slope,
+            "step_ratio": given.info.step_ratio,
+            "divergence": factor**2 * divergence,
+        }
+        update = trees.scale(-length, solution)
+        return Step(update, figures, memory=solution, strength=None if damping is not None else strength, finite=finite)
 
-    solve = (damping, max_iterations, tolerance, warm_start, curvature, seed)
-    return _transformation("natural_gradient", finished, *solve)
+    return stepper(
+        "natural_gradient",
+        step,
+        start=trees.zeros_like,
+        strength=0.0 if initial_damping is None else initial_damping,
+        seed=seed,
+        extra={"residual": None, "divergence": None},
+        points=("at", "curvature_at"),
+        judge=judge,
+        forget=trees.zeros_like,
+    )
 
 
 def scale_by_natural_gradient(
@@ -82,7 +131,7 @@ def scale_by_natural_gradient(
 
     It preconditions whatever updates arrive and reads no loss value; chain a learning rate, momentum or a line search
     behind it: ``optax.chain(curvax.scale_by_natural_gradient(), optax.scale_by_learning_rate(0.1))``. Arguments and
-    figures are those of ``curvax.natural_gradient``.
+    figures are those of ``curvax.natural_gradient``, with a damping that stays.
 
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
@@ -94,39 +143,51 @@ def scale_by_natural_gradient(
 
     Source: Amari 1998; Martens 2016, section 5.2.
     """
-    solve = (damping, max_iterations, tolerance, warm_start, curvature, seed)
-    return _transformation("scale_by_natural_gradient", lambda solution, *_: (solution, 0.0), *solve)
-
-
-def _transformation(name, finished, damping, max_iterations, tolerance, warm_start, curvature, seed):
-    """The transformation whose updates are ``finished(solution, F, given)``, with the divergence."""
-    curvature = Fisher() if curvature is None else curvature
-    check_curvature(name, curvature)
+    solve = _Solve("scale_by_natural_gradient", max_iterations, tolerance, warm_start, curvature)
 
     def step(given: Given) -> Step:
-        strength = given.number(damping)
-        matrix = curvature.at(given.curvature_at, given.key).restrict(given.gradient)
+        solution, figures, finite = solve(solve.matrix(given), given.number(damping), given)
+        del figures["model_value"]
+        return Step(solution, figures, memory=solution, finite=finite)
+
+    extra, points = {"residual": None}, ("at", "curvature_at")
+    return stepper("scale_by_natural_gradient", step, start=trees.zeros_like, seed=seed, extra=extra, points=points)
+
+
+class _Solve:
+    """(F + lambda I)^{-1} g by conjugate gradients, with the figures of the run."""
+
+    def __init__(self, name, max_iterations, tolerance, warm_start, curvature):
+        self.curvature = Fisher() if curvature is None else curvature
+        check_curvature(name, self.curvature)
+        self.max_iterations, self.tolerance, self.warm_start = max_iterations, tolerance, warm_start
+
+    def matrix(self, given: Given) -> LinearMap:
+        return self.curvature.at(given.curvature_at, given.key).restrict(given.gradient)
+
+    def __call__(self, matrix: LinearMap, damping: Array, given: Given) -> tuple[PyTree, dict[str, Array], Array]:
         result = solvers.cg(
-            lambda v: trees.add_scaled(matrix(v), strength, v),
+            lambda v: trees.add_scaled(matrix(v), damping, v),
             given.gradient,
-            x0=trees.scale(given.number(warm_start), given.memory),
-            max_iterations=max_iterations,
-            tolerance=given.number(tolerance),
+            x0=trees.scale(given.number(self.warm_start), given.memory),
+            max_iterations=self.max_iterations,
+            tolerance=given.number(self.tolerance),
         )
-        delta, divergence = finished(result.value, matrix, given)
         norm = trees.norm(given.gradient).astype(given.dtype)
         figures = {
-            "damping": strength,
+            "damping": damping,
             "inner_iterations": result.iterations,
             "reason": result.reason,
             "gradient_norm": norm,
             "residual": result.residual_norm.astype(given.dtype) / jnp.where(norm > 0, norm, 1),
-            "divergence": divergence,
+            "model_value": result.model_value.astype(given.dtype),
         }
         # A matrix that is not finite ends the solve at its start, which is finite: the reason tells.
-        finite = result.reason != solvers.StopReason.NON_FINITE
-        return Step(delta, figures, memory=result.value, finite=finite)
+        return result.value, figures, result.reason != solvers.StopReason.NON_FINITE
 
-    extra = {"residual": None, "divergence": None}
-    points = ("at", "curvature_at")
-    return stepper(name, step, start=trees.zeros_like, seed=seed, extra=extra, points=points)
+
+def _curvature_along_gradient(matrix, given):
+    """g^T F g / g^T g: with it as lambda no step is longer than steepest descent's to the minimum of the model."""
+    squared = trees.vdot(given.gradient, given.gradient).astype(given.dtype)
+    along = matrix.quadratic(given.gradient).astype(given.dtype) / jnp.where(squared > 0, squared, 1)
+    return jnp.where(along > 0, along, 1)

@@ -1,0 +1,98 @@
+"""The judge of the next batch: whether the last step has also paid on data that its curvature has not seen.
+
+A step fits the batch that it was computed from. Judged there it looks good for ever, so that the damping falls until
+steps follow the noise of their batch alone and the loss rises. The whole methods therefore look back, before each step,
+at what the last one did to the loss of the batch that has come since: one forward pass, at the parameters where the
+last step began. Where the batch has not changed there is nothing to look back for, and the rule of the method's paper
+acts on the ratio that it measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from curvax import trees
+from curvax.checks import check_choice
+from curvax.damping.rules import Rule
+from curvax.matrices.quadratic_model import reduction_ratio
+from curvax.transforms._step import Given, LastStep, Verdict
+from curvax.types import Array
+
+JudgedBy = Literal["next_batch", "same_batch"]
+
+ABSURD = 3
+"""A rise by so many times what the model promised, or the loss was, is no noise of a batch: the step is undone."""
+
+
+def judging(judged_by: JudgedBy, rule: Rule | None, same: Rule, following: Rule) -> tuple[Rule, NextBatch | None]:
+    """The rule for a step judged on its own batch, and the judge by the next one, None for "same_batch".
+
+    Args:
+        rule: The rule that the user has given, which takes the place of both others.
+        same: The rule of the method's paper.
+        following: The rule for ratios on a batch that the step was not computed from.
+    """
+    check_choice("judged_by", judged_by, ("next_batch", "same_batch"))
+    own = same if rule is None else rule
+    if judged_by == "same_batch":
+        return own, None
+    return own, NextBatch(following if rule is None else rule, own)
+
+
+@dataclasses.dataclass(frozen=True)
+class NextBatch:
+    """Judges the last step by the loss of the present batch, at the parameters where it began and where it ended.
+
+    The rule acts where its period is due. Whatever the period, a rise of the loss that neither the model nor the noise
+    of batches explains is looked into at once: a step that has raised the loss of this batch ``ABSURD`` times as much
+    as it was to lower it, or by as many times that loss, is undone.
+
+    Attributes:
+        rule: What the ratio on another batch does to the strength.
+        same: What the ratio of the info does where the batch is still that of the last step, which is seen by its loss
+            if the method has measured that behind the step.
+    """
+
+    rule: Rule
+    same: Rule
+
+    def __call__(self, last: LastStep, given: Given) -> Verdict:
+        info, here = given.info, given.at.loss.astype(given.dtype)
+        rounding = jnp.finfo(here.dtype).eps * jnp.abs(here)
+        unchanged = jnp.abs(here - last.loss) <= 32 * rounding
+        promised = jnp.abs(last.predicted_change)
+
+        def bound(loss):
+            # A model may promise many times the loss that there is.
+            return ABSURD * (jnp.minimum(promised, jnp.abs(loss)) + rounding)
+
+        # Another batch has another loss: only a rise that no noise explains is worth a forward pass by itself.
+        alarming = ~(here - info.loss <= bound(info.loss) + jnp.abs(info.loss) / 4)
+        taken = (given.steps > 0) & (last.predicted_change < 0)
+        due = ((given.steps % self.rule.period == 0) | alarming) & taken & ~unchanged
+
+        def look_back() -> tuple[Array, Array]:
+            there = given.at.loss_at(_began(last, given)).astype(given.dtype)
+            # Where the loss is not finite at the old parameters either, it is the batch that is bad.
+            absurd = jnp.isfinite(there) & ~(here - there <= bound(there))
+            return reduction_ratio(there, here, last.predicted_change).astype(given.dtype), absurd
+
+        ratio, absurd = jax.lax.cond(due, look_back, lambda: (info.step_ratio, jnp.array(False)))
+
+        def adapted(rule):
+            return rule.adapt(given.strength, ratio, count=given.steps, step_norm=info.update_norm)
+
+        strength = jnp.where(due, adapted(self.rule), given.strength)
+        strength = jnp.where(unchanged & taken, adapted(self.same), strength)
+        return Verdict(jnp.where(absurd, self.rule.retreat(given.strength), strength), absurd, ratio)
+
+
+def _began(last, given):
+    """The parameters where the last step began; leaves that are hidden from the method are as they are."""
+    now = given.at.params
+    hidden = trees.sub(now, trees.embed(trees.extract(now, given.gradient), now))
+    return trees.add(hidden, trees.embed(last.params, now))
