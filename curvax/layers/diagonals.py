@@ -156,11 +156,12 @@ def products(tapped: TappedPoint, left: list[LayerUse], right: list[LayerUse], s
     for term, scale in enumerate(scales):
         uses = [use for use in together if use.term == term]
         if uses:
-            both = uses if left is right else uses + [others[id(use)] for use in uses]
+            both, count = uses if left is right else uses + [others[id(use)] for use in uses], len(uses)
 
-            def product(both, weights, count=len(uses)):
+            def product(both, weights, count=count):
                 rows, other_rows = (
-                    tapped.to_params([(use, use.per_example()) for use in part]) for part in (both[:count], both[-count:])
+                    tapped.to_params([(use, use.per_example()) for use in part])
+                    for part in (both[:count], both[-count:])
                 )
                 return jax.tree.map(functools.partial(_weighted_products, weights), rows, other_rows)
 
