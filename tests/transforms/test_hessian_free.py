@@ -220,6 +220,30 @@ def test_warm_start_from_the_last_iterate_or_from_the_best(warm_start_from):
     np.testing.assert_allclose(flat(state.memory), iterates()[expected], rtol=1e-7, atol=1e-10)
 
 
+@pytest.mark.parametrize("start", ["gradient", "last"])
+def test_few_iterations_from_the_gradient_or_from_the_last_step(start):
+    """The simplified method of Henriques et al. 2019, algorithm 2, and what interleaves its iterations with steps."""
+    count = 2 if start == "gradient" else 1
+    tx = curvax.hessian_free(
+        warm_start=1.0, warm_start_from=start, max_iterations=count, choice="last", preconditioner_exponent=None,
+        initial_damping=0.1, progress_tolerance=0.0,
+    )  # fmt: skip
+    direction = np.zeros(24)
+    for taken in run(tx, objective, weights(), batch(0), 3):
+        matrix = np.asarray(dense_ggn(objective, taken.before, batch(0))) + float(taken.state.info.damping) * np.eye(24)
+        slopes = gradient(objective, taken.before, batch(0))
+        x = -slopes if start == "gradient" else direction
+        r = -slopes - matrix @ x
+        p = r
+        for _ in range(count):
+            step = r @ r / (p @ matrix @ p)
+            x, new = x + step * p, r - step * matrix @ p
+            p, r = new + new @ new / (r @ r) * p, new
+        direction = x
+        np.testing.assert_allclose(flat(taken.updates), taken.state.info.step_size * x, rtol=1e-7, atol=1e-10)
+        assert taken.state.info.step_size > 0
+
+
 @pytest.mark.parametrize("recipe", [RECIPE_A, RECIPE_B, RECIPE_C], ids=["A", "B", "C"])
 def test_every_recipe_trains(recipe):
     settings = dict(recipe, max_iterations=min(recipe["max_iterations"], 30))
