@@ -1,6 +1,7 @@
 """Damping: what is added to the curvature matrix, and how its strength, or a trust region's radius, adapts."""
 
 from curvax.damping.matrices import Damping as Damping
+from curvax.damping.matrices import proportional as proportional
 from curvax.damping.matrices import scale_sensitive as scale_sensitive
 from curvax.damping.matrices import tikhonov as tikhonov
 from curvax.damping.rules import BestOfThree as BestOfThree

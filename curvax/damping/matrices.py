@@ -1,4 +1,4 @@
-"""Damping matrices: lambda D with D the identity (Tikhonov) or a diagonal that follows the curvature's scales."""
+"""Damping matrices lambda D: D the identity (Tikhonov), a diagonal that follows the curvature's scales, or B itself."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ class ScaleSensitive(Damping):
         exponent: xi, in [0, 1].
         offset: kappa, not negative.
         diagonal: d as a fixed pytree shaped like the parameters, such as squared scales known in advance (D = C^T C),
-            or a function (B, key) -> d; by default one unbiased estimate a step (``chapelle_erhan_diagonal``), which
-            needs a B with ``sample``: Gauss-Newton or Fisher. A dense B has its own diagonal.
+            or a function (B, key) -> d; by default one unbiased estimate a step (``chapelle_erhan_diagonal``, squared
+            per example), which needs a B with ``sample``: Gauss-Newton or Fisher. A dense B has its own diagonal.
 
     Raises:
         ValueError: ``exponent`` or ``offset`` is out of range.
@@ -105,9 +105,34 @@ class ScaleSensitive(Damping):
         return Diagonal(jax.tree.map(entries, diagonal))
 
 
+@dataclasses.dataclass(frozen=True)
+class Proportional(Damping):
+    r"""Damping by D = B: the damped matrix is (1 + lambda) B (Martens 2016, section 4.6.3).
+
+    Solved exactly, or by conjugate gradients from zero, the step is 1 / (1 + lambda) of the undamped one, whatever the
+    parameterisation: the learning rate alpha is this with lambda = 1/alpha - 1. Along directions without curvature it
+    restrains nothing, so Martens warns not to use it alone: leave it to where B is regular.
+
+    Example:
+        >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
+        >>> at = objective.linearize(jnp.zeros((2, 1)), (jnp.eye(2), jnp.ones((2, 1))))
+        >>> curvax.damping.proportional().matrix(at, curvax.GaussNewton(), 2.0, jax.random.key(0)).diagonal()
+        Array([[1.5],
+               [1.5]], dtype=float...)
+    """
+
+    def matrix(self, at: CurvaturePoint, curvature: Curvature, strength: Scalar, key: jax.Array) -> LinearMap:
+        return (1 + jnp.asarray(strength)) * curvature.at(at, key)  # one product, not two
+
+    def added(self, matrix: LinearMap, strength: Scalar, key: jax.Array) -> LinearMap:
+        del key
+        return strength * matrix
+
+
 def _own_or_estimated(matrix, key):
     return matrix.diagonal() if isinstance(matrix, DenseMap) else chapelle_erhan_diagonal(matrix, key)
 
 
 tikhonov = Tikhonov
 scale_sensitive = ScaleSensitive
+proportional = Proportional

@@ -5,7 +5,11 @@ from curvax.estimators.chapelle_erhan import chapelle_erhan_diagonal as chapelle
 from curvax.estimators.curvature_propagation import propagate_curvature as propagate_curvature
 from curvax.estimators.curvature_propagation import sampled_hessian_diagonal as sampled_hessian_diagonal
 from curvax.estimators.diagonals import hutchinson_diagonal as hutchinson_diagonal
+from curvax.estimators.diagonals import secant_ratios as secant_ratios
 from curvax.estimators.eigenpairs import top_eigenpairs as top_eigenpairs
+from curvax.estimators.gradient_flow import jacobian_norms_by_lag as jacobian_norms_by_lag
+from curvax.estimators.gradient_flow import layer_norms as layer_norms
+from curvax.estimators.gradient_flow import newton_boosts as newton_boosts
 from curvax.estimators.lanczos import gauss_quadrature as gauss_quadrature
 from curvax.estimators.lanczos import lanczos as lanczos
 from curvax.estimators.spectra import spectral_density as spectral_density

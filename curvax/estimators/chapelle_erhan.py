@@ -8,10 +8,10 @@ import jax
 
 from curvax import trees
 from curvax.layers.diagonals import sampled_squares
-from curvax.layers.find import Layers
+from curvax.layers.find import Layers, layers_of_examples
 from curvax.layers.taps import tap
 from curvax.matrices.curvature import Pullback
-from curvax.matrices.linear_map import Diagonal, LinearMap, Noise, Sum
+from curvax.matrices.linear_map import Diagonal, LinearMap, Noise, Scaled, Sum
 from curvax.types import PyTree
 
 
@@ -25,17 +25,20 @@ def chapelle_erhan_diagonal(
 ) -> PyTree:
     r"""An unbiased estimate of diag(G), the mean of sq(u) over draws u with E[u u^T] = G.
 
-    For a Gauss-Newton matrix a draw is u = (1/sqrt N) sum_i J_i^T (H_L^{1/2})^T v_i with independent noise v_i for
-    every case, so one draw costs one backward pass (Chapelle and Erhan 2011; Martens 2016, algorithm 6, with the
-    transpose that its proof has). The penalty's part is exact. Entries are never negative; one that is small may be
-    estimated as nearly zero.
+    For a Gauss-Newton matrix a draw is of each example alone, u_i = J_i^T (H_L^{1/2})^T v_i with signs v_i, and the
+    estimate is the mean of sq(u_i): squares before the mean, so that its variance falls with the number of examples, by
+    one backward pass (Chapelle and Erhan 2011; Martens 2016, algorithm 6, with the transpose that its proof has). The
+    penalty's part is exact. Entries are never negative; one that is small may be estimated as nearly zero.
+
+    Examples are told apart by the layers of the model, which are looked for at trace time. Where there are none a draw
+    is of the sum of all u_i and varies as much as with a single example: for parameters without structure, for models
+    that couple examples or cannot be traced at another number of them, and for maps of other kinds. Of a point in
+    chunks the estimate is of as many examples as a chunk has, taken at even distances from a random one on.
 
     Args:
         linear_map: A positive semi-definite map with ``sample``: ``curvax.ggn``, ``curvax.fisher``.
         distribution: The noise; ``curvax.trees.random_rademacher`` varies less than ``random_normal``.
-        layers: From ``curvax.find_layers``: squares are then taken for each example, by taps, which leaves out the
-            cross terms between examples; the variance falls with their number. Parameters without structure are
-            estimated as without layers.
+        layers: From ``curvax.find_layers``, where they are at hand: looking for them traces the model thrice.
 
     Example:
         >>> objective = curvax.Objective(lambda w, x: x * w, curvax.losses.squared_error())
@@ -53,16 +56,27 @@ def chapelle_erhan_diagonal(
     if isinstance(linear_map, Diagonal):
         return linear_map.diagonal()
 
-    if layers is not None and isinstance(linear_map, Pullback):
-        return _by_examples(linear_map, layers, key, num_samples, distribution)
+    if isinstance(linear_map, Scaled):
+        part = chapelle_erhan_diagonal(
+            linear_map.map, key, num_samples=num_samples, distribution=distribution, layers=layers
+        )
+        return trees.scale(linear_map.scalar, part)
+    if isinstance(linear_map, Pullback):
+        linear_map = _of_one_chunk(linear_map, key)
+        layers = layers_of_examples(linear_map.point) if layers is None else layers
+        if layers is not None:
+            return _by_examples(linear_map, layers, key, num_samples, distribution)
+    return _by_sums(linear_map, key, num_samples, distribution)
 
-    def add_square(total, k):
-        draw = linear_map.sample(k, distribution)
-        return trees.add(total, trees.multiply(draw, draw)), None
 
-    zeros = trees.zeros_like(linear_map.structure)
-    total, _ = jax.lax.scan(add_square, zeros, jax.random.split(key, num_samples))
-    return trees.scale(1 / num_samples, total)
+def _of_one_chunk(linear_map, key):
+    """The map on the examples of one chunk, for the taps to hold."""
+    point = linear_map.point
+    if point.chunk_size is None:
+        return linear_map
+    stride = -(-point.num_examples(0) // point.chunk_size)
+    part = point.subset(stride, jax.random.randint(key, (), 0, stride))
+    return linear_map.curvature.pullback(part, jax.random.fold_in(key, 1))
 
 
 def _by_examples(linear_map, layers, key, num_samples, distribution):
@@ -71,5 +85,15 @@ def _by_examples(linear_map, layers, key, num_samples, distribution):
     estimate = sampled_squares(tapped, matrices, key, num_samples, distribution)
     if not layers.unstructured:
         return estimate
-    plain = chapelle_erhan_diagonal(linear_map, key, num_samples=num_samples, distribution=distribution)
+    plain = _by_sums(linear_map, key, num_samples, distribution)
     return trees.replace_leaves(estimate, layers.unstructured, plain)
+
+
+def _by_sums(linear_map, key, num_samples, distribution):
+    def add_square(total, k):
+        draw = linear_map.sample(k, distribution)
+        return trees.add(total, trees.multiply(draw, draw)), None
+
+    zeros = trees.zeros_like(linear_map.structure)
+    total, _ = jax.lax.scan(add_square, zeros, jax.random.split(key, num_samples))
+    return trees.scale(1 / num_samples, total)

@@ -46,3 +46,29 @@ def hutchinson_diagonal(
     # A normal number in a narrow dtype may be zero; then every one was, and the estimate is zero.
     quotient = jax.tree.map(lambda x, y: x / jnp.where(y > 0, y, 1), products, squares)
     return trees.cast_like(quotient, linear_map.structure)
+
+
+def secant_ratios(linear_map: LinearMap, direction: PyTree, *, entry: Array | None = None) -> PyTree:
+    r"""The ratios [A d]_j / [d]_j of a direction d, which SGD-QN's of changes of gradient to steps tend to.
+
+    As the step d = theta' - theta shrinks, [grad h(theta') - grad h(theta)]_j / [d]_j tends to this with A the Hessian
+    (Martens 2016, eq. 3.12). The mean over independent symmetric d_j of mean zero is the diagonal of A; with one d_m in
+    all denominators it is column m. Over signs it is ``hutchinson_diagonal``; over normal numbers the variance is
+    infinite; and steps of an optimiser are neither.
+
+    Args:
+        direction: d, a pytree without zeros shaped like the vectors of the map.
+        entry: d_m, one entry of it, as the denominator of all ratios.
+
+    Example:
+        >>> A = curvax.from_matvec(lambda v: jnp.array([[2.0, 1.0], [1.0, 3.0]]) @ v, jnp.zeros(2))
+        >>> curvax.estimators.secant_ratios(A, jnp.array([1.0, -1.0]))
+        Array([1., 2.], dtype=float...)
+        >>> signs = jnp.array([[1.0, 1.0], [1.0, -1.0]])
+        >>> jnp.mean(jax.vmap(lambda d: curvax.estimators.secant_ratios(A, d, entry=d[0]))(signs), axis=0)
+        Array([2., 1.], dtype=float...)
+    """
+    product = linear_map(direction)
+    if entry is None:
+        return jax.tree.map(jnp.divide, product, direction)
+    return jax.tree.map(lambda x: x / entry.astype(x.dtype), product)

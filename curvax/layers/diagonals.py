@@ -12,10 +12,12 @@ import jax.numpy as jnp
 from curvax import trees
 from curvax.layers.per_example import split_uses
 from curvax.layers.taps import TappedPoint
-from curvax.layers.use import LayerUse
+from curvax.layers.use import LayerUse, sum_in_chunks
+from curvax.matrices.curvature import example_keys
 from curvax.matrices.linear_map import Noise
 from curvax.objectives.output_matrix import OutputMatrix, num_columns, unit_vector
 from curvax.objectives.point import CurvaturePoint
+from curvax.objectives.term import scale_cases
 from curvax.types import Array, PyTree
 
 
@@ -82,17 +84,24 @@ def sampled_ggn_diagonal(tapped: TappedPoint, key: Array, *, num_samples: int = 
 def sampled_squares(
     tapped: TappedPoint, matrices: Sequence[OutputMatrix], key: Array, num_samples: int, distribution: Noise
 ) -> PyTree:
-    """The estimate for any matrices on the outputs, without the penalty's part and parameters without structure."""
-    scales = tapped.example_scales("sampled diagonals by layers")
+    """The estimate for any matrices on the outputs, without the penalty's part and parameters without structure.
+
+    Where the steps of sequences are the cases the noise is that of each step, and the square that of their sum over an
+    example: as the noise is independent, its mean has no cross terms between steps either.
+    """
+    tapped.check_separate("sampled diagonals by layers")
+    scales = [cases.scale for cases in tapped.point.cases]
+    ones = [jnp.ones(tapped.point.num_examples(term), scale.dtype) for term, scale in enumerate(scales)]
+
+    def seed(matrix, scale, keys):
+        example = trees.example_structure(matrix.root_structure)
+        noise = jax.vmap(lambda key: distribution(key, example))(keys)
+        return scale_cases(jnp.sqrt(scale), matrix.sqrt_transpose_product(noise))
 
     def one(total, key):
-        keys = jax.random.split(key, len(matrices))
-        seeds = tuple(
-            matrix.sqrt_transpose_product(distribution(k, matrix.root_structure))
-            for matrix, k in zip(matrices, keys, strict=True)
-        )
-        captured = tapped.pull_back(seeds)
-        return trees.add(total, products(tapped, captured, captured, scales)), None
+        keys = example_keys(tapped.point, key)
+        captured = tapped.pull_back(tuple(map(seed, matrices, scales, keys)))
+        return trees.add(total, products(tapped, captured, captured, ones)), None
 
     zeros = trees.zeros_like(tapped.point.params)
     total, _ = jax.lax.scan(one, zeros, jax.random.split(key, num_samples))
@@ -147,10 +156,16 @@ def products(tapped: TappedPoint, left: list[LayerUse], right: list[LayerUse], s
     for term, scale in enumerate(scales):
         uses = [use for use in together if use.term == term]
         if uses:
-            rows = tapped.to_params([(use, use.per_example()) for use in uses])
-            same = left is right
-            other_rows = rows if same else tapped.to_params([(use, others[id(use)].per_example()) for use in uses])
-            total = trees.add(total, jax.tree.map(functools.partial(_weighted_products, scale), rows, other_rows))
+            both, count = uses if left is right else uses + [others[id(use)] for use in uses], len(uses)
+
+            def product(both, weights, count=count):
+                rows, other_rows = (
+                    tapped.to_params([(use, use.per_example()) for use in part])
+                    for part in (both[:count], both[-count:])
+                )
+                return jax.tree.map(functools.partial(_weighted_products, weights), rows, other_rows)
+
+            total = trees.add(total, sum_in_chunks(product, both, scale))
     return total
 
 

@@ -5,13 +5,16 @@ Kinds of uses differ in how inputs are stored and products are formed; that stan
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from curvax import trees
 from curvax.layers.geometry import Geometry
-from curvax.types import Array
+from curvax.types import Array, PyTree
 
 if TYPE_CHECKING:
     from curvax.layers.find import Layer
@@ -100,9 +103,15 @@ class LayerUse(NamedTuple):
             inputs, cotangents = jnp.square(self.inputs[:, :, 0]), self.cotangents[:, :, 0] * others[:, :, 0]
             result = sum_over_examples("bni,bno->bio", inputs, cotangents * weights[None, :, None])
             return result.swapaxes(1, 2) if self.swapped else result
-        rows = self.per_example()
-        other_rows = rows if others is self.cotangents else self._replace(cotangents=others).per_example()
-        return jnp.einsum("n,nbio->bio", weights, rows * other_rows)
+        if others is self.cotangents:
+            return sum_in_chunks(
+                lambda uses, w: jnp.einsum("n,nbio->bio", w, jnp.square(uses[0].per_example())), [self], weights
+            )
+
+        def product(uses, w):
+            return jnp.einsum("n,nbio->bio", w, uses[0].per_example() * uses[1].per_example())
+
+        return sum_in_chunks(product, [self, self._replace(cotangents=others)], weights)
 
     def squared_norms(self) -> Array:
         """||sum_r a_r ds_r^T||^2 for each example."""
@@ -167,6 +176,39 @@ class LayerUse(NamedTuple):
         assert self.inputs is not None
         positions, inputs, outputs = self.cotangents.shape[2], self.inputs.shape[-1], self.cotangents.shape[3]
         return positions * (inputs + outputs) <= inputs * outputs
+
+
+def sum_in_chunks(function: Callable[[list[LayerUse], Array], PyTree], uses: list[LayerUse], weights: Array) -> PyTree:
+    """The sum of ``function(uses, weights)`` over chunks of the examples, for one that forms their gradients.
+
+    A chunk has so many examples that their gradients take about the memory of all inputs and cotangents.
+    """
+    uses = [use._replace(inputs=replicated(use.inputs), cotangents=replicated(use.cotangents)) for use in uses]
+    weights = replicated(weights)
+    arrays = [(use.inputs, use.cotangents) for use in uses]
+    count = weights.shape[0]
+    room = sum(array.size for array in jax.tree.leaves(arrays))
+    gradient = sum(math.prod(use.layer.shape) for use in uses)
+    chunks = -(-count // max(1, min(count, room // gradient)))
+    length = -(-count // chunks)
+
+    def of(part):
+        arrays, w = part
+        filled = [use._replace(inputs=i, cotangents=c) for use, (i, c) in zip(uses, arrays, strict=True)]
+        return function(filled, w)
+
+    if chunks == 1:
+        return of((arrays, weights))
+
+    def cut(array, axis):
+        padding = [(0, chunks * length - count if i == axis else 0) for i in range(array.ndim)]
+        padded = jnp.pad(array, padding)  # examples of no weight
+        parts = padded.reshape(*array.shape[:axis], chunks, length, *array.shape[axis + 1 :])
+        return jnp.moveaxis(parts, axis, 0)
+
+    parts = jax.tree.map(lambda array: cut(array, 1), arrays), cut(weights, 0)
+    zeros = trees.zeros_like(jax.eval_shape(of, jax.tree.map(lambda x: x[0], parts)))
+    return jax.lax.scan(lambda total, part: (trees.add(total, of(part)), None), zeros, parts)[0]
 
 
 def _by_position(weights):

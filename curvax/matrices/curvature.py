@@ -148,9 +148,13 @@ class OutputCurvature(Curvature):
         """C on the outputs of a piece, without weights; ``piece.extra`` holds the keys where targets are drawn."""
 
     def at(self, point: CurvaturePoint, key: jax.Array | None = None) -> LinearMap:
+        return with_penalty(self.pullback(point, key), point)
+
+    def pullback(self, point: CurvaturePoint, key: jax.Array | None = None) -> Pullback:
+        """The same without the penalty."""
         keys = self.keys(point, key)
         extras = keys if point.chunk_size is not None else compiled_if_eager(_matrices, point, keys, curvature=self)
-        return with_penalty(Pullback(point, extras, self), point)
+        return Pullback(point, extras, self)
 
     def columns(self, piece: Piece) -> tuple[int, Callable[[jax.Array], PyTree]]:
         """(count, i -> u_i) with sum_i u_i u_i^T = C for every case; in expectation where targets or noise are drawn.

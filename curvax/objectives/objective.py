@@ -157,6 +157,9 @@ class Objective:
     def replace(self, **changes: Any) -> Objective:
         """A copy with ``l2``, ``l2_mask`` or ``terms`` replaced, for instance by a traced number.
 
+        So a schedule of the penalty, such as weight decay at first and none near the end (Martens 2016, section 4.11),
+        is ``objective.replace(l2=schedule(count))`` inside the compiled step: loss, gradient and curvature all have it.
+
         Example:
             >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error(), l2=0.1)
             >>> w, batch = jnp.ones((1, 1)), (jnp.ones((1, 1)), jnp.ones((1, 1)))

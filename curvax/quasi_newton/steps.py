@@ -32,6 +32,7 @@ class SR1Step:
     reach: Array  # the radius, or the step size that the next search starts from
     memory: SR1Memory  # with the new pair, be the step taken or not, where all is finite
     skipped: Array  # whether the pair was left out
+    dropped: Array  # how many older pairs were dropped, as the matrix was no longer well defined
     hard_case: Array  # of the trust-region problem; of a line search, whether the direction was turned round
     finite: Array  # whether loss, gradient and model are
 
@@ -148,6 +149,7 @@ def _judged(evaluate, loss, gradient, step, step_norm, predicted, hard_case, jud
         reach=reach,
         memory=updated.memory,
         skipped=updated.skipped,
+        dropped=updated.dropped,
         hard_case=hard_case,
         finite=finite,
     )

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from curvax import blocks
+from curvax import blocks, trees
 from curvax.solvers.conjugate_gradient import StoredIterates
-from curvax.types import Array, PyTree
+from curvax.types import Array, PyTree, Scalar
 
 
 class BacktrackResult(NamedTuple):
@@ -21,9 +21,12 @@ class BacktrackResult(NamedTuple):
     model_value: Array
     objective: Array
     evaluations: Array
+    stayed: Array  # whether it is x = 0 because no iterate that was looked at is better
 
 
-def backtrack(stored: StoredIterates, objective: Callable[[PyTree], Array]) -> BacktrackResult:
+def backtrack(
+    stored: StoredIterates, objective: Callable[[PyTree], Array], initial_value: Scalar | None = None
+) -> BacktrackResult:
     """Goes from the last stored iterate backwards for as long as the objective improves.
 
     Along a run of conjugate gradients the quadratic model always improves, but the objective may have been best long
@@ -33,6 +36,8 @@ def backtrack(stored: StoredIterates, objective: Callable[[PyTree], Array]) -> B
     Args:
         stored: ``CGResult.stored``, of a run with ``store_at``.
         objective: x -> h, the objective at the parameters plus x, a scalar; a representative part of the data will do.
+        initial_value: h(0) on the same data. If given, x = 0 is a candidate, as iterate 0: no iterate that is above it
+            by more than ten units of rounding is chosen, nor does one stop the walk.
 
 
     Example:
@@ -54,17 +59,19 @@ def backtrack(stored: StoredIterates, objective: Callable[[PyTree], Array]) -> B
     def step_back(carry):
         slot, best, value, evaluations = carry
         earlier = evaluate(slot - 1)
-        # An infinite objective says nothing about where to stop.
-        better = (earlier < value) | ~jnp.isfinite(value)
+        # An objective above where it began, or infinite, says nothing about where to stop.
+        better = (earlier < value) | ~jnp.isfinite(value) | _above(value, initial_value)
         return slot - 1, jnp.where(better, slot - 1, best), jnp.where(better, earlier, value), evaluations + 1
 
     last = _last(stored)
     start = (last, last, evaluate(last), jnp.ones((), jnp.int32))
     _, best, value, evaluations = jax.lax.while_loop(walking, step_back, start)
-    return _chosen(stored, best, value, evaluations)
+    return _chosen(stored, best, value, evaluations, initial_value)
 
 
-def best_stored(stored: StoredIterates, objective: Callable[[PyTree], Array]) -> BacktrackResult:
+def best_stored(
+    stored: StoredIterates, objective: Callable[[PyTree], Array], initial_value: Scalar | None = None
+) -> BacktrackResult:
     """The stored iterate with the lowest objective, all of them evaluated; arguments as for ``backtrack``.
 
     In Martens's second recipe the objective is on data that the curvature was not taken from.
@@ -75,13 +82,16 @@ def best_stored(stored: StoredIterates, objective: Callable[[PyTree], Array]) ->
     values = jax.lax.map(lambda slot: _evaluated(stored, objective, slot), slots)
     values = jnp.where(slots <= _last(stored), values, jnp.inf)
     best = jnp.argmin(values)
-    return _chosen(stored, best, values[best], stored.used)
+    return _chosen(stored, best, values[best], stored.used, initial_value)
 
 
-def last_stored(stored: StoredIterates, objective: Callable[[PyTree], Array]) -> BacktrackResult:
+def last_stored(
+    stored: StoredIterates, objective: Callable[[PyTree], Array], initial_value: Scalar | None = None
+) -> BacktrackResult:
     """The last iterate, with the objective there; no choice at all. Arguments as for ``backtrack``."""
+    del initial_value
     last = _last(stored)
-    return _chosen(stored, last, _evaluated(stored, objective, last), jnp.ones((), jnp.int32))
+    return _chosen(stored, last, _evaluated(stored, objective, last), jnp.ones((), jnp.int32), None)
 
 
 def _last(stored):
@@ -93,11 +103,25 @@ def _evaluated(stored, objective, slot):
     return jnp.where(jnp.isnan(value), jnp.inf, value)
 
 
-def _chosen(stored, slot, value, evaluations):
-    return BacktrackResult(
+def _above(value, initial_value):
+    if initial_value is None:
+        return jnp.array(False)
+    initial_value = jnp.asarray(initial_value, value.dtype)
+    return ~(value <= initial_value + 10 * jnp.finfo(value.dtype).eps * jnp.abs(initial_value))
+
+
+def _chosen(stored, slot, value, evaluations, initial_value):
+    chosen = BacktrackResult(
         blocks.row(stored.values, slot),
         stored.iterations[slot],
         stored.model_values[slot],
         value,
         jnp.asarray(evaluations),
+        jnp.array(False),
     )
+    if initial_value is None:
+        return chosen
+    here = trees.zeros_like(chosen)._replace(
+        objective=jnp.asarray(initial_value, value.dtype), evaluations=chosen.evaluations, stayed=jnp.array(True)
+    )
+    return trees.where(_above(value, initial_value), here, chosen)

@@ -43,6 +43,10 @@ def reduction_monitor(
 ) -> Monitor:
     """Stops once the reduction h(0) - h(x) falls below a fraction of the largest one seen in this run, its state.
 
+    A warm start may begin with an objective above h(0), a reduction below zero, and is let go on as long as it
+    improves: it stops once it is worse than the best seen by the same share of that. So it does not matter for how long
+    a run only rose.
+
     Args:
         objective: x -> h, the objective at the parameters plus x, a scalar.
         initial_value: h(0), the objective at the parameters.
@@ -53,17 +57,17 @@ def reduction_monitor(
     Source: Martens 2016, section 4.13 (the recurrent-network runs).
     """
     start = _scalar(initial_value)
+    loss = 1 - jnp.asarray(fraction, start.dtype)
 
     def update(largest, x, iteration):
         def look(largest):
             reduction = start - objective(x).astype(start.dtype)
             largest = jnp.maximum(largest, reduction)
-            # A warm start may begin with an objective above h(0); the run ends only after a reduction has been seen.
-            return largest, (largest > 0) & ~(reduction >= jnp.asarray(fraction, start.dtype) * largest)
+            return largest, ~(reduction >= largest - loss * jnp.abs(largest))
 
         return jax.lax.cond(iteration % period == 0, look, _carry_on, largest)
 
-    return Monitor(update, jnp.zeros_like(start))
+    return Monitor(update, jnp.full_like(start, -jnp.inf))
 
 
 def lookback_monitor(
@@ -71,28 +75,30 @@ def lookback_monitor(
     initial_value: Scalar,
     *,
     window: int = 10,
-    margin: Scalar = 0.0,
+    margin: Scalar = 0.1,
     period: int = 1,
 ) -> Monitor:
-    """Stops once the objective is worse than it was ``window`` iterates ago; its values since then are the state.
+    """Stops once the objective is significantly worse than ``window`` iterates ago; its values since are the state.
 
     Args:
         objective: x -> h, the objective at the parameters plus x on the curvature batch, a scalar.
-        initial_value: h(0), the objective at the parameters; sets the scale of ``margin`` and the dtype.
+        initial_value: h(0), the objective at the parameters.
         window: How many iterates to look back; Martens takes about 10.
-        margin: Worse by more than ``margin * |h(0)|`` counts.
+        margin: Worse by more than this share of the reduction that there was then counts. Martens leaves open what is
+            significant; this is what ``reduction_monitor`` takes for it.
         period: The objective is evaluated at every ``period``-th iterate, and the window rounded to a multiple of it.
 
 
     Source: Martens 2016, section 4.11 (the second recipe).
     """
     start = _scalar(initial_value)
-    allowance = jnp.asarray(margin, start.dtype) * jnp.abs(start)
+    margin = jnp.asarray(margin, start.dtype)
 
     def update(values, x, iteration):
         def look(values):
-            value = objective(x).astype(start.dtype)
-            return jnp.append(values[1:], value), ~(value <= values[0] + allowance)
+            value, before = objective(x).astype(start.dtype), values[0]
+            limit = jnp.where(jnp.isinf(before), before, before + margin * jnp.abs(start - before))
+            return jnp.append(values[1:], value), ~(value <= limit)
 
         return jax.lax.cond(iteration % period == 0, look, _carry_on, values)
 

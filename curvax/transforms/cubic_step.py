@@ -11,7 +11,7 @@ import optax
 from curvax import trees
 from curvax.damping.rules import DampingRule
 from curvax.estimators.curvature_propagation import sampled_hessian_diagonal
-from curvax.layers.find import Layers
+from curvax.layers.find import Layers, find_layers_at
 from curvax.layers.taps import tap
 from curvax.matrices.curvature import hessian
 from curvax.matrices.quadratic_model import reduction_ratio
@@ -19,7 +19,7 @@ from curvax.objectives.objective import Objective
 from curvax.transforms._step import Given, Step, stepper
 from curvax.types import Array, PyTree, Scalar
 
-Scope = Literal["whole", "leaf", "variable"]
+Scope = Literal["whole", "layer", "leaf", "variable"]
 
 
 def cubic_step_size(slope: Scalar, curvature: Scalar, norm: Scalar, sigma: Scalar) -> Array:
@@ -84,15 +84,17 @@ def scale_by_cubic_step(
         inner: Any transformation: ``optax.sgd(1.0)``, ``optax.adagrad(0.1)``, ``optax.adam(1e-3)``.
         sigma: The weight of the cubic term, a number or a schedule, or with a rule the number that it begins with. Its
             order of magnitude matters (the paper takes 100 to 1000).
-        scope: "whole": one alpha. "leaf": one for each leaf, with its block of the Hessian. "variable": one for each
-            parameter, with the diagonal.
+        scope: "whole": one alpha. "layer": one for each layer, the weights and the bias that rides on them, with its
+            block of the Hessian; parameters without a layer leaf by leaf. "leaf": one for each leaf. "variable": one
+            for each parameter, with the diagonal.
         rule: How sigma adapts, such as ``curvax.damping.cubic_rule()``, at the price of a forward pass; None keeps it.
         acceptance: With a rule, the least ratio of a step that is taken (0.1 in Cartis, Gould and Toint 2011); None
             takes every step, as the paper does.
         ascent: What to do with a d that points upwards, which momentum and noise bring about: "turn" it round, or
             "keep" the inner update as it is.
         layers: From ``curvax.find_layers``: for "variable" the diagonal is then estimated by curvature propagation
-            (``curvax.estimators.sampled_hessian_diagonal``); without, it is exact, for small problems.
+            (``curvax.estimators.sampled_hessian_diagonal``); without, it is exact, for small problems. For "layer" they
+            are looked for at trace time where they are not given.
         seed: Seed of that estimate.
 
     Returns:
@@ -113,8 +115,8 @@ def scale_by_cubic_step(
 
     Source: "Understanding and exploiting the low-rank structure of deep networks" (2018), section 3.
     """
-    if scope not in ("whole", "leaf", "variable"):
-        raise ValueError(f"scope must be 'whole', 'leaf' or 'variable', got {scope!r}")
+    if scope not in ("whole", "layer", "leaf", "variable"):
+        raise ValueError(f"scope must be 'whole', 'layer', 'leaf' or 'variable', got {scope!r}")
     if ascent not in ("turn", "keep"):
         raise ValueError(f"ascent must be 'turn' or 'keep', got {ascent!r}")
     if acceptance is not None and rule is None:
@@ -128,17 +130,19 @@ def scale_by_cubic_step(
         weight = given.number(sigma) if rule is None else given.strength
         direction, inner_state = inner.update(given.gradient, given.memory, given.params, at=at, **given.extra)
 
-        moves, slope, curvature, change = [], 0.0, 0.0, 0.0
-        for a, c, norm, move in _groups(scope, given, direction, layers):
+        leaves, treedef = jax.tree.flatten(direction)
+        moves, slope, curvature, change = list(leaves), 0.0, 0.0, 0.0
+        for places, a, c, norm in _groups(scope, given, direction, layers):
             sign = jnp.where(a > 0, -1, 1).astype(dtype)
             alpha = sign * cubic_step_size(-jnp.abs(a), c, norm, weight)
             if ascent == "keep":
                 alpha = jnp.where(a > 0, jnp.ones_like(alpha), alpha)
-            moves.append(move(alpha))
+            for place in places:
+                moves[place] = (alpha * leaves[place].astype(dtype)).astype(leaves[place].dtype)
             reach = jnp.abs(alpha) * norm
             change += jnp.sum(a * alpha + c * alpha * alpha / 2 + weight * reach**3 / 6)
             slope, curvature = slope + jnp.sum(a), curvature + jnp.sum(c)
-        delta = moves[0] if scope == "whole" else jax.tree.structure(direction).unflatten(moves)
+        delta = treedef.unflatten(moves)
 
         norm, length = trees.norm(direction).astype(dtype), trees.norm(delta).astype(dtype)
         turned = jnp.where(trees.vdot(direction, delta) < 0, -1, 1).astype(dtype)
@@ -214,37 +218,54 @@ def cubic_step_of_examples(
 
 
 def _groups(scope, given, direction, layers):
-    """For each group of parameters with an alpha of its own: slope, curvature, norm, and alpha -> the step."""
+    """For each group of leaves with an alpha of its own: their places, slope, curvature and norm.
+
+    For "variable" these are arrays, with an alpha for each entry of a leaf.
+    """
     gradient, dtype = given.gradient, given.dtype
-    if scope == "whole":
-        curvature = hessian(given.at).restrict(gradient).quadratic(direction).astype(dtype)
-        slope, norm = trees.vdot(gradient, direction).astype(dtype), trees.norm(direction).astype(dtype)
-        return [(slope, curvature, norm, lambda alpha: trees.scale(alpha, direction))]
     leaves, treedef = jax.tree.flatten(direction)
-    gradients = jax.tree.leaves(gradient)
-    if scope == "leaf":
-        matrix = hessian(given.at).restrict(gradient)
-
-        def own_block(index):
-            return matrix.quadratic(treedef.unflatten([jnp.where(index == i, x, 0) for i, x in enumerate(leaves)]))
-
-        # One traced form for all leaves, one after another.
-        curvatures = jax.lax.map(own_block, jnp.arange(len(leaves))).astype(dtype)
-        groups = []
-        for leaf, g, curvature in zip(leaves, gradients, curvatures, strict=True):
-            slope, norm = trees.vdot(g, leaf).astype(dtype), trees.norm(leaf).astype(dtype)
-            groups.append((slope, curvature, norm, lambda alpha, leaf=leaf: trees.scale(alpha, leaf)))
-        return groups
-    if layers is None:
-        entries = hessian(given.at).diagonal()
+    gradients = [g.astype(dtype) for g in jax.tree.leaves(gradient)]
+    wide = [leaf.astype(dtype) for leaf in leaves]
+    if scope == "variable":
+        if layers is None:
+            entries = hessian(given.at).diagonal()
+        else:
+            entries = sampled_hessian_diagonal(tap(layers, given.at), given.key)
+        diagonal = [h.astype(dtype) for h in jax.tree.leaves(trees.extract(entries, gradient))]
+        return [
+            ((i,), g * d, h * d * d, jnp.abs(d))
+            for i, (g, d, h) in enumerate(zip(gradients, wide, diagonal, strict=True))
+        ]
+    groups = _partition(scope, given, layers)
+    matrix = hessian(given.at).restrict(gradient)
+    if len(groups) == 1:
+        curvatures = matrix.quadratic(direction)[None]
     else:
-        entries = sampled_hessian_diagonal(tap(layers, given.at), given.key)
-    groups = []
-    for leaf, g, h in zip(leaves, gradients, jax.tree.leaves(trees.extract(entries, gradient)), strict=True):
-        wide, g, h = leaf.astype(dtype), g.astype(dtype), h.astype(dtype)
+        group_of = {place: number for number, places in enumerate(groups) for place in places}
 
-        def move(alpha, wide=wide, leaf=leaf):
-            return (alpha * wide).astype(leaf.dtype)
+        def own_block(number):
+            own = [jnp.where(group_of[i] == number, leaf, 0) for i, leaf in enumerate(leaves)]
+            return matrix.quadratic(treedef.unflatten(own))
 
-        groups.append((g * wide, h * wide * wide, jnp.abs(wide), move))
-    return groups
+        # One traced form for all groups, one after another.
+        curvatures = jax.lax.map(own_block, jnp.arange(len(groups)))
+    found = []
+    for places, curvature in zip(groups, curvatures.astype(dtype), strict=True):
+        own = [wide[i] for i in places]
+        found.append((places, trees.vdot([gradients[i] for i in places], own), curvature, trees.norm(own)))
+    return found
+
+
+def _partition(scope, given, layers):
+    """The places of the leaves, in groups."""
+    paths = trees.leaf_paths(given.gradient)
+    if scope == "whole":
+        return [tuple(range(len(paths)))]
+    groups = [{path} for path in paths]
+    if scope == "layer":
+        layers = find_layers_at(given.at, fallback="gradient") if layers is None else layers
+        for block in layers.blocks:
+            own = {layers.paths[i] for i in block.leaves}
+            merged = set().union(*(group for group in groups if group & own))  # a leaf may be in several
+            groups = [group for group in groups if not group & own] + ([merged] if merged else [])
+    return sorted(tuple(sorted(paths.index(path) for path in group)) for group in groups)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from types import MappingProxyType
 from typing import Literal
 
@@ -15,7 +14,7 @@ from curvax.damping.matrices import Damping, tikhonov
 from curvax.damping.rules import DampingRule, next_batch_rule
 from curvax.estimators.chapelle_erhan import chapelle_erhan_diagonal
 from curvax.layers.factors import factors_of, mean_curvature
-from curvax.layers.find import Layers
+from curvax.layers.find import Layers, find_layers_at
 from curvax.layers.inverses import kronecker_preconditioner
 from curvax.layers.taps import tap
 from curvax.matrices.curvature import Curvature, Fisher, GaussNewton, check_curvature
@@ -23,17 +22,26 @@ from curvax.matrices.quadratic_model import reduction_ratio
 from curvax.transforms._judge import JudgedBy, judging
 from curvax.transforms._step import Given, Step, static_count, stepper
 
-RECIPE_A = MappingProxyType({"max_iterations": 250, "choice": "walk"})
-"""Martens 2010: long runs that stop by relative progress, then CG-backtracking; a large gradient batch."""
+RECIPE_A = MappingProxyType({"max_iterations": 250, "choice": "walk", "progress_tolerance": 5e-3})
+"""Martens 2010: long runs that stop by relative progress, then CG-backtracking; a large gradient batch. The tolerance
+is that of the paper, 5e-4 for each iteration of the window of eq. 4.2, while that has its least length of ten."""
 
 RECIPE_B = MappingProxyType(
-    {"max_iterations": 250, "stop": "lookback", "choice": "best", "warm_start_from": "best", "stop_period": 2}
+    {
+        "max_iterations": 250,
+        "stop": "lookback",
+        "choice": "best_held_out",
+        "warm_start_from": "best",
+        "stop_period": 2,
+    }
 )
-"""Runs stop once the loss on the curvature batch is worse than ten steps ago; the iterate best on ``held_out_at=`` is
-the step, the one best on the curvature batch the next warm start."""
+"""Runs stop once the loss on the curvature batch is significantly worse than ten steps ago; the iterate best on
+``held_out_at=``, which it demands, is the step, the one best on the curvature batch the next warm start."""
 
 RECIPE_C = MappingProxyType({"max_iterations": 30, "choice": "last"})
-"""Closest to momentum: short runs on small batches, the same for gradient and curvature; tune ``warm_start``."""
+"""Closest to momentum: short runs on small batches, the same for gradient and curvature; tune ``warm_start``, which
+Martens raises towards the end, when he also takes larger batches and a lower learning rate
+(``optax.chain(hessian_free(**RECIPE_C), optax.scale_by_schedule(...))``)."""
 
 
 def hessian_free(
@@ -43,14 +51,15 @@ def hessian_free(
     judged_by: JudgedBy = "next_batch",
     damping_matrix: Damping | None = None,
     warm_start: optax.ScalarOrSchedule = 0.95,
-    warm_start_from: Literal["last", "best"] = "last",
+    warm_start_from: Literal["last", "best", "gradient"] = "last",
     preconditioner: Literal["diagonal", "kronecker"] = "diagonal",
     preconditioner_exponent: optax.ScalarOrSchedule | None = 0.75,
+    preconditioner_offset: optax.ScalarOrSchedule = 0.0,
     max_iterations: int | None = None,
-    progress_tolerance: optax.ScalarOrSchedule = 5e-4,
+    progress_tolerance: optax.ScalarOrSchedule = 1e-4,
     stop: Literal["progress", "lookback", "reduction"] = "progress",
     stop_period: int | None = None,
-    choice: Literal["walk", "best", "last"] = "walk",
+    choice: Literal["walk", "best", "best_held_out", "last"] = "walk",
     sufficient_decrease: optax.ScalarOrSchedule = 1e-2,
     curvature: Curvature | None = None,
     layers: Layers | None = None,
@@ -61,17 +70,25 @@ def hessian_free(
     One step, as in Martens 2016, algorithm 3: conjugate gradients start from ``warm_start`` times where the last run
     ended and stop by relative progress (eq. 4.2), by a further rule of your choice or at the cap; one of the iterates
     kept on the way is chosen by the loss itself; lambda adapts by the reduction ratio; a backtracking line search has
-    the last word. The preconditioner is (diag(G + lambda D))^0.75 with the diagonal from one pull back (Chapelle and
-    Erhan 2011). Three settings are Martens's recipes of section 4.11:
+    the last word. The preconditioner is (diag(G + lambda D) + kappa)^xi with the diagonal from one pull back of noise,
+    squared per example (Chapelle and Erhan 2011; algorithm 6). Three settings are Martens's recipes of section 4.11:
 
     - ``hessian_free(**curvax.transforms.RECIPE_A)``: 250 iterations, CG-backtracking (Martens 2010).
     - ``RECIPE_B``: stop when the loss on the curvature batch turns; choose on ``held_out_at=``; warm start from the
       best.
     - ``RECIPE_C``: 30 iterations on small batches, the last iterate taken: the closest to momentum.
 
-    ``update`` takes ``at=``, and optionally ``curvature_at=``, a point on another, usually smaller batch for the
-    products and the reduction ratio, and ``held_out_at=``, a point on a batch on which the choice among iterates and
-    the line search judge the loss (they take the curvature batch otherwise).
+    ``update`` takes ``at=``, whose batch is that of the gradient. What judges a step looks at it: the choice among
+    iterates, the reduction ratio and the line search. ``held_out_at=`` is a point on a batch that none of this was
+    computed from, for the choice and the line search to judge on in its place; its losses are in the info.
+
+    ``curvature_at=`` is a point on another, usually smaller batch for the products, which save most of the work of a
+    large gradient batch. Martens (section 4.10.1) warns of it. With one batch for both, the Gauss-Newton model is
+    bounded below whatever the network, and is that of a convex function. With two, there are directions with reward but
+    no curvature, and the cases of the smaller one count for more in the curvature than in the gradient: only the
+    damping holds steps back then, so lambda stays large, and steps from a curvature batch that is much smaller than the
+    number of parameters degenerate. With equal batches lambda shrinks reliably. Larger gradient batches pay late in
+    training, when noise of the gradient is what is left; raise lambda when changing to them.
 
     By default the next batch judges how lambda adapts, as a step always suits the batch that it was made from: lambda
     falls where the step has lowered the loss of the new batch by half of what was predicted, and grows where it has
@@ -88,30 +105,38 @@ def hessian_free(
         judged_by: "next_batch" or "same_batch".
         damping_matrix: D: ``curvax.damping.tikhonov()`` by default, ``scale_sensitive()`` or ``structural(...)``.
         warm_start: zeta, in [0, 1], a number or a schedule.
-        warm_start_from: Start from the "last" iterate of the last run or from the "best" on its curvature batch.
-        preconditioner: "diagonal", or "kronecker" for the inverse of Kronecker factors of the curvature batch, which
-            needs ``layers``: fewer iterations, for the inverses of all factors once a step.
+        warm_start_from: Start from the "last" iterate of the last run, from the "best" on its curvature batch, or
+            without a memory from -zeta g, the "gradient" (with ``max_iterations`` R and ``warm_start`` 1 the simplified
+            Hessian-free method of Henriques et al. 2019, algorithm 2).
+        preconditioner: "diagonal", or "kronecker" for the inverse of Kronecker factors of the curvature batch: fewer
+            iterations, for the inverses of all factors once a step.
         preconditioner_exponent: xi of the diagonal one, 0.75 in Martens 2010; None for no preconditioner.
+        preconditioner_offset: kappa of the diagonal one: 0 with Tikhonov's damping, about 1e-2 of the mean of the
+            diagonal of D with scale-sensitive damping (section 4.11).
         max_iterations: The cap on conjugate gradient steps, 50 if None; 50 to 250 in recipe A, 25 to 50 in recipe C.
         progress_tolerance: The threshold of eq. 4.2.
-        stop: A further rule that looks at the loss on the curvature batch: "lookback" stops once it is worse than ten
-            iterates ago, "reduction" once the reduction is below 90 per cent of the largest seen (section 4.13).
+        stop: A further rule that looks at the loss on the curvature batch: "lookback" stops once it is significantly
+            worse than ten iterates ago, "reduction" once the reduction is below 90 per cent of the largest seen
+            (section 4.13).
         stop_period: That rule looks at every iterate of this period, 5 if None.
         choice: "walk" goes back from the last kept iterate as long as the loss falls, "best" takes the best of all that
-            are kept, "last" takes the last.
+            are kept; neither takes one above the loss at delta = 0: there is no step then, and more damping.
+            "best_held_out" is "best", and demands ``held_out_at=``. "last" takes the last.
         sufficient_decrease: c of the line search.
         curvature: ``curvax.GaussNewton()`` by default, or ``curvax.Fisher()``.
-        layers: From ``curvax.find_layers``: the preconditioner's diagonal then squares the gradients of single
-            examples, which varies much less. It is for losses whose cases are examples.
+        layers: From ``curvax.find_layers``, for both preconditioners, which look for them at trace time otherwise.
         seed: Seed of the preconditioner's noise, and of what ``curvature`` draws.
 
     Returns:
         The transformation; its updates are ready for ``optax.apply_updates``. ``state.info`` holds the figures: losses,
         ratio and ``update_norm`` are of delta before the line search, whose factor is ``step_size``, 0 if it found
-        none; ``chosen_iteration`` in ``extra`` is the iterate that was chosen.
+        none. In ``extra``, ``chosen_iteration`` is the iterate that was chosen, 0 for none, and ``held_out_loss`` and
+        ``new_held_out_loss`` are what ``loss`` and ``new_loss`` are on the held-out batch, NaN without: where the one
+        falls and the other rises, steps overfit their batch (section 4.10.2).
 
     Raises:
-        ValueError: ``stop``, ``choice`` or ``warm_start_from`` is none of those named.
+        ValueError: ``stop``, ``choice`` or ``warm_start_from`` is none of those named; or "best_held_out" is not given
+            ``held_out_at=``.
 
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
@@ -129,73 +154,74 @@ def hessian_free(
     check_curvature("hessian_free", curvature)
     choose = _named("choice", choice, _CHOICES)
     make_monitor = _named("stop", stop, _MONITORS)
-    _named("warm_start_from", warm_start_from, {"last": 0, "best": 0})
-
-    if _named("preconditioner", preconditioner, {"diagonal": False, "kronecker": True}):
-        if layers is None:
-            raise ValueError("hessian_free: preconditioner='kronecker' needs layers=curvax.find_layers(...)")
-        precondition = functools.partial(_kronecker_preconditioner, layers=layers)
-    else:
-        precondition = functools.partial(_diagonal_preconditioner, exponent=preconditioner_exponent, layers=layers)
+    _named("warm_start_from", warm_start_from, {"last": 0, "best": 0, "gradient": 0})
+    kronecker = _named("preconditioner", preconditioner, {"diagonal": False, "kronecker": True})
 
     def step(given: Given) -> Step:
-        local, held_out, dtype = given.curvature_at, given.held_out_at, given.dtype
+        at, local, held_out, dtype = given.at, given.curvature_at, given.held_out_at, given.dtype
+        if choice == "best_held_out" and held_out is None:
+            raise ValueError(
+                "hessian_free: choice='best_held_out', as in RECIPE_B, takes held_out_at=, a point on a batch that is"
+                " not in the curvature batch: held_out_at=objective.linearize(params, other_batch)"
+            )
         count = static_count("hessian_free", "max_iterations", max_iterations, 50)
         matrix_key, preconditioner_key = jax.random.split(given.key)
         matrix = curvature.at(local, matrix_key).restrict(given.gradient)
         damped = damping_matrix.matrix(local, curvature, given.strength, matrix_key)
-        loss = local.loss.astype(dtype)
+        if kronecker:
+            precondition = _kronecker_preconditioner(given, preconditioner_key, layers)
+        else:
+            power = preconditioner_exponent, preconditioner_offset
+            precondition = _diagonal_preconditioner(damped, given, preconditioner_key, layers, *power)
 
-        def local_loss(delta):
-            return local.loss_along(delta).astype(dtype)
+        def loss_on(point):
+            return lambda delta: point.loss_along(delta).astype(dtype)
 
-        def judged_loss(delta):
-            return local_loss(delta) if held_out is None else held_out.loss_along(delta).astype(dtype)
-
+        judged_at = at if held_out is None else held_out
+        loss, judged = at.loss.astype(dtype), judged_at.loss.astype(dtype)
+        origin = trees.scale(-1.0, given.gradient) if warm_start_from == "gradient" else given.memory
         result = solvers.cg(
             damped.restrict(given.gradient),
             trees.scale(-1.0, given.gradient),
-            x0=trees.scale(given.number(warm_start), given.memory),
-            preconditioner=precondition(damped, preconditioner_key, given),
+            x0=trees.scale(given.number(warm_start), origin),
+            preconditioner=precondition,
             max_iterations=count,
             tolerance=float(jnp.finfo(dtype).eps),
             progress_tolerance=given.number(progress_tolerance),
             store_at=solvers.geometric_iterations(count),
-            monitor=make_monitor(local_loss, loss, static_count("hessian_free", "stop_period", stop_period, 5)),
+            monitor=make_monitor(loss_on(local), local, static_count("hessian_free", "stop_period", stop_period, 5)),
         )
         assert result.stored is not None
-        chosen = choose(result.stored, judged_loss)
-        delta = chosen.value
-        best = solvers.best_stored(result.stored, local_loss) if warm_start_from == "best" else result
+        chosen = choose(result.stored, loss_on(judged_at), judged)
+        delta, new_judged = chosen.value, chosen.objective
+        best = solvers.best_stored(result.stored, loss_on(local)) if warm_start_from == "best" else result
 
-        if held_out is None:  # the losses that judge the step are those of the curvature batch, and known
-            new_loss, judged = chosen.objective, loss
-        else:
-            new_loss, judged = local_loss(delta), held_out.loss.astype(dtype)
-        gradient = given.gradient
-        if local is not given.at:
-            gradient = trees.extract(local.value_and_gradient()[1], gradient)
-        slope = trees.vdot(gradient, delta)
+        new_loss = new_judged if held_out is None else loss_on(at)(delta)
+        slope = trees.vdot(given.gradient, delta)
         predicted = (slope + matrix.quadratic(delta).astype(slope.dtype) / 2).astype(dtype)
-        # A matrix that is not positive definite needs more damping, however well the part of the step fared.
-        indefinite = result.reason == solvers.StopReason.NEGATIVE_CURVATURE
-        ratio = jnp.where(indefinite, -jnp.inf, reduction_ratio(loss, new_loss, predicted).astype(dtype))
+        # A run that only rose needs more damping, and so does a matrix that is not positive definite, however well the
+        # part of the step fared.
+        failed = chosen.stayed | (result.reason == solvers.StopReason.NEGATIVE_CURVATURE)
+        ratio = jnp.where(failed, -jnp.inf, reduction_ratio(loss, new_loss, predicted).astype(dtype))
         # An ascent direction (possible from a warm start that was cut short) is not followed.
         search = solvers.backtracking_line_search(
-            lambda step_size: judged_loss(trees.scale(step_size, delta)),
+            lambda step_size: loss_on(judged_at)(trees.scale(step_size, delta)),
             judged,
-            trees.vdot(given.gradient, delta).astype(dtype),
+            slope.astype(dtype),
             sufficient_decrease=given.number(sufficient_decrease),
             shrink=0.8,
             max_tries=60,
-            first=chosen.objective,
+            first=new_judged,
         )
-        step_size = jnp.where(search.found, search.step_size, 0)
-        strength, change = rule.adapt(given.strength, ratio, count=given.steps + 1), slope * step_size
-        change = change + (predicted - slope) * step_size**2
-        if judge is not None:  # the next batch judges, but where there is no step or the matrix alone has failed
-            strength = jnp.where(search.found & ~indefinite, given.strength, strength)
-            change = jnp.where(indefinite, 0, change)
+        accepted = search.found & ~chosen.stayed
+        step_size = jnp.where(accepted, search.step_size, 0)
+        nowhere = jnp.full((), jnp.nan, dtype)
+        behind = search.value if held_out is None else nowhere
+        strength = rule.adapt(given.strength, ratio, count=given.steps + 1)
+        change = step_size * slope + step_size**2 * (predicted - slope)
+        if judge is not None:  # the next batch judges, but where there is no step or the matrix has failed by itself
+            strength = jnp.where(accepted & ~failed, given.strength, strength)
+            change = jnp.where(failed, 0, change)
         figures = {
             "loss": loss,
             "new_loss": new_loss,
@@ -207,16 +233,18 @@ def hessian_free(
             "reason": result.reason,
             "update_norm": trees.norm(delta),
             "chosen_iteration": chosen.iteration,
+            "held_out_loss": nowhere if held_out is None else judged,
+            "new_held_out_loss": nowhere if held_out is None else new_judged,
         }
         return Step(
             trees.scale(step_size, delta),
             figures,
-            memory=best.value,
+            memory=given.memory if warm_start_from == "gradient" else best.value,
             strength=strength,
-            accepted=search.found,
-            finite=trees.all_finite(loss, delta, predicted),
+            accepted=accepted,
+            finite=trees.all_finite(loss, judged, delta, predicted),
             change=change.astype(dtype),
-            loss_behind=jnp.where(search.step_size == 1, new_loss, search.value),
+            loss_behind=jnp.where(search.step_size == 1, new_loss, behind),
         )
 
     return stepper(
@@ -225,17 +253,18 @@ def hessian_free(
         start=trees.zeros_like,  # the iterate that the next run of conjugate gradients starts from
         strength=initial_damping,
         seed=seed,
-        extra={"chosen_iteration": jnp.int32},
+        extra={"chosen_iteration": jnp.int32, "held_out_loss": None, "new_held_out_loss": None},
         points=("at", "curvature_at", "held_out_at"),
         judge=judge,
         forget=trees.zeros_like,
     )
 
 
-def _kronecker_preconditioner(damped, key, given, *, layers):
+def _kronecker_preconditioner(given, key, layers):
     """F^{-1} by the factors of the curvature batch, with the damping of the step."""
-    del damped
-    own, point = layers.restricted(trees.leaf_paths(given.gradient)), given.curvature_at
+    point = given.curvature_at
+    layers = find_layers_at(point) if layers is None else layers
+    own = layers.restricted(trees.leaf_paths(given.gradient))
     # Of a point in chunks a part of the size of one.
     part = point if point.chunk_size is None else point.subset(-(-point.num_examples(0) // point.chunk_size))
     factors = factors_of(tap(own, part), key, Fisher(num_samples=1), "expand", ())
@@ -245,20 +274,25 @@ def _kronecker_preconditioner(damped, key, given, *, layers):
     return lambda v: trees.extract(solve(trees.embed(v, point.params)), v)
 
 
-def _diagonal_preconditioner(damped, key, given, *, exponent, layers):
-    """(diag(G + lambda D))^xi: the estimate takes the penalty's and a diagonal damping's part exactly."""
+def _diagonal_preconditioner(damped, given, key, layers, exponent, offset):
+    """(diag(G + lambda D) + kappa)^xi: the estimate takes the penalty's and a diagonal damping's part exactly."""
     if exponent is None:
         return None
     diagonal = trees.extract(chapelle_erhan_diagonal(damped, key, layers=layers), given.gradient)
-    return solvers.diagonal_preconditioner(diagonal, exponent=given.number(exponent))
+    return solvers.diagonal_preconditioner(diagonal, offset=given.number(offset), exponent=given.number(exponent))
 
 
-_CHOICES = {"walk": solvers.backtrack, "best": solvers.best_stored, "last": solvers.last_stored}
+_CHOICES = {
+    "walk": solvers.backtrack,
+    "best": solvers.best_stored,
+    "best_held_out": solvers.best_stored,
+    "last": solvers.last_stored,
+}
 
 _MONITORS = {
-    "progress": lambda loss_at, loss, period: None,
-    "lookback": lambda loss_at, loss, period: solvers.lookback_monitor(loss_at, loss, period=period),
-    "reduction": lambda loss_at, loss, period: solvers.reduction_monitor(loss_at, loss, period=period),
+    "progress": lambda loss_at, point, period: None,
+    "lookback": lambda loss_at, point, period: solvers.lookback_monitor(loss_at, point.loss, period=period),
+    "reduction": lambda loss_at, point, period: solvers.reduction_monitor(loss_at, point.loss, period=period),
 }
 
 

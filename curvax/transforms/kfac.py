@@ -79,8 +79,8 @@ def kfac(
     By default a step is judged by the next batch, which its curvature has not seen: lambda falls where the loss of the
     new batch fell by half of what was predicted and grows where it rose by as much; a rise by three times the
     prediction is undone, and counted in ``undone_steps``. It takes a forward pass where the rule is due, and where the
-    loss jumps from one batch to the next. The rule of the paper, ``judged_by="same_batch"``, is for batches so large that what
-    fits them fits all data: with smaller ones it lets lambda fall until steps fit the batch alone.
+    loss jumps from one batch to the next. The rule of the paper, ``judged_by="same_batch"``, is for batches so large
+    that what fits them fits all data: with smaller ones it lets lambda fall until steps fit the batch alone.
 
     The method of the paper has ``judged_by="same_batch"``, ``gamma_rule=curvax.damping.BestOfThree()``,
     ``initial_damping=150.0``, ``refresh_period=20``, ``decay=0.95`` and strides of 8 and 4; its l2 is that of the

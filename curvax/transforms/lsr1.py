@@ -40,7 +40,8 @@ def lsr1(
         skip_tolerance: r: pairs with |s^T (y - B s)| < r ||s|| ||y - B s|| are left out.
 
     Returns:
-        The transformation, with ``hard_case``, ``pairs`` in memory and ``skipped_pairs`` in ``state.info.extra``.
+        The transformation. In ``state.info.extra``: ``hard_case``, the ``pairs`` in memory, and how many so far were
+        left out, ``skipped_pairs``, or dropped later as the matrix was no longer well defined, ``dropped_pairs``.
 
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
@@ -105,7 +106,8 @@ def lsr1_linesearch(
         skip_tolerance: r: pairs with |y^T (s - H y)| < r ||y|| ||s - H y|| are left out.
 
     Returns:
-        The transformation, with ``turned``, ``pairs`` in memory and ``skipped_pairs`` in ``state.info.extra``.
+        The transformation, with ``turned``, ``pairs`` in memory, ``skipped_pairs`` and ``dropped_pairs`` in
+        ``state.info.extra``, as ``curvax.lsr1`` has them.
 
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
@@ -149,7 +151,7 @@ def _transformation(name, step, memory_size, strength, flag):
     def start(params: PyTree):
         return sr1_memory(params, static_count(name, "memory_size", memory_size, 5))
 
-    extra = {flag: jnp.bool_, "pairs": jnp.int32, "skipped_pairs": jnp.int32}
+    extra = {flag: jnp.bool_, **dict.fromkeys(("pairs", "skipped_pairs", "dropped_pairs"), jnp.int32)}
     return stepper(name, step, start=start, strength=strength, extra=extra)
 
 
@@ -161,6 +163,7 @@ def _step(given: Given, taken: SR1Step, figures: dict[str, Array]) -> Step:
         "update_norm": taken.step_norm,
         "pairs": jnp.sum(taken.memory.ages > 0),
         "skipped_pairs": given.info.extra["skipped_pairs"] + taken.skipped.astype(jnp.int32),
+        "dropped_pairs": given.info.extra["dropped_pairs"] + taken.dropped,
     }
     # The memory of a step that is not finite is the old one already, and is the largest part of the state.
     return Step(taken.step, figures, taken.memory, taken.reach, taken.accepted, taken.finite, guarded=True)

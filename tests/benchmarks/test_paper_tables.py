@@ -44,8 +44,9 @@ def test_the_linear_network_is_ill_conditioned():
     np.testing.assert_allclose(np.linalg.cond(matrix), 1e5, rtol=0.2)
 
 
-def test_a_forgetful_memory_is_emptied_every_fifth_step():
-    tx = image_training.forgetful_lbfgs(period=5)
+@pytest.mark.parametrize("backtracking", [False, True])
+def test_a_forgetful_memory_is_emptied_every_fifth_step(backtracking):
+    tx = image_training.forgetful_lbfgs(period=5, backtracking=backtracking)
 
     def function(x):
         return jnp.sum(jnp.arange(1.0, 4.0) * x**2)

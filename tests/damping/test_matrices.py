@@ -10,6 +10,7 @@ from curvax import damping
 from curvax.matrices.linear_map import DenseMap
 from tests.oracles import dense_ggn, dense_hessian
 from tests.problems import problem
+from tests.transforms.stepping import one_step
 
 KEY, GGN = jax.random.key(0), curvax.GaussNewton()
 
@@ -102,6 +103,51 @@ def test_reparameterisation_shows_which_damping_is_invariant():
     carried = damping.scale_sensitive(diagonal=scales**2)
     np.testing.assert_allclose(transformed(carried), tikhonov, rtol=1e-9)
     assert np.abs(transformed(damping.tikhonov()) / tikhonov - 1).max() > 0.1
+
+
+def test_damping_by_b_itself_is_a_learning_rate():
+    """D = B with lambda = 1/alpha - 1 shortens the undamped step to alpha of it, in any parameters (DM-2, DM-8)."""
+    batch = (jax.random.normal(jax.random.key(1), (8, 3)), jax.random.normal(jax.random.key(2), (8, 1)))
+    objective = curvax.Objective(lambda w, x: jnp.tanh(x @ w), curvax.losses.squared_error(), l2=0.01)
+    theta, alpha = np.array([[0.3], [-0.2], [0.5]]), 0.8**3
+    undamped = step(objective, theta, batch, damping.tikhonov(), 0.0)
+    shortened = step(objective, theta, batch, damping.proportional(), 1 / alpha - 1)
+    np.testing.assert_allclose(shortened, alpha * undamped, rtol=1e-9)
+    matrix = np.array([[4.0, 1.0], [1.0, 9.0]])
+    added = damping.proportional().added(DenseMap.of(jnp.asarray(matrix), jnp.zeros(2)), 0.5, KEY)
+    np.testing.assert_allclose(added.to_dense(), matrix / 2, rtol=1e-12)
+
+    exact = {"max_iterations": 9, "progress_tolerance": 0.0, "choice": "last", "warm_start": 0.0, "rule": KEPT}
+    one, two = (
+        one_step(curvax.hessian_free(damping_matrix=piece, initial_damping=strength, **exact), objective, theta, batch)[
+            1
+        ]
+        for piece, strength in ((damping.tikhonov(), 0.0), (damping.proportional(), 1 / alpha - 1))
+    )
+    np.testing.assert_allclose(two.info.update_norm, alpha * one.info.update_norm, rtol=1e-9)
+
+
+KEPT = damping.DampingRule(decrease=1, increase=1)
+
+
+def test_weights_that_are_exponentials_of_the_parameters():
+    """w = exp(theta), C = diag(w): undamped, by diag(B), C^T C or B the step is C^{-1} that of w; not by I (DM-9)."""
+    batch = (jax.random.normal(jax.random.key(1), (8, 3)), jax.random.normal(jax.random.key(2), (8, 1)))
+    weights = np.array([[0.3], [20.0], [1.5]]) * 1e-2
+    original = curvax.Objective(lambda w, x: jnp.tanh(x @ w), curvax.losses.squared_error())
+    exponential = curvax.Objective(lambda theta, x: jnp.tanh(x @ jnp.exp(theta)), curvax.losses.squared_error())
+    diagonal = damping.scale_sensitive(diagonal=lambda matrix, key: matrix.diagonal())
+    carried = damping.scale_sensitive(diagonal=weights**2)
+    for ours, theirs, strength in (
+        (damping.tikhonov(), damping.tikhonov(), 0.0),
+        (diagonal, diagonal, 0.1),
+        (carried, damping.tikhonov(), 0.1),
+        (damping.proportional(), damping.proportional(), 0.1),
+    ):
+        moved = np.ravel(weights) * step(exponential, np.log(weights), batch, ours, strength)
+        np.testing.assert_allclose(moved, step(original, weights, batch, theirs, strength), rtol=1e-8)
+    tikhonov = np.ravel(weights) * step(exponential, np.log(weights), batch, damping.tikhonov(), 0.1)
+    assert np.abs(tikhonov / step(original, weights, batch, damping.tikhonov(), 0.1) - 1).max() > 0.1
 
 
 def test_the_diagonal_of_a_ravine_restricts_the_step_far_too_much():

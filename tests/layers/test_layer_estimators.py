@@ -107,12 +107,13 @@ def test_squares_of_examples_vary_less_than_squares_of_sums():
     @jax.vmap
     def draw(key):
         tapped = curvax.tap(layers, objective.linearize(params, batch))
-        by_sum = estimators.chapelle_erhan_diagonal(curvax.ggn(tapped.point), key)
-        return trees.ravel(curvax.layers.sampled_ggn_diagonal(tapped, key)), trees.ravel(by_sum)
+        by_example = estimators.chapelle_erhan_diagonal(curvax.ggn(tapped.point), key)
+        by_sum = jnp.square(trees.ravel(curvax.ggn(tapped.point).sample(key, trees.random_rademacher)))
+        return trees.ravel(curvax.layers.sampled_ggn_diagonal(tapped, key)), trees.ravel(by_example), by_sum
 
     draws = draw(jax.random.split(jax.random.key(0), 30))
-    by_example, by_sum = (np.mean(np.sum((np.asarray(each) - truth) ** 2, axis=1)) for each in draws)
-    assert by_example < 0.2 * by_sum
+    *by_example, by_sum = (np.mean(np.sum((np.asarray(each) - truth) ** 2, axis=1)) for each in draws)
+    assert max(by_example) < 0.2 * by_sum
 
 
 def test_several_terms_follow_one_another():

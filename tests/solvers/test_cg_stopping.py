@@ -154,14 +154,67 @@ def test_reduction_monitor_stops_at_ninety_per_cent_of_the_best(period):
     np.testing.assert_allclose(result.monitor_state, largest, rtol=1e-9)
 
 
-@pytest.mark.parametrize(("window", "margin"), [(10, 0.0), (3, 0.0), (10, 20.0)])
+@pytest.mark.parametrize(("window", "margin"), [(10, 0.0), (3, 0.0), (10, 0.5)])
 def test_lookback_monitor_stops_when_worse_than_before(window, margin):
     values = values_along(full_run(0.0))
-    stops = [i + 1 for i in range(window, CAP) if values[i] > values[i - window] + margin * 1.5]
+    limits = values + margin * np.abs(values)  # by a share of the reduction h(0) - h = -values that there was
+    stops = [i + 1 for i in range(window, CAP) if values[i] > limits[i - window]]
     result = monitored(solvers.lookback_monitor(lambda x: objective(x) + 1.5, 1.5, window=window, margin=margin))
     assert result.reason == StopReason.MONITOR
     assert result.iterations == stops[0]
     np.testing.assert_allclose(result.monitor_state[-1], values[stops[0] - 1] + 1.5, rtol=1e-9)
+
+
+def first_stop(monitor, values):
+    """The number of the first of these values of the objective at which a monitor stops, or None."""
+
+    def look(carry, value):
+        state, iteration = carry
+        state, stop = monitor.update(state, value, iteration)
+        return (state, iteration + 1), stop
+
+    stops = jax.lax.scan(look, (monitor.state, 1), jnp.array(values))[1]
+    return int(np.argmax(stops)) + 1 if np.any(stops) else None
+
+
+@pytest.mark.parametrize(
+    ("values", "stop"),
+    [
+        ([2.0, 3.0, 4.0], 2),  # a run that only rises from h(0) = 1
+        ([9.0, 7.0, 4.0, 2.0, 0.5, 0.4], None),  # a warm start that improves
+        ([9.0, 7.0, 7.5, 7.7], 4),  # one that turns: -6.7 is below -6 by more than a tenth
+        ([0.5, 0.2, 0.25, 0.3], 4),  # the reduction falls to 0.7 of 0.8
+        ([jnp.inf, 3.0, 0.5], None),
+        ([0.5, jnp.nan], 2),
+    ],
+)
+def test_the_ninety_per_cent_rule_on_runs_above_where_they_began(values, stop):
+    assert first_stop(solvers.reduction_monitor(lambda x: x, 1.0), values) == stop
+
+
+@pytest.mark.parametrize("choose", [solvers.backtrack, solvers.best_stored])
+@pytest.mark.parametrize(
+    ("values", "chosen"),
+    [
+        ([0.9, 0.8, 0.7, 0.95], 3),  # the walk goes on while it improves
+        ([5.0, 6.0, 20.0, 19.0], 0),  # it only rose: neither the last, better than the one before it, nor the first
+        ([0.9, 3.0, 9.0, 8.0], 1),
+        ([1.0, 1.0, 1.0, 1.0 + 1e-15], 4),  # within rounding of h(0), as at convergence
+        ([jnp.nan, jnp.nan, jnp.inf, jnp.nan], 0),
+    ],
+)
+def test_where_nothing_is_better_than_zero_zero_is_chosen(choose, values, chosen):
+    stored = solvers.conjugate_gradient.StoredIterates(
+        values=jnp.array(values), iterations=jnp.arange(1, 5), model_values=-jnp.arange(1.0, 5.0), used=jnp.array(4)
+    )
+    result = jax.jit(lambda stored: choose(stored, lambda x: x, 1.0))(stored)
+    if chosen == 4 and choose is solvers.best_stored:
+        chosen = 1
+    assert result.iteration == chosen
+    assert result.stayed == (chosen == 0)
+    assert result.objective == (values[chosen - 1] if chosen else 1.0)
+    assert result.value == (values[chosen - 1] if chosen else 0.0)
+    assert result.model_value == -chosen
 
 
 def test_monitor_stops_at_a_non_finite_objective():

@@ -19,14 +19,19 @@ def _promotion():
         yield
 
 
-def problem(seed=0):
+def problem(seed=0, biases=False):
     generator = np.random.default_rng(seed)
     params = {"w": jnp.asarray(generator.normal(size=(3, 4))), "v": jnp.asarray(generator.normal(size=(4, 2)))}
     batch = (jnp.asarray(generator.normal(size=(6, 3))), jnp.asarray(generator.integers(0, 2, 6)))
-    objective = curvax.Objective(
-        lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"], curvax.losses.softmax_cross_entropy(), l2=0.1
-    )
-    return objective, params, batch
+    if biases:
+        params |= {"b": jnp.asarray(generator.normal(size=4)), "c": jnp.asarray(generator.normal(size=2))}
+
+    def network(p, x):
+        if biases:
+            return jnp.tanh(x @ p["w"] + p["b"]) @ p["v"] + p["c"]
+        return jnp.tanh(x @ p["w"]) @ p["v"]
+
+    return curvax.Objective(network, curvax.losses.softmax_cross_entropy(), l2=0.1), params, batch
 
 
 def test_the_root_is_the_minimum_by_brute_force():
@@ -63,20 +68,25 @@ def test_limits_scale_invariance_and_extreme_lengths():
     np.testing.assert_allclose(tiny * 1e-16, size(a, c, n, sigma), rtol=1e-5)
 
 
-GROUPS = {"whole": [range(20)], "leaf": [range(8), range(8, 20)], "variable": [[i] for i in range(20)]}
+GROUPS = {
+    "whole": [range(20)],
+    "leaf": [range(8), range(8, 20)],
+    "variable": [[i] for i in range(20)],
+    "layer": [[*range(4), *range(14, 26)], range(4, 14)],  # w with b, v with c
+}
 
 
 @pytest.mark.parametrize("scope", GROUPS)
 def test_steps_are_those_of_the_dense_hessian(scope):
     """CR-8: per layer the diagonal block, per variable a signed unit step with the diagonal."""
-    objective, params, batch = problem()
-    sigma = 20.0
+    objective, params, batch = problem(biases=scope == "layer")
+    sigma, size = 20.0, sum(map(len, GROUPS[scope]))
     tx = curvax.scale_by_cubic_step(optax.scale_by_sign(), sigma=sigma, scope=scope, ascent="turn")
     step, state = one_step(tx, objective, params, batch)
     g, hessian = gradient(objective, params, batch), np.asarray(dense_hessian(objective, params, batch))
-    expected, predicted, slope, curvature = np.zeros(20), 0.0, 0.0, 0.0
+    expected, predicted, slope, curvature = np.zeros(size), 0.0, 0.0, 0.0
     for group in map(list, GROUPS[scope]):
-        d = np.zeros(20)
+        d = np.zeros(size)
         d[group] = np.sign(g)[group]  # uphill: every group is turned round
         a, c, n3 = g @ d, d @ hessian @ d, np.linalg.norm(d) ** 3
         alpha = (-c + np.sqrt(c**2 + 2 * a * sigma * n3)) / (sigma * n3)
@@ -88,7 +98,7 @@ def test_steps_are_those_of_the_dense_hessian(scope):
     np.testing.assert_allclose(info.predicted_change, predicted, rtol=1e-9)
     np.testing.assert_allclose(info.extra["slope"], slope, rtol=1e-9)
     np.testing.assert_allclose(info.extra["curvature"], curvature, rtol=1e-9)
-    np.testing.assert_allclose(info.step_size, -np.linalg.norm(expected) / np.sqrt(20), rtol=1e-9)
+    np.testing.assert_allclose(info.step_size, -np.linalg.norm(expected) / np.sqrt(size), rtol=1e-9)
     np.testing.assert_allclose(info.loss, loss(objective, params, batch), rtol=1e-12)
 
 
@@ -208,7 +218,11 @@ def test_with_layers_the_diagonal_is_estimated_anew_at_every_step():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"scope": "layer"}, "'whole', 'leaf'"), ({"ascent": "flip"}, "'turn' or"), ({"acceptance": 0.1}, "needs a rule")],
+    [
+        ({"scope": "block"}, "'whole', 'layer'"),
+        ({"ascent": "flip"}, "'turn' or"),
+        ({"acceptance": 0.1}, "needs a rule"),
+    ],
 )
 def test_misuse_is_explained(options, message):
     with pytest.raises(ValueError, match=message):

@@ -85,6 +85,19 @@ def test_skipped_pairs_are_counted_up():
         assert [int(extra["pairs"]) for extra in extras] == [0, 0, 0, 0]
 
 
+def test_pairs_dropped_by_repair_are_counted():
+    """Two parameters have room for two independent pairs: of a memory of five the others are dropped again (SR-6)."""
+    objective = curvax.Objective(lambda w, x: jnp.tanh(x @ w), curvax.losses.squared_error())
+    batch = jax.random.normal(jax.random.key(0), (6, 2)), jnp.ones((6, 1))
+    for make in (curvax.lsr1, curvax.lsr1_linesearch):
+        for count, taken in enumerate(run(make(), objective, jnp.full((2, 1), 0.3), batch, 5), 1):
+            pairs, skipped, dropped = (
+                int(taken.state.info.extra[name]) for name in ("pairs", "skipped_pairs", "dropped_pairs")
+            )
+            assert pairs == count - skipped - dropped <= 2
+        assert dropped > 0
+
+
 @pytest.mark.parametrize("make", [curvax.lsr1, curvax.lsr1_linesearch])
 def test_long_runs_converge_with_a_memory_of_five(make):
     objective, params, batch = problem()
