@@ -10,7 +10,7 @@ acts on the ratio that it measured.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +23,13 @@ from curvax.transforms._step import Given, LastStep, Verdict
 from curvax.types import Array
 
 JudgedBy = Literal["next_batch", "same_batch"]
+R = TypeVar("R", bound=Rule)
 
 ABSURD = 3
 """A rise by so many times what the model promised, or the loss was, is no noise of a batch: the step is undone."""
 
 
-def judging(judged_by: JudgedBy, rule: Rule | None, same: Rule, following: Rule) -> tuple[Rule, NextBatch | None]:
+def judging(judged_by: JudgedBy, rule: R | None, same: R, following: R) -> tuple[R, NextBatch | None]:
     """The rule for a step judged on its own batch, and the judge by the next one, None for "same_batch".
 
     Args:
