@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+import numpy as np
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey, tree_flatten_with_path
 
 from curvax.types import PyTree, Scalar
 
@@ -169,7 +170,7 @@ def scale_rows(scales: jax.Array, tree: PyTree) -> PyTree:
 
 def wide_dtype(*leaves: Any) -> Any:
     """The dtype in which scalars about these leaves are accumulated: their widest, and at least float32."""
-    return functools.reduce(wider, [leaf.dtype for leaf in leaves], jnp.dtype(jnp.float32))
+    return functools.reduce(wider, [jnp.result_type(leaf) for leaf in leaves], jnp.dtype(jnp.float32))
 
 
 def wide_zero(tree: PyTree) -> jax.Array:
@@ -194,12 +195,18 @@ def wider(left: Any, right: Any) -> Any:
 def leaf_paths(tree: PyTree) -> list[str]:
     """The normalised path of each leaf, in leaf order.
 
-    Attribute, dictionary and sequence keys read alike, and the ``value`` that flax puts around an array is dropped.
+    Attribute, dictionary and sequence keys read alike, and the ``value`` of the box that flax puts around an array is
+    dropped.
 
     >>> leaf_paths({"encoder": [{"kernel": jnp.ones(2)}], "scale": jnp.ones(1)})
     ['encoder/0/kernel', 'scale']
     """
-    return [_path_string(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    paths = [path for path, _ in tree_flatten_with_path(tree)[0]]
+    if any(_names_value(path) for path in paths):
+        boxed = tree_flatten_with_path(tree, is_leaf=lambda node: node is not tree and _is_box(node))[0]
+        # Of a box its own key comes first; a leaf has none.
+        paths = [(*path, *rest[1:]) for path, node in boxed for rest, _ in tree_flatten_with_path(node)[0]]
+    return ["/".join(map(_key_string, path)) for path in paths]
 
 
 def embed(part: PyTree, whole: PyTree) -> PyTree:
@@ -243,9 +250,52 @@ def replace_leaves(tree: PyTree, places: Collection[int], other: PyTree) -> PyTr
     return treedef.unflatten([others[i] if i in places else leaf for i, leaf in enumerate(leaves)])
 
 
+def floating_arrays(tree: PyTree, name: str) -> PyTree:
+    """``tree`` with the plain numbers and numpy arrays among its leaves as arrays of jax, in the dtypes it gives them.
+
+    Raises:
+        TypeError: A leaf is no array of real floating-point numbers; the error names it.
+
+    >>> floating_arrays({"w": jnp.ones(2), "gain": 1.5}, "params")["gain"]
+    Array(1.5, dtype=float...)
+    """
+    check_floating(tree, name)
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)) if isinstance(x, _OF_PYTHON) else x, tree)
+
+
+def split_arrays(tree: PyTree) -> tuple[list[Any], Callable[[Sequence[Any]], PyTree]]:
+    """The arrays among the leaves, and the function that puts others in their place.
+
+    What is left where it is are numbers, flags and strings, which are for Python to read.
+
+    >>> arrays, rebuild = split_arrays({"mode": "train", "x": jnp.ones(2)})
+    >>> rebuild(["other"])
+    {'mode': 'train', 'x': 'other'}
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    places = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
+
+    def rebuild(arrays):
+        replaced = dict(zip(places, arrays, strict=True))
+        return treedef.unflatten([replaced.get(i, leaf) for i, leaf in enumerate(leaves)])
+
+    return [leaves[i] for i in places], rebuild
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array, or the ShapeDtypeStruct of one."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
 def check_floating(tree: PyTree, name: str) -> None:
     """Raises a TypeError that names the first leaf that is not an array of real floating-point numbers."""
     for path, leaf in zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True):
+        if not is_array(leaf) and not isinstance(leaf, _OF_PYTHON):
+            raise TypeError(
+                f"{name}[{path!r}] is {leaf!r}, not an array; parameters are arrays alone: keep the rest of a model"
+                " where model_fn finds it, as by params, static = equinox.partition(model, equinox.is_inexact_array)"
+                " and equinox.combine(params, static) inside model_fn"
+            )
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
             advice = (
@@ -309,19 +359,28 @@ def _random(sampler, key, like):
     return treedef.unflatten([sampler(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=False)])
 
 
-def _path_string(path) -> str:
-    parts = []
-    for key in path:
-        match key:
-            case DictKey(key=name) | FlattenedIndexKey(key=name) | GetAttrKey(name=name):
-                parts.append(str(name))
-            case SequenceKey(idx=index):
-                parts.append(str(index))
-            case _:
-                parts.append(str(key).strip(".[]'\""))
-    if len(parts) > 1 and parts[-1] == "value":
-        parts.pop()
-    return "/".join(parts)
+_OF_PYTHON = (bool, int, float, complex, np.ndarray, np.generic)
+
+
+def _key_string(key) -> str:
+    match key:
+        case DictKey(key=name) | FlattenedIndexKey(key=name) | GetAttrKey(name=name):
+            return str(name)
+        case SequenceKey(idx=index):
+            return str(index)
+        case _:
+            return str(key).strip(".[]'\"")
+
+
+def _names_value(path) -> bool:
+    """Whether a path ends in an attribute of that name, which a dictionary's key is not."""
+    return len(path) > 1 and not isinstance(path[-1], DictKey) and _key_string(path[-1]) == "value"
+
+
+def _is_box(node) -> bool:
+    """Whether a node holds its ``value`` and nothing else, unlike the module of an attention that has one too."""
+    children = tree_flatten_with_path(node, is_leaf=lambda child: child is not node)[0]
+    return len(children) == 1 and _names_value((None, *children[0][0]))
 
 
 def _listed(paths: list[str], most: int = 6) -> str:

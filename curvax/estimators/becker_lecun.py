@@ -10,6 +10,7 @@ from curvax.layers.diagonals import with_penalty
 from curvax.objectives.output_matrix import OutputMatrix, unit_vector
 from curvax.objectives.point import CurvaturePoint
 from curvax.objectives.term import scale_cases
+from curvax.programs.linearize import linearize
 from curvax.programs.record import Step, pull_back, record_term
 from curvax.types import Array, PyTree
 
@@ -79,9 +80,10 @@ def _through_elementwise(step, index, at_results, cotangents):
         return step.function(*arrays[:index], x, *arrays[index + 1 :])
 
     def slopes(x):
-        return jax.jvp(alone, (x,), (jnp.ones_like(x),))[1]
+        return linearize(alone, x).jvp(jnp.ones_like(x))
 
-    slope, bend = jax.jvp(slopes, (arrays[index],), (jnp.ones_like(arrays[index]),))
+    bending = linearize(slopes, arrays[index])
+    slope, bend = bending.value, bending.jvp(jnp.ones_like(arrays[index]))
     results = zip(step.moving, slope, bend, at_results, strict=True)
     parts = [d * d * q + dd * cotangents.get(id(out), 0) for out, d, dd, q in results]
     return jax.linear_transpose(lambda x: jnp.broadcast_to(x, parts[0].shape), arrays[index])(sum(parts))[0]

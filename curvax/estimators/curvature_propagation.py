@@ -23,6 +23,7 @@ from curvax.layers.taps import TappedPoint
 from curvax.objectives.penalty import Penalty
 from curvax.objectives.point import CurvaturePoint
 from curvax.objectives.term import scale_cases
+from curvax.programs.linearize import linearize
 from curvax.programs.record import Step, found, pull_back, record_term
 from curvax.types import Array, PyTree
 
@@ -172,7 +173,7 @@ def _noise(step: Step, cotangents: list[Array], key: Array) -> tuple[list[Array]
 
     def bend(*vectors):
         """M v."""
-        return jax.jvp(lambda *xs: jax.vjp(step.function, *xs)[1](cotangents), arrays, list(vectors))[1]
+        return linearize(lambda *xs: jax.vjp(step.function, *xs)[1](cotangents), *arrays).jvp(*vectors)
 
     signs = [trees.random_rademacher(k, x) for k, x in zip(jax.random.split(key, len(arrays)), arrays, strict=True)]
     if step.elementwise and len(arrays) == 1:

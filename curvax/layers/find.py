@@ -93,7 +93,7 @@ def layers_of_examples(at: CurvaturePoint) -> Layers | None:
 def _find(objective, params, inputs, fallback, through_custom_rules):
     if fallback not in ("error", "diagonal", "gradient"):
         raise ValueError(f"fallback must be 'error', 'diagonal' or 'gradient', got {fallback!r}")
-    trees.check_floating(params, "params")
+    params = trees.floating_arrays(params, "params")
     paths, leaves = trees.leaf_paths(params), jax.tree.leaves(params)
     structs = tuple(jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
     twins = [trace_twins(term, params, x) for term, x in zip(objective.terms, inputs, strict=True)]

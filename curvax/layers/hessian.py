@@ -29,6 +29,7 @@ from curvax.matrices.curvature import with_penalty
 from curvax.matrices.linear_map import LinearMap
 from curvax.objectives.term import scale_cases
 from curvax.programs.instrument import evaluate
+from curvax.programs.linearize import linearize
 from curvax.programs.trace import trace_term
 from curvax.types import Array, PyTree
 
@@ -192,8 +193,10 @@ class _Parts:
             ]
 
         (_, captured), cotangents = jax.value_and_grad(run, has_aux=True)(flat_zeros)
-        curvature = jax.hessian(lambda e: run(e)[0])(flat_zeros)
-        responses = jax.jacfwd(inputs_of)(flat_zeros)
+        directions = jnp.eye(flat_zeros.size, dtype=flat_zeros.dtype)
+        bend = linearize(jax.grad(lambda e: run(e)[0]), flat_zeros).jvp
+        curvature = jax.vmap(bend)(directions)
+        responses = jax.vmap(linearize(inputs_of, flat_zeros).jvp, out_axes=-1)(directions)
         return captured, unravel(cotangents), curvature, responses
 
     def quadratic(self, vector, inputs, cotangents, curvature, responses):

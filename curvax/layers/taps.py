@@ -19,6 +19,7 @@ from curvax.objectives.objective import compiled_if_eager
 from curvax.objectives.point import CurvaturePoint, Linearization
 from curvax.objectives.term import scale_cases, weighted_sum
 from curvax.programs.instrument import evaluate
+from curvax.programs.linearize import linearize
 from curvax.programs.trace import trace_term
 from curvax.programs.views import places_given
 from curvax.types import Array, PyTree
@@ -61,11 +62,11 @@ def tap(layers: Layers, at: CurvaturePoint) -> TappedPoint:
 def _tap(at, *, layers):
     taps, linearizations = [], []
     for index, (term, cases) in enumerate(zip(at.terms, at.cases, strict=True)):
-        tapped = _tap_term(layers, index, term, at.params, cases.inputs)
+        tapped, forward = _tap_term(layers, index, term, at.params, cases.inputs)
         taps.append(tapped)
         zeros = [geometry.use.zeros() for geometry in tapped.uses]
         along, back = Partial(_along_params, tapped.jvp, zeros), Partial(_to_params, tapped.transpose)
-        linearizations.append(Linearization(tapped.outputs, along, back))
+        linearizations.append(Linearization(tapped.outputs, along, back, forward))
     return TappedPoint(dataclasses.replace(at, linearizations=tuple(linearizations)), tuple(taps), layers)
 
 
@@ -281,9 +282,8 @@ def _tap_term(layers, index, term, params, inputs):
         return jax.tree.unflatten(out_tree, results)[0], (captured, given)
 
     leaves, zeros = tuple(jax.tree.leaves(params)), [use.zeros() for use in uses]
-    outputs, jvp, (captured, given) = jax.linearize(model, leaves, zeros, has_aux=True)
-    transpose = jax.linear_transpose(jvp, leaves, zeros)
-    return TermTap(outputs, captured, given, jvp, transpose, geometries)
+    outputs, jvp, transpose, forward, (captured, given) = linearize(model, leaves, zeros, has_aux=True)
+    return TermTap(outputs, captured, given, jvp, transpose, geometries), forward
 
 
 def _along_params(jvp, zeros, tangent):

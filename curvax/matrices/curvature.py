@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import register_dataclass
+from jax.tree_util import Partial, register_dataclass
 
 from curvax import trees
 from curvax.matrices.linear_map import LeafScalars, LinearMap, Noise, Sum
@@ -26,6 +26,7 @@ from curvax.objectives.objective import Objective, compiled_if_eager
 from curvax.objectives.output_matrix import OutputMatrix, RankOneOutputs, num_columns, unit_vector
 from curvax.objectives.point import CurvaturePoint, Piece
 from curvax.objectives.term import scale_cases
+from curvax.programs.linearize import linearize
 from curvax.types import PyTree
 
 
@@ -266,7 +267,7 @@ class Hessian(Curvature):
             raise ValueError(
                 "the Hessian needs the loss, and this objective has curvature only; use curvax.ggn or curvax.fisher"
             )
-        linear = None if point.chunk_size is not None else compiled_if_eager(_linear_gradient, point)
+        linear = None if point.chunk_size is not None else compiled_if_eager(_hessian_product, point)
         return with_penalty(HessianMap(point, linear), point)
 
 
@@ -355,7 +356,7 @@ class HessianMap(LinearMap):
             return self.linear_gradient(vector)
 
         def one(piece):
-            return jax.jvp(piece.gradient_at, (self.point.params,), (vector,))[1]
+            return _product_of(piece.gradient_at, self.point.params)(vector)
 
         return self.point.accumulate(one)
 
@@ -365,6 +366,8 @@ class HessianMap(LinearMap):
         trees.check_like(right, params, "right")
 
         def one(piece):
+            if not piece.forward:
+                return trees.vdot(left, _product_of(piece.gradient_at, params)(right))
             return jax.jvp(lambda p: jax.jvp(piece.value_at, (p,), (right,))[1], (params,), (left,))[1]
 
         return self.point.accumulate(one)
@@ -446,10 +449,20 @@ def _matrices(point, keys, *, curvature):
     return tuple(curvature.output_matrix(piece) for piece in point.pieces(keys))
 
 
-def _linear_gradient(point):
+def _hessian_product(point):
     """v -> H v without the penalty, as a pytree of residuals."""
 
     def data_gradient(params):
         return point.accumulate(lambda piece: piece.gradient_at(params))
 
-    return jax.linearize(data_gradient, point.params)[1]
+    return _product_of(data_gradient, point.params)
+
+
+def _product_of(gradient, params):
+    """v -> H v for the H that is the derivative of a gradient, and symmetric: its transpose has reverse rules alone."""
+    linear = linearize(gradient, params)
+    return linear.jvp if linear.forward else Partial(_only, linear.transpose)
+
+
+def _only(transpose, vector):
+    return transpose(vector)[0]

@@ -112,7 +112,7 @@ class Objective:
             TypeError: A leaf of the parameters is not floating-point, or targets have the wrong dtype.
             ValueError: The batch is empty, or shapes do not fit.
         """
-        trees.check_floating(params, "params")
+        params = trees.floating_arrays(params, "params")
         total = self.penalty.value(params)
         for term in self.terms:
             inputs, targets = term.split(batch)
@@ -141,6 +141,7 @@ class Objective:
             raise ValueError("auxiliary outputs of chunks cannot be put together: leave out chunk_size or has_aux")
         if has_aux and not any(term.has_aux for term in self.terms):
             raise ValueError("has_aux=True, but no term's model returns aux: make the objective with has_aux=True")
+        params = trees.floating_arrays(params, "params")
         loss, gradient, at = compiled_if_eager(_value_and_grad, self, params, batch, chunk_size=chunk_size)
         return ((loss, at.aux) if has_aux else loss), gradient, at
 
@@ -152,6 +153,7 @@ class Objective:
                 product go through the batch in chunks of that size, each linearised anew, so that memory is bounded;
                 results do not depend on it.
         """
+        params = trees.floating_arrays(params, "params")
         return compiled_if_eager(_linearize, self, params, batch, chunk_size=chunk_size)
 
     def replace(self, **changes: Any) -> Objective:
@@ -218,7 +220,6 @@ def _compiled(function, static_names):
 
 
 def _linearize(objective, params, batch, *, chunk_size):
-    trees.check_floating(params, "params")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be positive, got {chunk_size}")
     return curvature_point(objective.terms, objective.penalty, params, batch, chunk_size)

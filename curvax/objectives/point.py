@@ -15,6 +15,7 @@ from curvax import trees
 from curvax.objectives.loss import OutputLoss
 from curvax.objectives.penalty import Penalty
 from curvax.objectives.term import Term, located_examples, scale_cases, weighted_sum, weighting
+from curvax.programs.linearize import linearize
 from curvax.types import PyTree
 
 
@@ -293,15 +294,21 @@ class Cases:
         return self.packed.tree[1]
 
 
-class Linearization(NamedTuple):
+@register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Linearization:
     """A term's outputs and the maps J and J^T at one point, as pytrees of their residuals.
 
     They act on the tuple of the leaves of the parameters, so that no container is part of them.
+
+    Attributes:
+        forward: Whether the model has rules for forward-mode differentiation.
     """
 
     outputs: PyTree
     jvp: Callable[[tuple[jax.Array, ...]], PyTree]
     transpose: Callable[[PyTree], tuple[tuple[jax.Array, ...]]]
+    forward: bool = dataclasses.field(metadata={"static": True})
 
 
 class Piece(NamedTuple):
@@ -315,6 +322,7 @@ class Piece(NamedTuple):
     transpose: Callable[[PyTree], PyTree]
     value_at: Callable[[PyTree], jax.Array]
     gradient_at: Callable[[PyTree], PyTree]
+    forward: bool
     extra: PyTree
 
 
@@ -345,8 +353,8 @@ def linearize_term(term: Term, params: Packed, inputs: PyTree) -> tuple[Lineariz
     def outputs_of(leaves):
         return term.apply(params.unpack(leaves), inputs)
 
-    outputs, jvp, aux = jax.linearize(outputs_of, params.leaves, has_aux=True)
-    return Linearization(outputs, jvp, jax.linear_transpose(jvp, params.leaves)), aux
+    outputs, jvp, transpose, forward, aux = linearize(outputs_of, params.leaves, has_aux=True)
+    return Linearization(outputs, jvp, transpose, forward), aux
 
 
 def _piece(term, packed, inputs, targets, scale, linearization, extra):
@@ -365,7 +373,8 @@ def _piece(term, packed, inputs, targets, scale, linearization, extra):
     def back(cotangent):
         return packed.unpack(linearization.transpose(cotangent)[0])
 
-    return Piece(term.loss, linearization.outputs, targets, scale, along, back, value_at, gradient_at, extra)
+    outputs, forward = linearization.outputs, linearization.forward
+    return Piece(term.loss, outputs, targets, scale, along, back, value_at, gradient_at, forward, extra)
 
 
 def _stride_of_shards(stride, located):

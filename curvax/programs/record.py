@@ -10,17 +10,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 
-from curvax.objectives.term import Term
 from curvax.programs.trace import trace_term
 from curvax.programs.views import MOVES
 from curvax.programs.walk import DESCEND, Address, Site, apply_equation, called_program, is_scan, scan_parts, walk
 from curvax.types import Array, PyTree
+
+if TYPE_CHECKING:
+    from curvax.objectives.term import Term
 
 
 def record(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 from jax.extend.core import ClosedJaxpr
 
-from curvax.objectives.term import Term
 from curvax.types import PyTree
+
+if TYPE_CHECKING:
+    from curvax.objectives.term import Term
 
 
 def trace_term(term: Term, params: PyTree, inputs: PyTree) -> tuple[ClosedJaxpr, Any, int]:

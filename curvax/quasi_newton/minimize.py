@@ -75,6 +75,7 @@ def minimize(
     """
     check_choice("method", method, ("trust_region", "line_search"))
     cap = check_at_least("max_iterations", max_iterations, 0)
+    start = trees.floating_arrays(start, "start")
     rule, dtype = RadiusRule(), trees.wide_dtype(*jax.tree.leaves(start))
     evaluate = jax.value_and_grad(function)
 

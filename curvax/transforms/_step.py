@@ -225,6 +225,7 @@ def stepper(
         raise TypeError(f"{name}: what adapts begins with a number, which a schedule is not; see damping rules")
 
     def init(params: PyTree) -> StepState:
+        params = trees.floating_arrays(params, f"{name}: params")
         dtype = trees.wide_dtype(*jax.tree.leaves(params))
         last = LastStep(trees.zeros_like(params), jnp.zeros((), dtype), jnp.full((), jnp.nan, dtype))
         info = _empty_info(added, dtype)

@@ -79,7 +79,7 @@ def average_iterates(
 
         def blend(average, leaf, step):
             # The update in the precision of the average: in bfloat16 a small step would be lost before it counts.
-            new = leaf.astype(average.dtype) + step.astype(average.dtype)
+            new = jnp.asarray(leaf, average.dtype) + step.astype(average.dtype)
             return average + share(average.dtype) * (new - average)
 
         new_average = jax.tree.map(blend, state.average, params, updates)
