@@ -145,7 +145,7 @@ SOLVERS = {
     "bfgs": Solver(lambda _: optax.lbfgs(memory_size=20)),
     **damped("levenberg-marquardt", curvax.levenberg_marquardt),
     **damped("exact hessian", functools.partial(curvax.levenberg_marquardt, curvature=curvax.Hessian(), absolute=True)),
-    **damped("curveball", curvax.curveball),
+    **damped("curveball", functools.partial(curvax.curveball, judged_by="same_batch")),
 }
 
 

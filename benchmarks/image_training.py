@@ -68,7 +68,7 @@ def forgetful_lbfgs(period: int = 5, backtracking: bool = False) -> optax.Gradie
 
 
 METHODS = {
-    "curveball": lambda damping=1.0: curvax.curveball(initial_damping=damping),
+    "curveball": lambda damping=1.0: curvax.curveball(initial_damping=damping, judged_by="same_batch"),
     "curveball, lambda fixed": lambda damping=1.0: curvax.curveball(
         initial_damping=damping, rule=DampingRule(decrease=1, increase=1)
     ),

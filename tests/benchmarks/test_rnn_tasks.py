@@ -183,7 +183,7 @@ def test_the_defaults_are_those_of_the_paper():
     assert (default.hidden, default.gradient_batch, default.curvature_batch, default.test_batch) == (
         (100, 10_000, 1000, 10_000)
     )
-    assert (default.max_iterations, default.max_mini_batches) == (300, 50_000)
+    assert (default.max_iterations, default.max_sequences) == (300, 50_000_000)
     starts = [Settings("addition", 50, damping).initial_damping for damping in ("structural", "tikhonov")]
     assert starts == [0.1, 0.3]
     assert Settings("random_permutation", 50).initial_damping == 5.0
@@ -194,8 +194,9 @@ def test_the_defaults_are_those_of_the_paper():
 
 
 @pytest.mark.many_compilations("the benchmark draws and initialises eagerly")
-def test_mini_batches_are_the_products_and_the_gradients_share_and_too_many_are_a_failure(monkeypatch):
-    small = Settings("addition", 10, max_mini_batches=25, **SMALL)
+def test_sequences_are_those_of_products_and_gradients_and_too_many_are_a_failure(monkeypatch):
+    limit = 25 * SMALL["curvature_batch"]
+    small = Settings("addition", 10, max_sequences=limit, **SMALL)
     trainer, iterations = rnn_tasks.make_trainer(small), []
 
     def step(params, state, batch):
@@ -208,8 +209,9 @@ def test_mini_batches_are_the_products_and_the_gradients_share_and_too_many_are_
     assert record is not None
     assert record["outcome"] == "failed"
     assert record["steps"] == len(iterations)
-    assert record["mini_batches"] == sum(iterations) + 2 * len(iterations) > 25
-    assert record["mini_batches"] - iterations[-1] - 2 <= 25
+    counts = [small.gradient_batch + small.curvature_batch * count for count in iterations]
+    assert record["sequences"] == sum(counts) > limit
+    assert record["sequences"] - counts[-1] <= limit
     assert rnn_tasks.run(small, seed=0, deadline=0.0) is None
 
 
@@ -224,7 +226,7 @@ def test_the_table_is_taken_up_again_and_says_what_it_holds(monkeypatch, tmp_pat
         solved = chosen.lag == 10
         return {
             "outcome": "solved" if solved else "failed",
-            "mini_batches": 100.0 + 50 * seed,
+            "sequences": 100_000 + 50_000 * seed,
             "steps": 3,
             "seconds": 2.0,
             "test_error": 0.0 if solved else 0.5,
@@ -237,19 +239,19 @@ def test_the_table_is_taken_up_again_and_says_what_it_holds(monkeypatch, tmp_pat
     rnn_tasks.main(command)
     lags_and_seeds = [(lag, seed) for seed in (0, 2) for lag in rnn_tasks.TABLE_LAGS]
     assert [(lag, seed) for _, lag, _, seed in ran] == lags_and_seeds
-    assert "5 runs are in" in capsys.readouterr().out
+    assert "9 runs are in" in capsys.readouterr().out
     rnn_tasks.main(command)
-    assert ran[6:] == [ran[3]]
+    assert ran[10:] == [ran[3]]
     assert "missing" not in capsys.readouterr().out
 
     text = (tmp_path / "rnn_tasks.md").read_text()
-    assert "6 of 6 runs" in text
+    assert "10 of 10 runs" in text
     assert "| xor | 10 | tikhonov | 2 | 150 (100, 200) | 0 % | 2 |" in text
     assert "| xor | 30 | tikhonov | 2 | - | 100 % | 2 |" in text
-    for figure in ("1000 for the gradient", "first 200 of them", "more than 5,000 mini-batches (the paper: 50,000)"):
+    for figure in ("2000 for the gradient", "first 500 of them", "more than 3,000,000 sequences (the paper: 50,000"):
         assert figure in text
     rnn_tasks.main([*command, "--hidden", "50"])
-    assert len(ran) == 7 + 6
+    assert len(ran) == 11 + 10
 
 
 def test_a_single_run_needs_a_task_and_a_lag():
@@ -270,4 +272,4 @@ def test_a_lag_of_ten_is_solved(name, damping, tmp_path):
     record = json.loads(file.read_text())
     assert record["outcome"] == "solved"
     assert record["test_error"] < 0.01
-    assert record["mini_batches"] <= 5000
+    assert record["sequences"] <= rnn_tasks.TABLE_SIZES["max_sequences"]
