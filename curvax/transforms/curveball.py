@@ -33,9 +33,10 @@ def curveball(
     The bracket is the gradient of the quadratic model g^T z + 1/2 z^T (G + lambda I) z at the last step z, so every
     iteration takes one step of gradient descent on the model and then moves; nothing is solved. By default rho and beta
     minimise the model along z and the bracket, and lambda adapts, so that nothing is to be tuned. The step costs one
-    push forward of z, one pull back and one push forward of the bracket; the state is that of momentum SGD.
+    push forward of z, one pull back and one push forward of the bracket; the state is that of momentum SGD, and with
+    "next_batch" the parameters where the last step began.
 
-    ``update`` takes ``at=``; curvature and the loss that adapts lambda are of that one batch. With
+    ``update`` takes ``at=``, whose batch the curvature is of. With
     ``gradient="recomputed"`` g is the gradient of the objective there, pulled back together with the curvature in one
     sweep: the incoming updates are not read, only their structure, so what stands in front in a chain has no effect,
     and whoever computes them inside the same ``jit`` does not pay for them.
