@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey, register_dataclass
 
 from curvax.types import PyTree, Scalar
 
@@ -125,6 +125,47 @@ class Static:
 
     def __hash__(self) -> int:
         return hash(self._key())
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class RealPair:
+    """A complex array as its real and its imaginary part, a pytree of the two."""
+
+    real: Any
+    imag: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the complex array."""
+        return self.real.shape
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the complex array."""
+        return jnp.result_type(self.real.dtype, jnp.complex64)
+
+
+def split_complex(tree: PyTree) -> PyTree:
+    """``tree`` with a ``RealPair`` for every complex leaf.
+
+    >>> split_complex({"z": jnp.array(1 + 2j)})["z"].imag.item()
+    2.0
+    """
+
+    def split(leaf):
+        return RealPair(jnp.real(leaf), jnp.imag(leaf)) if jnp.issubdtype(leaf.dtype, jnp.complexfloating) else leaf
+
+    return jax.tree.map(split, tree)
+
+
+def join_complex(tree: PyTree) -> PyTree:
+    """``tree`` with a complex array for every ``RealPair``: the inverse of ``split_complex``."""
+
+    def join(node):
+        return jax.lax.complex(node.real, node.imag) if isinstance(node, RealPair) else node
+
+    return jax.tree.map(join, tree, is_leaf=lambda node: isinstance(node, RealPair))
 
 
 def random_normal(key: jax.Array, like: PyTree) -> PyTree:

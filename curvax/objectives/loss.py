@@ -21,11 +21,14 @@ class OutputLoss(abc.ABC):
         natural: Whether the outputs are natural parameters of the predictive distribution, so that Hessian and Fisher
             matrix on the outputs agree (Martens 2016, eq. 5.5).
         has_value: Whether the value exists; see ``curvature_only``.
+        takes_complex: Whether outputs may be complex. A loss gets the real and the imaginary part of each such output,
+            as a ``curvax.trees.RealPair``, and the targets as they are.
     """
 
     convex: bool = True
     natural: bool = False
     has_value: bool = True
+    takes_complex: bool = False
 
     @abc.abstractmethod
     def value(self, outputs: PyTree, targets: PyTree) -> jax.Array:
