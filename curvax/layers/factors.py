@@ -323,6 +323,9 @@ def sum_over_sweeps(
 
     The cotangents of every case are multiplied by the root of its factor, so that second moments have its share.
     """
+    if getattr(curvature, "num_samples", None) is None and max(tapped.layers.rows_per_example) > 1:
+        # One sweep seeds all rows of an example at once, whose products only draws of every row's own average away.
+        tapped.check_separate(f"Kronecker factors of {curvature}, without num_samples,")
     pieces = tapped.point.pieces(curvature.keys(tapped.point, key))
     columns = [curvature.columns(piece) for piece in pieces]
 

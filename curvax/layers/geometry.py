@@ -65,6 +65,13 @@ class Geometry:
         return isinstance(self.use.operation, Elementwise)
 
     @property
+    def varies_by_example(self) -> bool:
+        """Whether each example meets entries of its own, as rows ``p[arange(examples)]``: they are no layer's."""
+        axis = self.use.output_axis
+        assert axis is not None
+        return self.elementwise and axis.axis + len(self._scans(True)) in self.feature_axes
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """(blocks, inputs, outputs) of the matrices."""
         if self.elementwise:

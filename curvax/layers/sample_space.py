@@ -107,7 +107,7 @@ class SampleSpace:
 
     def gram(self) -> Array:
         """K."""
-        return inner_products(self.tapped, self._pull_back_rows())
+        return inner_products(self.tapped, self._pull_back_rows(), self.columns)
 
     def gram_product(self):
         """y -> K y, without K where every layer has its parameters to itself and one position per example."""

@@ -150,6 +150,14 @@ class TappedPoint:
                 f"{name}: the model couples examples, as batch statistics do, so the gradient of one example is not"
                 " defined; evaluate the model with fixed statistics"
             )
+        for index, rows in enumerate(self.layers.rows_per_example):
+            if rows > 1:
+                raise ValueError(
+                    f"{name}: the outputs of term {index} have {rows} rows for each example of its inputs, as where the"
+                    " steps of sequences are folded into axis 0, and gradients of single rows are not to be had; return"
+                    " (examples, steps, ...). The loss is then the sum over the steps, with example_weights of 1 / steps"
+                    " the mean that it was"
+                )
 
     def by_layer(self, uses: Sequence[LayerUse]) -> dict[str, list[LayerUse]]:
         """Uses grouped by the name of their layer, in the order of the layers."""
@@ -211,14 +219,15 @@ class TappedPoint:
             gradient = trees.add(gradient, point.penalty.gradient(point.params))
         return loss, gradient, [self.capture(raw) for raw in raws[1:]]
 
-    def to_params(self, matrices: Sequence[tuple[LayerUse, Array]]) -> PyTree:
+    def to_params(self, matrices: Sequence[tuple[LayerUse, Array]], *, lead: tuple[int, ...] | None = None) -> PyTree:
         """The sum of layers' matrices (blocks, inputs, outputs), each put back where its layer's parameters come from.
 
-        A further leading axis, such as that of the examples, is kept.
+        A further leading axis, such as that of the examples, is kept. Where there may be no matrices, ``lead`` says
+        what it is: () or (examples,).
         """
         leaves, treedef = jax.tree.flatten(self.point.params)
-        lead = max((matrix.ndim - 3 for _, matrix in matrices), default=0)
-        shape = matrices[0][1].shape[:lead] if matrices else ()
+        if lead is None:
+            lead = matrices[0][1].shape[:-3] if matrices else ()
         sums: list[Any] = [None] * len(leaves)
         for use, matrix in matrices:
             back = use.geometry
@@ -238,7 +247,7 @@ class TappedPoint:
             for i, part in zip(own, parts, strict=True):
                 sums[i] = part if sums[i] is None else sums[i] + part
         filled = [
-            jnp.zeros((*shape, *leaf.shape), leaf.dtype) if s is None else s
+            jnp.zeros((*lead, *leaf.shape), leaf.dtype) if s is None else s
             for s, leaf in zip(sums, leaves, strict=True)
         ]
         return treedef.unflatten(filled)

@@ -156,7 +156,7 @@ MOVES = frozenset(
         *("convert_element_type", "reduce_precision", "optimization_barrier"),
     }
 )
-"""Primitives that put every entry in at most one place, unchanged."""
+"""Primitives that put every entry in at most one place, unchanged; what they join it with may be constants."""
 
 _AFFINE = (MOVES - {"pad", "dynamic_slice"}) | {
     *("broadcast_in_dim", "neg", "add", "sub", "add_any", "reduce_sum", "name"),
@@ -181,7 +181,7 @@ def is_affine(site: Site, inputs: Sequence[Node]) -> bool:
 
 
 def only_moves(node: Node) -> bool:
-    """Whether every entry of the node is one entry of one leaf (or a constant zero), none of them twice."""
+    """Whether every entry of the node is one entry of one leaf, none of them twice, and none a constant."""
     found = [n for n in ancestors(node) if n.leaves]
     if not all(_moves(n) for n in found if isinstance(n, Applied)):
         return False
@@ -192,9 +192,14 @@ def only_moves(node: Node) -> bool:
 
 
 def _moves(node):
-    eqn = node.site.eqn
-    same_size = node.site.name == "broadcast_in_dim" and eqn.invars[0].aval.size == eqn.outvars[0].aval.size
-    return node.site.name in MOVES or same_size
+    eqn, name = node.site.eqn, node.site.name
+    if name == "broadcast_in_dim":
+        return eqn.invars[0].aval.size == eqn.outvars[0].aval.size
+    if name == "pad":
+        return all(max(added) <= 0 for added in eqn.params["padding_config"])
+    if name in ("concatenate", "stack"):
+        return all(operand.leaves for operand in node.operands)
+    return name in MOVES
 
 
 def without_permutation(node: Node) -> tuple[Node, tuple[int, ...]]:

@@ -194,3 +194,57 @@ def test_coupled_examples_and_cases_finer_than_examples_are_refused():
     _, tapped = layers_and_tap(objective, (np.ones((N, 4, 3)), np.ones((N, 4, 2))))
     with pytest.raises(ValueError, match="steps of a sequence are the cases"):
         curvax.layers.empirical_fisher_diagonal(tapped)
+
+
+def exponentials(params, x):
+    return x @ jnp.exp(params["w"])
+
+
+def products(params, x):
+    return jnp.tanh(x @ params["v"])
+
+
+@pytest.mark.parametrize(
+    "models", [(exponentials,), (products, exponentials), (exponentials, products)], ids=["alone", "last", "first"]
+)
+@pytest.mark.parametrize("fallback", ["gradient", "diagonal"])
+def test_what_has_no_structure_has_zeros_of_the_right_shapes(models, fallback):
+    """Alone, and as one of two terms; in single precision, so that zeros of another dtype would be noticed."""
+    generator = np.random.default_rng(0)
+    params = {name: jnp.asarray(generator.normal(size=(3, 2)), jnp.float32) for name in ("w", "v")}
+    counts = (4, 3)[: len(models)]
+    batch = [tuple(jnp.asarray(generator.normal(size=(n, k)), jnp.float32) for k in (3, 2)) for n in counts]
+    loss = curvax.losses.squared_error()
+    terms = [curvax.Term(model, loss, select=lambda batch, i=i: batch[i]) for i, model in enumerate(models)]
+    objective = curvax.Objective.from_terms(*terms)
+    layers = curvax.find_layers(objective, params, batch, fallback=fallback)
+    tx = curvax.scale_by_sample_space(layers, damping=0.1, method="cg")
+
+    @jax.jit
+    def compute(params, batch):
+        _, gradient, at = objective.value_and_grad(params, batch)
+        tapped = curvax.tap(layers, at)
+        return (
+            curvax.layers.per_example_gradients(tapped),
+            curvax.layers.gradient_norms(tapped),
+            curvax.layers.gradient_inner_products(tapped),
+            curvax.gram(tapped),
+            tx.update(gradient, tx.init(params), params, at=at)[0],
+        )
+
+    with jax.numpy_dtype_promotion("strict"):
+        each, norms, inner, gram, updates = compute(params, batch)
+    rows = []
+    for model, (x, y) in zip(models, batch, strict=True):
+        single = curvax.Objective(model, loss)
+        own = jax.jit(jax.vmap(lambda x, y, f=single: jax.grad(f)(params, (x[None], y[None]))["v"].ravel()))(x, y)
+        rows.append(np.asarray(own, np.float64))
+    truth = np.concatenate(rows)
+    np.testing.assert_array_equal(each["w"], np.zeros((sum(counts), 3, 2)))
+    np.testing.assert_allclose(each["v"].reshape(-1, 6), truth, rtol=1e-5)
+    np.testing.assert_allclose(norms, np.linalg.norm(truth, axis=1), rtol=1e-5)
+    np.testing.assert_allclose(inner, truth @ truth.T, rtol=1e-4, atol=1e-5)
+    assert gram.shape == (2 * sum(counts),) * 2
+    places = np.concatenate([np.full(2 * n, model is products) for n, model in zip(counts, models, strict=True)])
+    assert np.all(np.asarray(gram)[~places] == 0) and np.all(np.diag(gram)[places] > 0)
+    assert all(leaf.dtype == jnp.float32 and np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(updates))
