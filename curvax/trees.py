@@ -84,6 +84,16 @@ def zeros_like(tree: PyTree) -> PyTree:
     return jax.tree.map(jnp.zeros_like, tree)
 
 
+def widened(tree: PyTree) -> PyTree:
+    """Every leaf in float32 or wider, as for squares, which leave the range of narrow leaves."""
+    return jax.tree.map(lambda leaf: leaf.astype(wide_dtype(leaf)), tree)
+
+
+def wide_structure(tree: PyTree) -> PyTree:
+    """The ShapeDtypeStructs of ``widened(tree)``."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, wide_dtype(leaf)), tree)
+
+
 def cast_like(tree: PyTree, like: PyTree) -> PyTree:
     """``tree`` with every leaf cast to the dtype of the same leaf of ``like``."""
     return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)

@@ -97,9 +97,7 @@ def _find(objective, params, inputs, fallback, through_custom_rules):
             use.unfit = "has a row for each example; look rows up by numbers among the inputs"
             reasons |= dict.fromkeys(use.operand.leaves, use.unfit)
     _drop_with_their_leaves([analysis.uses for analysis in found], reasons)
-    geometries = tuple(
-        tuple(every[use] for use in analysis.uses if use.unfit is None) for analysis in found
-    )
+    geometries = tuple(tuple(every[use] for use in analysis.uses if use.unfit is None) for analysis in found)
     layers = Layers(
         tuple(paths),
         structs,

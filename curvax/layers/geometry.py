@@ -91,9 +91,14 @@ class Geometry:
 
     # --- parameters -------------------------------------------------------------------------------------------------
 
-    def base_value(self, leaves: Sequence[Any], given: Mapping[Address, Array] | None = None) -> Array:
-        """The base at these leaves, behind one axis for each scan that has parameters of its own."""
-        whole = value(self.base, leaves, self.use.scans, given)
+    def base_value(
+        self, leaves: Sequence[Any], given: Mapping[Address, Array] | None = None, *, wide: bool = False
+    ) -> Array:
+        """The base at these leaves, behind one axis for each scan that has parameters of its own.
+
+        ``wide`` takes it in float32 at least, whatever the dtypes of leaves and program.
+        """
+        whole = value(self.base, leaves, self.use.scans, given, wide=wide)
         if not self.elementwise:
             return whole
         return whole[tuple(slice(None) if i in self.feature_axes else 0 for i in range(whole.ndim))]

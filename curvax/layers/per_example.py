@@ -60,7 +60,7 @@ def gradient_norms(tapped: TappedPoint) -> Array:
         parts = [use.squared_norms() for use in apart if use.term == term]
         uses = [use for use in together if use.term == term]
         if uses:
-            rows = tapped.to_params([(use, use.per_example()) for use in uses])
+            rows = tapped.to_params([(use, use.per_example()) for use in uses], wide=True)
             parts += [jnp.sum(jnp.square(leaf), axis=tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(rows)]
         total.append(sum(parts) if parts else jnp.zeros(count, _dtype(tapped)))
     return jnp.sqrt(jnp.concatenate(total))
@@ -149,6 +149,6 @@ def _each_column(tapped, uses):
 
     def one(*cotangents):
         pairs = zip(uses, cotangents, strict=True)
-        return tapped.to_params([(use, use._replace(cotangents=ds).per_example()) for use, ds in pairs])
+        return tapped.to_params([(use, use._replace(cotangents=ds).per_example()) for use, ds in pairs], wide=True)
 
     return jax.vmap(one)(*(use.cotangents for use in uses))

@@ -120,8 +120,9 @@ class SoftmaxCrossEntropy(OutputLoss):
     r"""Cross-entropy of logits z over the last axis, L = -sum_i y_i log p_i with p = softmax(z).
 
     Targets are integers with the shape of the outputs less the last axis, or floating-point probabilities with the
-    shape of the outputs. An integer outside 0 ... K-1 contributes no loss and no Hessian; to leave it out of the mean
-    use the objective's ``mask``. Hessian a (diag(p) - p p^T), where a = sum_i y_i is 1 for probabilities.
+    shape of the outputs. A case without a target, an integer outside 0 ... K-1 or probabilities that are all zero,
+    contributes no loss, no Hessian and no Fisher matrix; to leave it out of the mean use the objective's ``mask``.
+    Hessian a (diag(p) - p p^T), where a = sum_i y_i is 1 for probabilities.
     Martens 2016, table 4.1.
 
     Example:
@@ -143,10 +144,17 @@ class SoftmaxCrossEntropy(OutputLoss):
         return SoftmaxOutputs(_log_softmax(outputs), jnp.sum(self._distribution(outputs, targets), axis=-1))
 
     def fisher(self, outputs, targets=None):
-        return SoftmaxOutputs(_log_softmax(outputs), jnp.ones_like(outputs[..., 0]))
+        has_target = jnp.ones_like(outputs[..., 0])
+        if targets is not None:
+            has_target = jnp.any(self._distribution(outputs, targets) > 0, axis=-1).astype(outputs.dtype)
+        return SoftmaxOutputs(_log_softmax(outputs), has_target)
 
     def sample(self, key, output):
         return jax.random.categorical(key, output)
+
+    def draw(self, keys, outputs, targets):
+        drawn = super().draw(keys, outputs, targets)
+        return drawn if targets is None else jnp.where(self.fisher(outputs, targets).mass > 0, drawn, -1)
 
     def negative_log_density(self, outputs, targets):
         return self.value(outputs, targets)
@@ -429,6 +437,9 @@ class CurvatureOnly(OutputLoss):
 
     def sample(self, key, output):
         return self.loss.sample(key, output)
+
+    def draw(self, keys, outputs, targets):
+        return self.loss.draw(keys, outputs, targets)
 
     def gradient(self, outputs, targets):
         # Monte-Carlo Fisher vectors are gradients at sampled targets, not of the missing value.

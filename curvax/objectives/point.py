@@ -207,6 +207,12 @@ class CurvaturePoint:
             chunk_size=None,
         )
 
+    def definite(self) -> CurvaturePoint:
+        """This point with the absolute values of the cases' factors, for what a matrix with a root is needed for."""
+        return dataclasses.replace(
+            self, cases=tuple(dataclasses.replace(cases, scale=jnp.abs(cases.scale)) for cases in self.cases)
+        )
+
     def stored(self, what: str) -> tuple[Linearization, ...]:
         """The linearisations, for ``what`` cannot do without."""
         if self.linearizations is None:

@@ -30,7 +30,9 @@ class Term:
         select: batch -> (inputs, targets); the batch itself if None.
         weight: A number, perhaps traced, that multiplies the term.
         example_weights: batch -> w, an array whose shape is a leading part of the loss's, such as (examples,) or
-            (examples, steps). N stays the number of examples, so weights need not sum to anything.
+            (examples, steps). N stays the number of examples, so weights need not sum to anything. Negative ones make
+            curvature indefinite: what needs a definite matrix (draws, Gram matrices and steps in the space of the
+            samples, Kronecker factors) takes their absolute values.
         mask: batch -> booleans of such a shape, False for what is to be left out altogether. N is the number of True
             entries: with a mask over steps the term is a mean over steps. Where all are False the term is zero.
         example_axes: Where the examples are in (inputs, targets), a prefix as in ``jax.vmap``'s ``in_axes``. Read

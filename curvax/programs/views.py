@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from curvax.programs.walk import Address, Site, apply_equation
+from curvax import trees
+from curvax.programs.walk import Address, Site, apply_equation, apply_linear
 from curvax.types import Array
 
 
@@ -109,6 +110,7 @@ def value(
     scans: Sequence[Scan] = (),
     given: Mapping[Address, Array] | None = None,
     known: Mapping[Node, Array] | None = None,
+    wide: bool = False,
 ) -> Array:
     """The node's value at these leaves, with one leading axis for each scan in ``scans`` that it takes slices of.
 
@@ -117,9 +119,13 @@ def value(
         scans: The scans around the node, outermost first.
         given: The values of ``Given`` nodes by their places.
         known: Values to take for nodes whatever they are.
+        wide: Take everything to float32 at least, whatever the program does: the function is linear, so that it then
+            serves for values outside of the range of narrow leaves.
     """
     known = dict(known or {}) | {n: given[n.place] for n in places_given(node) if given}
-    return _value(node, leaves, tuple(scan for scan in scans if scan in node.scans), known)
+    if wide:
+        leaves = {i: trees.widened(leaves[i]) for i in node.leaves}
+    return _value(node, leaves, tuple(scan for scan in scans if scan in node.scans), known, wide)
 
 
 def places_given(node: Node) -> tuple[Given, ...]:
@@ -259,20 +265,20 @@ def _stand_in(array):
     return jnp.arange(array.size, dtype=array.dtype).reshape(array.shape)
 
 
-def _value(node, leaves, scans, known):
+def _value(node, leaves, scans, known, wide):
     if not scans:
-        return _plain_value(node, leaves, known)
+        return _plain_value(node, leaves, known, wide)
     outer, inner = scans[0], scans[1:]
     slices = [n for n in ancestors(node) if isinstance(n, Sliced) and n.scan == outer]
-    wholes = [_plain_value(n.operands[0], leaves, known) for n in slices]
+    wholes = [_plain_value(n.operands[0], leaves, known, wide) for n in slices]
 
     def one(*parts):
-        return _value(node, leaves, inner, known | dict(zip(slices, parts, strict=True)))
+        return _value(node, leaves, inner, known | dict(zip(slices, parts, strict=True)), wide)
 
     return jax.vmap(one)(*wholes)
 
 
-def _plain_value(node, leaves, known):
+def _plain_value(node, leaves, known, wide):
     found = dict(known)
 
     def evaluate(n):
@@ -283,7 +289,17 @@ def _plain_value(node, leaves, known):
                 found[n] = n.value
             else:
                 assert isinstance(n, Applied), "a slice of a scan outside of it"
-                found[n] = apply_equation(n.site.program, n.site.eqn, *map(evaluate, n.operands))[n.output]
+                operands = list(map(evaluate, n.operands))
+                if wide and n.leaves:
+                    results = apply_linear(n.site.eqn, *map(_widened, operands))
+                else:
+                    results = apply_equation(n.site.program, n.site.eqn, *operands)
+                found[n] = results[n.output]
         return found[n]
 
     return evaluate(node)
+
+
+def _widened(operand):
+    array = jnp.asarray(operand)
+    return trees.widened(array) if jnp.issubdtype(array.dtype, jnp.floating) else array

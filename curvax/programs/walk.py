@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
+from curvax import trees
+
 Address = tuple[int, ...]
 """The numbers of the equations that lead to one through the programs around it."""
 
@@ -168,6 +170,16 @@ def apply_equation(program: Jaxpr, eqn: JaxprEqn, *inputs: Any) -> list[Any]:
     atoms = list(given)
     single = program.replace(constvars=[], invars=atoms, outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects)
     return jaxpr_as_fun(ClosedJaxpr(single, ()))(*(given[atom] for atom in atoms))
+
+
+def apply_linear(eqn: JaxprEqn, *inputs: Any) -> list[Any]:
+    """The outputs of an equation that moves, adds or scales entries, in the dtypes of the inputs and not its own."""
+    if eqn.primitive.name in ("convert_element_type", "reduce_precision"):
+        (x,), (out,) = inputs, eqn.outvars
+        return [x.astype(trees.wider(x.dtype, out.aval.dtype))]  # pyright: ignore[reportAttributeAccessIssue]
+    params = eqn.params | {name: None for name in ("preferred_element_type",) if name in eqn.params}
+    outputs = eqn.primitive.bind(*inputs, **params)
+    return list(outputs) if eqn.primitive.multiple_results else [outputs]
 
 
 def _shapes(atoms):

@@ -246,5 +246,6 @@ def test_what_has_no_structure_has_zeros_of_the_right_shapes(models, fallback):
     np.testing.assert_allclose(inner, truth @ truth.T, rtol=1e-4, atol=1e-5)
     assert gram.shape == (2 * sum(counts),) * 2
     places = np.concatenate([np.full(2 * n, model is products) for n, model in zip(counts, models, strict=True)])
-    assert np.all(np.asarray(gram)[~places] == 0) and np.all(np.diag(gram)[places] > 0)
+    assert np.all(np.asarray(gram)[~places] == 0)
+    assert np.all(np.diag(gram)[places] > 0)
     assert all(leaf.dtype == jnp.float32 and np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(updates))
