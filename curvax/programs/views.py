@@ -19,7 +19,7 @@ import numpy as np
 from jax.core import Tracer
 
 from curvax import trees
-from curvax.programs.walk import Address, Site, apply_equation, apply_linear
+from curvax.programs.walk import Address, Site, apply_equation, apply_widely
 from curvax.types import Array
 
 
@@ -119,8 +119,8 @@ def value(
         scans: The scans around the node, outermost first.
         given: The values of ``Given`` nodes by their places.
         known: Values to take for nodes whatever they are.
-        wide: Take everything to float32 at least, whatever the program does: the function is linear, so that it then
-            serves for values outside of the range of narrow leaves.
+        wide: Compute in float32 what the program computes in narrower dtypes, so that the transpose of the function
+            serves for values outside of their range.
     """
     known = dict(known or {}) | {n: given[n.place] for n in places_given(node) if given}
     if wide:
@@ -291,10 +291,9 @@ def _plain_value(node, leaves, known, wide):
                 assert isinstance(n, Applied), "a slice of a scan outside of it"
                 operands = list(map(evaluate, n.operands))
                 if wide and n.leaves:
-                    results = apply_linear(n.site.eqn, *map(_widened, operands))
+                    found[n] = apply_widely(n.site.program, n.site.eqn, *map(_widened, operands))[n.output]
                 else:
-                    results = apply_equation(n.site.program, n.site.eqn, *operands)
-                found[n] = results[n.output]
+                    found[n] = apply_equation(n.site.program, n.site.eqn, *operands)[n.output]
         return found[n]
 
     return evaluate(node)

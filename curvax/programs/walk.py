@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
 from curvax import trees
@@ -172,11 +173,15 @@ def apply_equation(program: Jaxpr, eqn: JaxprEqn, *inputs: Any) -> list[Any]:
     return jaxpr_as_fun(ClosedJaxpr(single, ()))(*(given[atom] for atom in atoms))
 
 
-def apply_linear(eqn: JaxprEqn, *inputs: Any) -> list[Any]:
-    """The outputs of an equation that moves, adds or scales entries, in the dtypes of the inputs and not its own."""
-    if eqn.primitive.name in ("convert_element_type", "reduce_precision"):
-        (x,), (out,) = inputs, eqn.outvars
-        return [x.astype(trees.wider(x.dtype, out.aval.dtype))]  # pyright: ignore[reportAttributeAccessIssue]
+def apply_widely(program: Jaxpr, eqn: JaxprEqn, *inputs: Any) -> list[Any]:
+    """The outputs of a linear equation, with float32 in the place of every narrower floating dtype."""
+    dtypes = [atom.aval.dtype for atom in (*eqn.outvars, *eqn.invars)]  # pyright: ignore[reportAttributeAccessIssue]
+    if eqn.primitive.name == "convert_element_type":
+        return [inputs[0].astype(trees.wider(dtypes[0], jnp.float32))]
+    if eqn.primitive.name == "reduce_precision":
+        return [inputs[0]]
+    if not any(jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4 for dtype in dtypes):
+        return apply_equation(program, eqn, *inputs)
     params = eqn.params | {name: None for name in ("preferred_element_type",) if name in eqn.params}
     outputs = eqn.primitive.bind(*inputs, **params)
     return list(outputs) if eqn.primitive.multiple_results else [outputs]
