@@ -15,7 +15,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey, tree_flatten_with_path
+from jax.tree_util import (
+    DictKey,
+    FlattenedIndexKey,
+    GetAttrKey,
+    SequenceKey,
+    register_dataclass,
+    tree_flatten_with_path,
+)
 
 from curvax.types import PyTree, Scalar
 
@@ -85,6 +92,16 @@ def zeros_like(tree: PyTree) -> PyTree:
     return jax.tree.map(jnp.zeros_like, tree)
 
 
+def widened(tree: PyTree) -> PyTree:
+    """Every leaf in float32 or wider, as for squares, which leave the range of narrow leaves."""
+    return jax.tree.map(lambda leaf: leaf.astype(wide_dtype(leaf)), tree)
+
+
+def wide_structure(tree: PyTree) -> PyTree:
+    """The ShapeDtypeStructs of ``widened(tree)``."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, wide_dtype(leaf)), tree)
+
+
 def cast_like(tree: PyTree, like: PyTree) -> PyTree:
     """``tree`` with every leaf cast to the dtype of the same leaf of ``like``."""
     return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
@@ -126,6 +143,47 @@ class Static:
 
     def __hash__(self) -> int:
         return hash(self._key())
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class RealPair:
+    """A complex array as its real and its imaginary part, a pytree of the two."""
+
+    real: Any
+    imag: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the complex array."""
+        return self.real.shape
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the complex array."""
+        return jnp.result_type(self.real.dtype, jnp.complex64)
+
+
+def split_complex(tree: PyTree) -> PyTree:
+    """``tree`` with a ``RealPair`` for every complex leaf.
+
+    >>> split_complex({"z": jnp.array(1 + 2j)})["z"].imag.item()
+    2.0
+    """
+
+    def split(leaf):
+        return RealPair(jnp.real(leaf), jnp.imag(leaf)) if jnp.issubdtype(leaf.dtype, jnp.complexfloating) else leaf
+
+    return jax.tree.map(split, tree)
+
+
+def join_complex(tree: PyTree) -> PyTree:
+    """``tree`` with a complex array for every ``RealPair``: the inverse of ``split_complex``."""
+
+    def join(node):
+        return jax.lax.complex(node.real, node.imag) if isinstance(node, RealPair) else node
+
+    return jax.tree.map(join, tree, is_leaf=lambda node: isinstance(node, RealPair))
 
 
 def random_normal(key: jax.Array, like: PyTree) -> PyTree:

@@ -91,9 +91,9 @@ def _by_examples(linear_map, layers, key, num_samples, distribution):
 
 def _by_sums(linear_map, key, num_samples, distribution):
     def add_square(total, k):
-        draw = linear_map.sample(k, distribution)
+        draw = trees.widened(linear_map.sample(k, distribution))
         return trees.add(total, trees.multiply(draw, draw)), None
 
-    zeros = trees.zeros_like(linear_map.structure)
+    zeros = trees.widened(trees.zeros_like(linear_map.structure))
     total, _ = jax.lax.scan(add_square, zeros, jax.random.split(key, num_samples))
     return trees.scale(1 / num_samples, total)

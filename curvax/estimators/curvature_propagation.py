@@ -94,7 +94,7 @@ def sampled_hessian_diagonal(tapped: TappedPoint, key: Array, *, num_samples: in
     def one(total, key):
         return trees.add(total, _layer_products(tapped, scales, key)), None
 
-    zeros = trees.zeros_like(tapped.point.params)
+    zeros = trees.widened(trees.zeros_like(tapped.point.params))
     total, _ = jax.lax.scan(one, zeros, jax.random.split(key, num_samples))
     return with_penalty(tapped.point, trees.scale(1 / num_samples, total))
 
@@ -129,7 +129,7 @@ def _layer_products(tapped, scales, key):
     if not others:
         return estimate
     s, t = propagate_curvature(dataclasses.replace(point, penalty=Penalty()), whole_key)
-    return trees.replace_leaves(estimate, others, trees.multiply(s, t))
+    return trees.replace_leaves(estimate, others, trees.multiply(trees.widened(s), t))
 
 
 def _check_losses(point):

@@ -45,7 +45,7 @@ def hutchinson_diagonal(
     (products, squares), _ = jax.lax.scan(add_sample, (zeros, zeros), keys)
     # A normal number in a narrow dtype may be zero; then every one was, and the estimate is zero.
     quotient = jax.tree.map(lambda x, y: x / jnp.where(y > 0, y, 1), products, squares)
-    return trees.cast_like(quotient, linear_map.structure)
+    return trees.cast_like(quotient, trees.wide_structure(linear_map.structure))
 
 
 def secant_ratios(linear_map: LinearMap, direction: PyTree, *, entry: Array | None = None) -> PyTree:

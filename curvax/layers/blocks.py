@@ -282,9 +282,14 @@ def _squared_rows(layers, layer) -> np.ndarray:
     probe = np.random.default_rng(0).normal(size=shape.shape).astype(shape.dtype)
     with jax.ensure_compile_time_eval():
         squares, image = (np.asarray(x) for x in jax.jit(jax.vmap(gram))(np.stack([np.ones_like(probe), probe])))
+    if not np.all(squares > 0):
+        raise ValueError(
+            f"layer {layer.name!r}: some entries of its matrices belong to no parameter (it is padded, or joined with"
+            " constants), so that factors of whole matrices are not its curvature; leave the layer to another method"
+        )
     # A diagonal matrix multiplies whatever vector entry by entry; one drawn at random shows if it is not.
     rounding = 1e3 * float(jnp.finfo(shape.dtype).eps) * np.max(np.abs(squares * probe))
-    if not (np.max(np.abs(image - squares * probe)) <= rounding and np.all(squares > 0)):
+    if not np.max(np.abs(image - squares * probe)) <= rounding:
         raise ValueError(
             f"layer {layer.name!r}: its matrices are not the parameters moved, scaled or added, so what is worked out"
             " on the matrices cannot be taken back; leave the layer to another method"

@@ -1,4 +1,7 @@
-"""Diagonals of Fisher and Gauss-Newton matrices by layer taps: squares are of each example, never of the sum."""
+"""Diagonals of Fisher and Gauss-Newton matrices by layer taps: squares are of each example, never of the sum.
+
+They are in float32 at least, as squares of what float16 holds leave its range.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +106,7 @@ def sampled_squares(
         captured = tapped.pull_back(tuple(map(seed, matrices, scales, keys)))
         return trees.add(total, products(tapped, captured, captured, ones)), None
 
-    zeros = trees.zeros_like(tapped.point.params)
+    zeros = trees.widened(trees.zeros_like(tapped.point.params))
     total, _ = jax.lax.scan(one, zeros, jax.random.split(key, num_samples))
     return trees.scale(1 / num_samples, total)
 
@@ -133,7 +136,7 @@ def exact_ggn_diagonal(tapped: TappedPoint) -> PyTree:
         captured = tapped.pull_back(seeds)
         return trees.add(total, products(tapped, captured, captured, scales)), None
 
-    zeros = trees.zeros_like(tapped.point.params)
+    zeros = trees.widened(trees.zeros_like(tapped.point.params))
     total, _ = jax.lax.scan(one, zeros, jnp.arange(max(map(num_columns, matrices))))
     return with_penalty(tapped.point, trees.add(total, diagonal_without_structure(tapped, matrices, scales)))
 
@@ -151,7 +154,8 @@ def products(tapped: TappedPoint, left: list[LayerUse], right: list[LayerUse], s
         [
             (use, use.products(others[id(use)].cotangents, scales[use.term].astype(use.cotangents.dtype)))
             for use in apart
-        ]
+        ],
+        wide=True,
     )
     for term, scale in enumerate(scales):
         uses = [use for use in together if use.term == term]
@@ -160,7 +164,7 @@ def products(tapped: TappedPoint, left: list[LayerUse], right: list[LayerUse], s
 
             def product(both, weights, count=count):
                 rows, other_rows = (
-                    tapped.to_params([(use, use.per_example()) for use in part])
+                    tapped.to_params([(use, use.per_example()) for use in part], wide=True)
                     for part in (both[:count], both[-count:])
                 )
                 return jax.tree.map(functools.partial(_weighted_products, weights), rows, other_rows)
@@ -190,6 +194,7 @@ def entrywise(tapped: TappedPoint, measure: Callable[[list[PyTree]], Any]) -> Py
     Parameters with structure, and all with fallback "gradient", have zeros.
     """
     leaves, treedef = jax.tree.flatten(trees.zeros_like(tapped.point.params))
+    results = trees.widened(leaves)
     places = tapped.layers.unstructured if tapped.layers.fallback == "diagonal" else ()
     pieces = tapped.point.pieces()
     for place in places:
@@ -200,8 +205,9 @@ def entrywise(tapped: TappedPoint, measure: Callable[[list[PyTree]], Any]) -> Py
             direction = treedef.unflatten([unit if i == place else jnp.zeros_like(x) for i, x in enumerate(leaves)])
             return measure([piece.jvp(direction) for piece in pieces])
 
-        leaves[place] = jax.lax.map(entry, jnp.arange(zeros.size)).reshape(zeros.shape).astype(zeros.dtype)
-    return treedef.unflatten(leaves)
+        entries = jax.lax.map(entry, jnp.arange(zeros.size)).reshape(zeros.shape)
+        results[place] = entries.astype(results[place].dtype)
+    return treedef.unflatten(results)
 
 
 def _weighted_products(weights, left, right):
@@ -212,4 +218,6 @@ def with_penalty(point: CurvaturePoint, diagonal: PyTree) -> PyTree:
     """The diagonal and that of the penalty's Hessian."""
     if not point.penalty:
         return diagonal
-    return jax.tree.map(lambda leaf, eta: leaf + eta, diagonal, point.penalty.curvature(point.params))
+    return jax.tree.map(
+        lambda leaf, eta: leaf + eta.astype(leaf.dtype), diagonal, point.penalty.curvature(point.params)
+    )

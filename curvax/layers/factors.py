@@ -112,7 +112,7 @@ def _factors(point, key, *, layers, how):
 
 def factors_of(tapped: TappedPoint, key: Any, curvature: OutputCurvature, sharing: Sharing, pairs: Pairs):
     """``kronecker_factors`` without checks, inside of a program."""
-    layers = tapped.layers
+    tapped, layers = tapped.definite(), tapped.layers
 
     def of_cotangents(uses):
         return (
@@ -323,7 +323,10 @@ def sum_over_sweeps(
 
     The cotangents of every case are multiplied by the root of its factor, so that second moments have its share.
     """
-    pieces = tapped.point.pieces(curvature.keys(tapped.point, key))
+    if getattr(curvature, "num_samples", None) is None and max(tapped.layers.rows_per_example) > 1:
+        # One sweep seeds all rows of an example at once, whose products only draws of every row's own average away.
+        tapped.check_separate(f"Kronecker factors of {curvature}, without num_samples,")
+    pieces = tapped.definite().point.pieces(curvature.keys(tapped.point, key))
     columns = [curvature.columns(piece) for piece in pieces]
 
     def sweep(index):
@@ -503,7 +506,7 @@ def _masses(layers, at):
     """What each of the factors of a batch counts by: A is a mean by the weights of the cases, G one by their number."""
     number = [cases.num_cases for cases in at.cases]
     weight = [
-        n * jnp.sum(cases.scale) * (at.num_examples(i) if cases.scale.ndim == 0 else 1)
+        n * jnp.sum(jnp.abs(cases.scale)) * (at.num_examples(i) if cases.scale.ndim == 0 else 1)
         for i, (n, cases) in enumerate(zip(number, at.cases, strict=True))
     ]
 

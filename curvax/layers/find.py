@@ -104,9 +104,13 @@ def _find(objective, params, inputs, fallback, through_custom_rules):
     _drop_with_their_leaves([analysis.uses for analysis in found], reasons)
     touched = {leaf for analysis in found for leaf in analysis.touched}
     reasons |= {i: "is not used" for i in range(len(leaves)) if i not in touched}
-    geometries = tuple(
-        tuple(geometry_of(use, structs) for use in analysis.uses if use.unfit is None) for analysis in found
-    )
+    every = {use: geometry_of(use, structs) for analysis in found for use in analysis.uses if use.unfit is None}
+    for use, geometry in every.items():
+        if geometry.varies_by_example:
+            use.unfit = "has a row for each example; look rows up by numbers among the inputs"
+            reasons |= dict.fromkeys(use.operand.leaves, use.unfit)
+    _drop_with_their_leaves([analysis.uses for analysis in found], reasons)
+    geometries = tuple(tuple(every[use] for use in analysis.uses if use.unfit is None) for analysis in found)
     layers = Layers(
         tuple(paths),
         structs,
@@ -117,6 +121,7 @@ def _find(objective, params, inputs, fallback, through_custom_rules):
         tuple(analysis.given for analysis in found),
         reasons,
         any(analysis.couples_examples for analysis in found),
+        tuple(analysis.rows_per_example for analysis in found),
         fallback,
         through_custom_rules,
     )
@@ -198,6 +203,7 @@ class Layers:
         reasons: For each leaf without structure, by its place, why.
         couples_examples: Whether an example's output may depend on other examples, as with batch statistics in
             training. Then gradients of examples are those of the sum of all losses, cut up by example.
+        rows_per_example: For each term how many rows of its outputs belong to each example of its inputs.
     """
 
     paths: tuple[str, ...]
@@ -209,6 +215,7 @@ class Layers:
     given: tuple[frozenset[Address], ...]
     reasons: dict[int, str]
     couples_examples: bool
+    rows_per_example: tuple[int, ...]
     fallback: Fallback
     through_custom_rules: bool
 
@@ -297,6 +304,9 @@ class Layers:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]]
         if self.couples_examples:
             lines.append("The model couples examples (batch statistics): gradients of single examples are not defined.")
+        rows = max(self.rows_per_example)
+        if rows > 1:
+            lines.append(f"The outputs have {rows} rows for each example: gradients of single rows are not to be had.")
         return "\n".join(line.rstrip() for line in lines)
 
     def _curvature_of(self, layer: Layer) -> tuple[str, str]:

@@ -65,6 +65,13 @@ class Geometry:
         return isinstance(self.use.operation, Elementwise)
 
     @property
+    def varies_by_example(self) -> bool:
+        """Whether each example meets entries of its own, as rows ``p[arange(examples)]``: they are no layer's."""
+        axis = self.use.output_axis
+        assert axis is not None
+        return self.elementwise and axis.axis + len(self._scans(True)) in self.feature_axes
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """(blocks, inputs, outputs) of the matrices."""
         if self.elementwise:
@@ -84,9 +91,14 @@ class Geometry:
 
     # --- parameters -------------------------------------------------------------------------------------------------
 
-    def base_value(self, leaves: Sequence[Any], given: Mapping[Address, Array] | None = None) -> Array:
-        """The base at these leaves, behind one axis for each scan that has parameters of its own."""
-        whole = value(self.base, leaves, self.use.scans, given)
+    def base_value(
+        self, leaves: Sequence[Any], given: Mapping[Address, Array] | None = None, *, wide: bool = False
+    ) -> Array:
+        """The base at these leaves, behind one axis for each scan that has parameters of its own.
+
+        ``wide`` takes it in float32 at least, whatever the dtypes of leaves and program.
+        """
+        whole = value(self.base, leaves, self.use.scans, given, wide=wide)
         if not self.elementwise:
             return whole
         return whole[tuple(slice(None) if i in self.feature_axes else 0 for i in range(whole.ndim))]

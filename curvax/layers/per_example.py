@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from curvax import trees
 from curvax.layers.find import Layer, Layers
 from curvax.layers.taps import TappedPoint
 from curvax.layers.use import LayerUse, rows_of_columns
@@ -58,9 +60,9 @@ def gradient_norms(tapped: TappedPoint) -> Array:
         parts = [use.squared_norms() for use in apart if use.term == term]
         uses = [use for use in together if use.term == term]
         if uses:
-            rows = tapped.to_params([(use, use.per_example()) for use in uses])
+            rows = tapped.to_params([(use, use.per_example()) for use in uses], wide=True)
             parts += [jnp.sum(jnp.square(leaf), axis=tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(rows)]
-        total.append(sum(parts) if parts else jnp.zeros(count))
+        total.append(sum(parts) if parts else jnp.zeros(count, _dtype(tapped)))
     return jnp.sqrt(jnp.concatenate(total))
 
 
@@ -79,18 +81,18 @@ def gradient_inner_products(tapped: TappedPoint) -> Array:
     """
     tapped.check_separate("gradient_inner_products")
     columns = jax.tree.map(lambda leaf: leaf[None], tapped.loss_cotangents())
-    return inner_products(tapped, tapped.pull_back_columns(columns))
+    return inner_products(tapped, tapped.pull_back_columns(columns), [1] * len(tapped.taps))
 
 
-def inner_products(tapped: TappedPoint, captured: list[LayerUse]) -> Array:
+def inner_products(tapped: TappedPoint, captured: list[LayerUse], columns: Sequence[int]) -> Array:
     """The inner products of the rows of a Jacobian, one row for each (example, column), columns fastest.
 
-    ``captured`` is from ``pull_back_columns``. Rows of several terms follow one another.
+    ``captured`` is from ``pull_back_columns``, with so many ``columns`` for each term. Rows of several terms follow one
+    another; those of a term in which no parameter has structure are zeros.
     """
     apart, together = split_uses(tapped, captured)
     terms = range(len(tapped.taps))
-    columns = {use.term: use.cotangents.shape[0] for use in captured}
-    sizes = [columns.get(term, 1) * tapped.point.num_examples(term) for term in terms]
+    sizes = [columns[term] * tapped.point.num_examples(term) for term in terms]
     blocks: list[list[Any]] = [[0] * len(sizes) for _ in sizes]
     for use in apart:
         blocks[use.term][use.term] += use.inner_products()
@@ -105,8 +107,9 @@ def inner_products(tapped: TappedPoint, captured: list[LayerUse]) -> Array:
             for b in terms:
                 for i in rows[a].keys() & rows[b].keys():
                     blocks[a][b] += rows[a][i] @ rows[b][i].T
+    dtype = _dtype(tapped)
     filled = [
-        [jnp.zeros((sizes[a], sizes[b])) if isinstance(blocks[a][b], int) else blocks[a][b] for b in terms]
+        [jnp.zeros((sizes[a], sizes[b]), dtype) if isinstance(blocks[a][b], int) else blocks[a][b] for b in terms]
         for a in terms
     ]
     return jnp.block(filled) if len(sizes) > 1 else filled[0][0]
@@ -116,10 +119,8 @@ def rows_of(tapped: TappedPoint, captured: list[LayerUse]) -> PyTree:
     """The gradients of all examples of all terms, one after another on axis 0."""
     parts = []
     for term in range(len(tapped.taps)):
-        uses = [use for use in captured if use.term == term]
-        count = tapped.point.num_examples(term)
-        tree = tapped.to_params([(use, use.per_example()) for use in uses])
-        parts.append(jax.tree.map(lambda leaf, count=count: jnp.broadcast_to(leaf, (count, *leaf.shape[1:])), tree))
+        matrices = [(use, use.per_example()) for use in captured if use.term == term]
+        parts.append(tapped.to_params(matrices, lead=(tapped.point.num_examples(term),)))
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
@@ -139,11 +140,15 @@ def used_once(layers: Layers) -> list[Layer]:
     return [x for x in layers if len(x.members) == 1 and all(layers_of[leaf] == 1 for leaf in x.leaves)]
 
 
+def _dtype(tapped):
+    return trees.wide_dtype(*jax.tree.leaves(tapped.point.params))
+
+
 def _each_column(tapped, uses):
     """The gradients of all examples, (columns, examples, ...), as a pytree like the parameters."""
 
     def one(*cotangents):
         pairs = zip(uses, cotangents, strict=True)
-        return tapped.to_params([(use, use._replace(cotangents=ds).per_example()) for use, ds in pairs])
+        return tapped.to_params([(use, use._replace(cotangents=ds).per_example()) for use, ds in pairs], wide=True)
 
     return jax.vmap(one)(*(use.cotangents for use in uses))

@@ -199,7 +199,7 @@ def cumulant_bound(
     """
     chain = _chain(tapped, chain)
     rows = _rows(tapped, chain, key, curvature)
-    scales = tapped.example_scales("cumulant_bound")
+    scales = tapped.definite().example_scales("cumulant_bound")
     for place, (inputs, _, _) in zip(chain, rows, strict=True):
         if inputs.shape[1] > 1:
             name = _blocks(tapped)[place].name
@@ -274,7 +274,7 @@ def _rows(tapped, chain, key, curvature):
     g counts by the root of its case's factor.
     """
     curvature = Fisher() if curvature is None else curvature
-    pieces = tapped.point.pieces(curvature.keys(tapped.point, key))
+    pieces = tapped.definite().point.pieces(curvature.keys(tapped.point, key))
     columns = [curvature.columns(piece) for piece in pieces]
     places = jnp.arange(max(number for number, _ in columns))
     seeds = tuple(

@@ -3,12 +3,13 @@ r"""Damped Gauss-Newton systems solved in the space of the samples, for fewer ou
 With R the matrix whose rows are the model's scaled output gradients, G = R^T R, the matrix K = R R^T is of the size of
 the batch, and (G + lambda I)^{-1} g = (g - R^T (K + lambda I)^{-1} R g) / lambda. K comes from the inputs and output
 cotangents of the layers; the rows themselves, a gradient for every output of every example, are never formed where
-layers are used once.
+layers are used once. Centred rows, of gradients less their mean over the batch, are P R with a projection P.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Collection
 from typing import Literal
 
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import solvers, trees
-from curvax.layers.diagonals import diagonal_without_structure
+from curvax.layers.diagonals import entrywise
 from curvax.layers.per_example import inner_products, split_uses
 from curvax.layers.taps import TappedPoint
 from curvax.layers.use import replicated
@@ -26,7 +27,13 @@ from curvax.objectives.output_matrix import num_columns, unit_vector
 from curvax.types import Array, PyTree, Scalar
 
 
-def gram(tapped: TappedPoint, *, curvature: OutputCurvature | None = None, key: Array | None = None) -> Array:
+def gram(
+    tapped: TappedPoint,
+    *,
+    centered: bool = False,
+    curvature: OutputCurvature | None = None,
+    key: Array | None = None,
+) -> Array:
     r"""The matrix K = R R^T with G = R^T R, in the space of the samples, by layers.
 
     The row of R for column c of example i is sqrt(1/N) times the gradient of (S z_i)_c, where S^T S is the loss's
@@ -34,6 +41,7 @@ def gram(tapped: TappedPoint, *, curvature: OutputCurvature | None = None, key: 
     is (A A^T) times (dS dS^T), entry by entry. The penalty is left out.
 
     Args:
+        centered: Take each column's mean over the examples off its gradients; see ``curvax.scale_by_sample_space``.
         curvature: ``curvax.GaussNewton()`` if None, ``curvax.Fisher()``, or ``curvax.EmpiricalFisher()``, whose K is
             N x N.
         key: A PRNG key, for a curvature that draws targets.
@@ -52,7 +60,7 @@ def gram(tapped: TappedPoint, *, curvature: OutputCurvature | None = None, key: 
         Array([[12.5,  4. ],
                [ 4. ,  2. ]], dtype=float...)
     """
-    return SampleSpace(tapped, GaussNewton() if curvature is None else curvature, key=key).gram()
+    return SampleSpace(tapped, GaussNewton() if curvature is None else curvature, key=key, centered=centered).gram()
 
 
 class SampleSpace:
@@ -61,6 +69,8 @@ class SampleSpace:
     Args:
         leaves: The places of the parameters to take into account; None for all.
         key: For what the curvature draws.
+        centered: Whether R is P R, with P for each term and column the projection off the roots of the cases' factors:
+            where these are alike off the mean.
     """
 
     def __init__(
@@ -69,9 +79,11 @@ class SampleSpace:
         curvature: OutputCurvature,
         leaves: Collection[int] | None = None,
         key: Array | None = None,
+        centered: bool = False,
     ):
         check_curvature("sample space", curvature, OutputCurvature)
-        self.tapped = tapped
+        self.tapped = tapped = tapped.definite()
+        self.centered = centered
         self.roots = [jnp.sqrt(scale) for scale in tapped.example_scales("sample space")]
         self.pieces = tapped.point.pieces(curvature.keys(tapped.point, key))
         self.matrices = [curvature.output_matrix(piece) for piece in self.pieces]
@@ -87,19 +99,13 @@ class SampleSpace:
     def project(self, vector: PyTree) -> Array:
         """R v, by one push forward."""
         vector = self._structured(vector)
-        parts = []
-        for matrix, root, piece in zip(self.matrices, self.roots, self.pieces, strict=True):
-            rows = jax.vmap(trees.ravel)(matrix.sqrt_product(piece.jvp(vector)))
-            parts.append(replicated(rows * root[:, None].astype(rows.dtype)).reshape(-1))
-        return jnp.concatenate(parts)
+        return self._rows([piece.jvp(vector) for piece in self.pieces])
 
     def lift(self, rows: Array) -> PyTree:
         """R^T y, by one pull back."""
-        total, start = trees.zeros_like(self.tapped.point.params), 0
-        for matrix, root, columns, piece in zip(self.matrices, self.roots, self.columns, self.pieces, strict=True):
-            size = root.shape[0] * columns
-            part = rows[start : start + size].reshape(root.shape[0], columns) * root[:, None].astype(rows.dtype)
-            start += size
+        total, parts = trees.zeros_like(self.tapped.point.params), self._by_terms(self._projected(rows))
+        for matrix, root, part, piece in zip(self.matrices, self.roots, parts, self.pieces, strict=True):
+            part = part * root[:, None].astype(part.dtype)
             example = trees.example_structure(matrix.root_structure)
             roots = jax.vmap(functools.partial(trees.unravel, like=example))(part)
             total = trees.add(total, piece.transpose(matrix.sqrt_transpose_product(roots)))
@@ -107,7 +113,8 @@ class SampleSpace:
 
     def gram(self) -> Array:
         """K."""
-        return inner_products(self.tapped, self._pull_back_rows())
+        matrix = inner_products(self.tapped, self._pull_back_rows(), self.columns)
+        return self._projected(self._projected(matrix).T)
 
     def gram_product(self):
         """y -> K y, without K where every layer has its parameters to itself and one position per example."""
@@ -118,11 +125,11 @@ class SampleSpace:
             return lambda rows: self.project(self.lift(rows))
 
         def product(rows):
-            rows = rows.reshape(-1, self.columns[0])
+            rows = self._projected(rows).reshape(-1, self.columns[0])
             total = jnp.zeros_like(rows)
             for mix, cotangents in factors:
                 total += jnp.einsum("no,cno->nc", mix(jnp.einsum("nc,cno->no", rows, cotangents)), cotangents)
-            return total.reshape(-1)
+            return self._projected(total.reshape(-1))
 
         return product
 
@@ -171,8 +178,7 @@ class SampleSpace:
     def _completed(self, solution, vector, damping):
         """The solution; where a parameter has no structure v itself, or with fallback "diagonal" v / (d + lambda)."""
         if self.tapped.layers.fallback == "diagonal" and self.tapped.layers.unstructured:
-            scales = [jnp.square(root) for root in self.roots]
-            diagonal = diagonal_without_structure(self.tapped, self.matrices, scales)
+            diagonal = entrywise(self.tapped, lambda tangents: jnp.sum(jnp.square(self._rows(tangents))))
             others = Diagonal(diagonal).solve(vector, damping=damping)
             vector = trees.replace_leaves(vector, self.tapped.layers.unstructured, others)
         return trees.replace_leaves(solution, self.without, vector)
@@ -182,6 +188,34 @@ class SampleSpace:
         if not self.without:
             return tree
         return trees.replace_leaves(tree, self.without, trees.zeros_like(tree))
+
+    def _rows(self, tangents):
+        """The rows that changes of the terms' outputs make, (rows,)."""
+        parts = []
+        for matrix, root, tangent in zip(self.matrices, self.roots, tangents, strict=True):
+            rows = jax.vmap(trees.ravel)(matrix.sqrt_product(tangent))
+            parts.append(replicated(rows * root[:, None].astype(rows.dtype)).reshape(-1))
+        return self._projected(jnp.concatenate(parts))
+
+    def _projected(self, rows):
+        """P y, with y on axis 0; y itself unless rows are centred."""
+        if not self.centered:
+            return rows
+        parts = []
+        for root, part in zip(self.roots, self._by_terms(rows), strict=True):
+            root = replicated(root).astype(rows.dtype)
+            mean = jnp.tensordot(root, part, 1) / jnp.maximum(jnp.sum(jnp.square(root)), jnp.finfo(root.dtype).tiny)
+            parts.append((part - root.reshape(-1, *(1,) * (part.ndim - 1)) * mean).reshape(-1, *rows.shape[1:]))
+        return jnp.concatenate(parts)
+
+    def _by_terms(self, rows):
+        """For each term its rows, (examples, columns, ...)."""
+        shapes = [(root.shape[0], columns) for root, columns in zip(self.roots, self.columns, strict=True)]
+        ends = itertools.accumulate(count * columns for count, columns in shapes[:-1])
+        return [
+            part.reshape(*shape, *rows.shape[1:])
+            for part, shape in zip(jnp.split(rows, list(ends)), shapes, strict=True)
+        ]
 
     def _pull_back_rows(self):
         """The rows of R, as captured uses with the columns of each example on the first axis."""

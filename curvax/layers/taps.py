@@ -110,6 +110,10 @@ class TappedPoint:
     taps: tuple[TermTap, ...]
     layers: Layers = dataclasses.field(metadata={"static": True})
 
+    def definite(self) -> TappedPoint:
+        """This point with the absolute values of the cases' factors; see ``CurvaturePoint.definite``."""
+        return dataclasses.replace(self, point=self.point.definite())
+
     def loss_cotangents(self) -> tuple[PyTree, ...]:
         """For each term the gradient of every example's own loss in its outputs, without weights and 1/N."""
         return tuple(piece.loss.gradient(piece.outputs, piece.targets) for piece in self.point.pieces())
@@ -122,7 +126,7 @@ class TappedPoint:
         """
         pieces = self.point.pieces(example_keys(self.point, key))
         return tuple(
-            piece.loss.gradient(piece.outputs, jax.vmap(piece.loss.sample)(piece.extra, piece.outputs))
+            piece.loss.gradient(piece.outputs, piece.loss.draw(piece.extra, piece.outputs, piece.targets))
             for piece in pieces
         )
 
@@ -151,6 +155,14 @@ class TappedPoint:
                 f"{name}: the model couples examples, as batch statistics do, so the gradient of one example is not"
                 " defined; evaluate the model with fixed statistics"
             )
+        for index, rows in enumerate(self.layers.rows_per_example):
+            if rows > 1:
+                raise ValueError(
+                    f"{name}: the outputs of term {index} have {rows} rows for each example of its inputs, as where the"
+                    " steps of sequences are folded into axis 0, and gradients of single rows are not to be had; return"
+                    " (examples, steps, ...), whose loss is the sum over the steps, and with example_weights of"
+                    " 1 / steps the mean that it was"
+                )
 
     def by_layer(self, uses: Sequence[LayerUse]) -> dict[str, list[LayerUse]]:
         """Uses grouped by the name of their layer, in the order of the layers."""
@@ -212,14 +224,19 @@ class TappedPoint:
             gradient = trees.add(gradient, point.penalty.gradient(point.params))
         return loss, gradient, [self.capture(raw) for raw in raws[1:]]
 
-    def to_params(self, matrices: Sequence[tuple[LayerUse, Array]]) -> PyTree:
+    def to_params(
+        self, matrices: Sequence[tuple[LayerUse, Array]], *, lead: tuple[int, ...] | None = None, wide: bool = False
+    ) -> PyTree:
         """The sum of layers' matrices (blocks, inputs, outputs), each put back where its layer's parameters come from.
 
-        A further leading axis, such as that of the examples, is kept.
+        A further leading axis, such as that of the examples, is kept. Where there may be no matrices, ``lead`` says
+        what it is: () or (examples,). The result has the dtypes of the parameters, or with ``wide`` float32 at least:
+        squares leave the range of narrow ones.
         """
-        leaves, treedef = jax.tree.flatten(self.point.params)
-        lead = max((matrix.ndim - 3 for _, matrix in matrices), default=0)
-        shape = matrices[0][1].shape[:lead] if matrices else ()
+        params = trees.widened(self.point.params) if wide else self.point.params
+        leaves, treedef = jax.tree.flatten(params)
+        if lead is None:
+            lead = matrices[0][1].shape[:-3] if matrices else ()
         sums: list[Any] = [None] * len(leaves)
         for use, matrix in matrices:
             back = use.geometry
@@ -230,7 +247,7 @@ class TappedPoint:
                     filled: list[Any] = [None] * len(leaves)
                     for i, leaf in zip(own, values, strict=True):
                         filled[i] = leaf
-                    return back.matrices(back.base_value(filled, given))
+                    return back.matrices(back.base_value(filled, given, wide=wide))
 
                 out, pull = jax.vjp(forward, *(leaves[i] for i in own))
                 return pull(m.astype(out.dtype))
@@ -239,7 +256,7 @@ class TappedPoint:
             for i, part in zip(own, parts, strict=True):
                 sums[i] = part if sums[i] is None else sums[i] + part
         filled = [
-            jnp.zeros((*shape, *leaf.shape), leaf.dtype) if s is None else s
+            jnp.zeros((*lead, *leaf.shape), leaf.dtype) if s is None else s
             for s, leaf in zip(sums, leaves, strict=True)
         ]
         return treedef.unflatten(filled)

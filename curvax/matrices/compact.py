@@ -102,7 +102,7 @@ class CompactMap(LinearMap):
             correction = jnp.einsum("i...,ij,j...->...", leaf, inverse.astype(leaf.dtype), leaf)
             return self.scale.astype(leaf.dtype) + correction
 
-        return jax.tree.map(one, self.vectors)
+        return jax.tree.map(one, trees.widened(self.vectors))
 
     def logdet(self, *, damping: Scalar = 0.0) -> Array:
         spectrum, damping = self.spectrum(), jnp.asarray(damping, self.scale.dtype)

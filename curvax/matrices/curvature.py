@@ -67,11 +67,12 @@ def ggn(at: CurvaturePoint) -> LinearMap:
 
 
 def fisher(at: CurvaturePoint, *, key: jax.Array | None = None, num_samples: int | None = None) -> LinearMap:
-    r"""The Fisher matrix F = (1/N) sum_i J_i^T F_R J_i of the predictive distribution; it ignores the targets.
+    r"""The Fisher matrix F = (1/N) sum_i J_i^T F_R J_i of the predictive distribution, whatever the targets are.
 
     With ``key`` and ``num_samples`` it is the Monte-Carlo estimate (1/(N S)) sum_is g_is g_is^T with gradients g at
     targets drawn from the model's own distribution; every example has a key of its own, so the draw does not depend on
-    the chunk size. It is ``ggn`` for losses with ``natural`` set. Martens 2016, eq. 5.4.
+    the chunk size. It is ``ggn`` for losses with ``natural`` set; cases without a target, such as labels of padding,
+    count in neither. Martens 2016, eq. 5.4.
 
     Args:
         num_samples: S, targets drawn for each example.
@@ -242,7 +243,7 @@ class Fisher(SampledCurvature):
         return piece.loss.fisher(piece.outputs, piece.targets)
 
     def draw(self, piece: Piece, keys: jax.Array) -> PyTree:
-        return piece.loss.gradient(piece.outputs, jax.vmap(piece.loss.sample)(keys, piece.outputs))
+        return piece.loss.gradient(piece.outputs, piece.loss.draw(keys, piece.outputs, piece.targets))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,7 +317,8 @@ class Pullback(LinearMap):
     def sample(self, key: jax.Array, distribution: Noise = trees.random_normal) -> PyTree:
         """A draw u = (1/sqrt N) sum_i J_i^T S_i^T v_i, where S^T S = C and v_i is independent noise.
 
-        Every example has a key of its own, so the draw does not depend on the chunk size.
+        Every example has a key of its own, so the draw does not depend on the chunk size. Negative weights, whose
+        matrix has no root, count by their absolute values.
         """
         keys = example_keys(self.point, key)
         extras = keys if self.extras is None else tuple(zip(keys, self.extras, strict=True))
@@ -328,7 +330,7 @@ class Pullback(LinearMap):
             noise = jax.vmap(lambda k: distribution(k, example))(noise_keys)
             return piece.transpose(scale_cases(jnp.sqrt(piece.scale), matrix.sqrt_transpose_product(noise)))
 
-        return self.point.accumulate(one, extras)
+        return self.point.definite().accumulate(one, extras)
 
     def output_matrix(self, index: int) -> OutputMatrix:
         """C of the term of that index; for points that hold the whole batch."""

@@ -86,16 +86,16 @@ class LinearMap(abc.ABC):
         return trees.vdot(ones, self.diagonal())
 
     def diagonal(self) -> PyTree:
-        """The diagonal of A as a pytree, exactly, by one product for each parameter."""
+        """The diagonal of A as a pytree in float32 at least, exactly, by one quadratic form for each parameter."""
         self._check_dense("diagonal", "curvax.estimators.hutchinson_diagonal")
         like = self.structure
         dtype = trees.wide_dtype(*jax.tree.leaves(like))
 
         def entry(index):
             basis = trees.unravel((jnp.arange(trees.size(like)) == index).astype(dtype), like)
-            return trees.vdot(basis, self(basis)).astype(dtype)
+            return self.quadratic(basis).astype(dtype)
 
-        return trees.unravel(jax.lax.map(entry, jnp.arange(trees.size(like))), like)
+        return trees.unravel(jax.lax.map(entry, jnp.arange(trees.size(like))), trees.wide_structure(like))
 
     def sample(self, key: jax.Array, distribution: Noise = trees.random_normal) -> PyTree:
         """A draw u with E[u u^T] = A, for positive semi-definite A; here by a dense square root.
@@ -212,7 +212,11 @@ class Diagonal(LinearMap):
         return trees.multiply(vector, self.entries)
 
     def solve(self, vector: PyTree, *, damping: Scalar = 0.0) -> PyTree:
-        return jax.tree.map(lambda v, d: v / (d + jnp.asarray(damping, d.dtype)).astype(v.dtype), vector, self.entries)
+        def divide(v, d):
+            dtype = trees.wide_dtype(v, d)
+            return (v.astype(dtype) / (d.astype(dtype) + jnp.asarray(damping, dtype))).astype(v.dtype)
+
+        return jax.tree.map(divide, vector, self.entries)
 
     def sqrt(self, vector: PyTree) -> PyTree:
         return trees.multiply(vector, jax.tree.map(lambda d: jnp.sqrt(jnp.maximum(d, 0)), self.entries))
@@ -250,7 +254,9 @@ class LeafScalars(Shaped, Diagonal):
         return trees.vdot(self.entries, jax.tree.map(lambda x: jnp.asarray(x.size, x.dtype), self.structure))
 
     def diagonal(self) -> PyTree:
-        return jax.tree.map(lambda x, s: jnp.full(x.shape, s, x.dtype), self.structure, self.entries)
+        return jax.tree.map(
+            lambda x, s: jnp.full(x.shape, s, x.dtype), trees.wide_structure(self.structure), self.entries
+        )
 
 
 @register_dataclass
@@ -265,7 +271,7 @@ class DenseMap(Shaped):
         return trees.unravel(self.matrix @ trees.ravel(vector).astype(self.matrix.dtype), vector)
 
     def diagonal(self) -> PyTree:
-        return trees.unravel(jnp.diag(self.matrix), self.structure)
+        return trees.unravel(jnp.diag(self.matrix), trees.wide_structure(self.structure))
 
     def to_dense(self) -> jax.Array:
         return self.matrix

@@ -21,11 +21,14 @@ class OutputLoss(abc.ABC):
         natural: Whether the outputs are natural parameters of the predictive distribution, so that Hessian and Fisher
             matrix on the outputs agree (Martens 2016, eq. 5.5).
         has_value: Whether the value exists; see ``curvature_only``.
+        takes_complex: Whether outputs may be complex. A loss gets the real and the imaginary part of each such output,
+            as a ``curvax.trees.RealPair``, and the targets as they are.
     """
 
     convex: bool = True
     natural: bool = False
     has_value: bool = True
+    takes_complex: bool = False
 
     @abc.abstractmethod
     def value(self, outputs: PyTree, targets: PyTree) -> jax.Array:
@@ -46,7 +49,8 @@ class OutputLoss(abc.ABC):
     def fisher(self, outputs: PyTree, targets: PyTree = None) -> OutputMatrix:
         """F_R, the Fisher matrix of the predictive distribution in the outputs (Martens 2016, eq. 5.4).
 
-        It does not depend on the targets; a loss ``from_function`` needs some to evaluate its function with.
+        It does not depend on what the targets are: they say which cases have one, and a loss ``from_function`` needs
+        some to evaluate its function with.
 
         Raises:
             ValueError: It has no closed form.
@@ -63,6 +67,11 @@ class OutputLoss(abc.ABC):
             ValueError: The loss has no predictive distribution that it could draw from.
         """
         raise ValueError(f"{self} cannot be sampled; make it with sample=(key, output) -> target")
+
+    def draw(self, keys: jax.Array, outputs: PyTree, targets: PyTree) -> PyTree:
+        """A target drawn for every example, by a key for each; cases without a target get none (labels of padding)."""
+        del targets
+        return jax.vmap(self.sample)(keys, outputs)
 
     def negative_log_density(self, outputs: PyTree, targets: PyTree) -> jax.Array:
         """-log r(y | z) of the predictive distribution, normalised, shaped like ``value``.

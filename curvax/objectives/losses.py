@@ -5,7 +5,8 @@ returns natural parameters (logits, log rates, means): then the generalised Gaus
 (Martens 2016, sections 4.4.2 and 5.4).
 
 Outputs carry the examples on axis 0. ``value`` returns the loss without summing: its axes are leading axes of the
-outputs, and ``curvax.Objective`` sums over all but the examples and takes the mean over those.
+outputs, and ``curvax.Objective`` sums over all but the examples and takes the mean over those. Complex outputs, as of
+wave functions, are taken by ``squared_error``, ``from_function``, and ``curvature_only`` of these.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Elementwise(OutputLoss):
 
     def check(self, outputs, targets):
         self.check_outputs(outputs)
-        check_targets(self, targets, outputs.shape, floating=self.floating_targets)
+        floating = self.floating_targets and not isinstance(outputs, trees.RealPair)
+        check_targets(self, targets, outputs.shape, floating=floating)
 
     def check_outputs(self, outputs):
         check_array(self, outputs)
@@ -50,7 +52,8 @@ class SquaredError(Elementwise):
     r"""Half the squared error, L = 1/2 ||z - y||^2; y given z is N(z, I).
 
     The gradient is z - y and the Hessian I (the half is ours: some papers leave it out, which doubles both).
-    Outputs and targets are floating-point arrays of one shape. Martens 2016, table 4.1.
+    Outputs and targets are floating-point arrays of one shape. Martens 2016, table 4.1. Complex outputs count by their
+    real and imaginary parts, L = 1/2 |z - y|^2, whatever the targets are; then G is the real part of J^H J.
 
     Example:
         >>> loss = curvax.losses.squared_error()
@@ -59,18 +62,24 @@ class SquaredError(Elementwise):
     """
 
     floating_targets = True
+    takes_complex = True
 
     def value(self, outputs, targets):
+        if isinstance(outputs, trees.RealPair):
+            real, imag = self.value(outputs.real, jnp.real(targets)), self.value(outputs.imag, jnp.imag(targets))
+            return real + imag
         return (outputs - targets.astype(outputs.dtype)) ** 2 / 2
 
     def fisher(self, outputs, targets=None):
-        return DiagonalOutputs(jnp.ones_like(outputs))
+        return DiagonalOutputs(jax.tree.map(jnp.ones_like, outputs))
 
     def sample(self, key, output):
+        if isinstance(output, trees.RealPair):
+            return trees.join_complex(trees.add(output, trees.random_normal(key, output)))
         return output + jax.random.normal(key, output.shape, output.dtype)
 
     def negative_log_density(self, outputs, targets):
-        return self.value(outputs, targets) + math.log(2 * math.pi) / 2
+        return self.value(outputs, targets) + len(jax.tree.leaves(outputs)) * math.log(2 * math.pi) / 2
 
     def squared_newton_decrement(self, outputs, targets):
         return 2 * self.value(outputs, targets)
@@ -111,8 +120,9 @@ class SoftmaxCrossEntropy(OutputLoss):
     r"""Cross-entropy of logits z over the last axis, L = -sum_i y_i log p_i with p = softmax(z).
 
     Targets are integers with the shape of the outputs less the last axis, or floating-point probabilities with the
-    shape of the outputs. An integer outside 0 ... K-1 contributes no loss and no Hessian; to leave it out of the mean
-    use the objective's ``mask``. Hessian a (diag(p) - p p^T), where a = sum_i y_i is 1 for probabilities.
+    shape of the outputs. A case without a target, an integer outside 0 ... K-1 or probabilities that are all zero,
+    contributes no loss, no Hessian and no Fisher matrix; to leave it out of the mean use the objective's ``mask``.
+    Hessian a (diag(p) - p p^T), where a = sum_i y_i is 1 for probabilities.
     Martens 2016, table 4.1.
 
     Example:
@@ -134,10 +144,17 @@ class SoftmaxCrossEntropy(OutputLoss):
         return SoftmaxOutputs(_log_softmax(outputs), jnp.sum(self._distribution(outputs, targets), axis=-1))
 
     def fisher(self, outputs, targets=None):
-        return SoftmaxOutputs(_log_softmax(outputs), jnp.ones_like(outputs[..., 0]))
+        has_target = jnp.ones_like(outputs[..., 0])
+        if targets is not None:
+            has_target = jnp.any(self._distribution(outputs, targets) > 0, axis=-1).astype(outputs.dtype)
+        return SoftmaxOutputs(_log_softmax(outputs), has_target)
 
     def sample(self, key, output):
         return jax.random.categorical(key, output)
+
+    def draw(self, keys, outputs, targets):
+        drawn = super().draw(keys, outputs, targets)
+        return drawn if targets is None else jnp.where(self.fisher(outputs, targets).mass > 0, drawn, -1)
 
     def negative_log_density(self, outputs, targets):
         return self.value(outputs, targets)
@@ -293,7 +310,8 @@ def from_function(
     example.
 
     Args:
-        function: (output, target) -> L, the scalar loss of one example, twice differentiable in the output.
+        function: (output, target) -> L, the scalar loss of one example, twice differentiable in the output: in its
+            real and imaginary part if the output is complex.
         convex: Whether L is convex in the output.
         curvature: The matrix that the Gauss-Newton products use for a non-convex loss: the Hessian as it is ("exact",
             indefinite), with its eigenvalues' absolute values, or with the negative ones dropped ("clipped").
@@ -327,12 +345,13 @@ class FunctionLoss(OutputLoss):
     treatment: str = "exact"
     natural: bool = False
     sampler: Callable[[jax.Array, PyTree], PyTree] | None = None
+    takes_complex = True
 
     def value(self, outputs, targets):
-        return jax.vmap(self.function)(outputs, targets)
+        return jax.vmap(_OnComplex(self.function))(outputs, targets)
 
     def hessian(self, outputs, targets):
-        return AutodiffOutputs(self.function, outputs, targets, convex=self.convex)
+        return AutodiffOutputs(_OnComplex(self.function), outputs, targets, convex=self.convex)
 
     def curvature(self, outputs, targets):
         treatment = "exact" if self.convex else self.treatment
@@ -342,14 +361,29 @@ class FunctionLoss(OutputLoss):
         return self.hessian(outputs, targets) if self.natural else super().fisher(outputs)
 
     def sample(self, key, output):
-        return super().sample(key, output) if self.sampler is None else self.sampler(key, output)
+        return super().sample(key, output) if self.sampler is None else self.sampler(key, trees.join_complex(output))
 
     def check(self, outputs, targets):
-        loss = jax.eval_shape(self.function, *trees.example_structure((outputs, targets)))
+        loss = jax.eval_shape(_OnComplex(self.function), *trees.example_structure((outputs, targets)))
         if not isinstance(loss, jax.ShapeDtypeStruct) or loss.shape:
             raise ValueError(
                 f"{self}: function(output, target) must return one scalar for one example, got {described(loss)}"
             )
+        if not jnp.issubdtype(loss.dtype, jnp.floating):
+            raise TypeError(
+                f"{self}: function(output, target) must return a real floating-point number, got {loss.dtype}; take the"
+                " real part of a complex one"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class _OnComplex:
+    """A function of complex outputs as one of their real and imaginary parts; equal to that of an equal function."""
+
+    function: Callable[[PyTree, PyTree], jax.Array]
+
+    def __call__(self, output, target):
+        return self.function(trees.join_complex(output), target)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -380,6 +414,10 @@ class CurvatureOnly(OutputLoss):
     def natural(self):  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.loss.natural
 
+    @property
+    def takes_complex(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.loss.takes_complex
+
     def value(self, outputs, targets):
         raise ValueError(
             "this objective has curvature but no loss value (curvax.losses.curvature_only): take its gradient elsewhere"
@@ -399,6 +437,9 @@ class CurvatureOnly(OutputLoss):
 
     def sample(self, key, output):
         return self.loss.sample(key, output)
+
+    def draw(self, keys, outputs, targets):
+        return self.loss.draw(keys, outputs, targets)
 
     def gradient(self, outputs, targets):
         # Monte-Carlo Fisher vectors are gradients at sampled targets, not of the missing value.

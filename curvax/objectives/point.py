@@ -55,7 +55,7 @@ class CurvaturePoint:
     @property
     def outputs(self) -> PyTree:
         """The model's outputs z, a tuple over terms if there are several."""
-        return _only([linearization.outputs for linearization in self.stored("outputs")])
+        return _only([trees.join_complex(linearization.outputs) for linearization in self.stored("outputs")])
 
     @property
     def loss(self) -> jax.Array:
@@ -105,13 +105,14 @@ class CurvaturePoint:
         """J v: the change of the outputs along v, a pytree like ``params``. A tuple over terms if there are several."""
         trees.check_like(vector, self.params, "vector")
         leaves = tuple(jax.tree.leaves(vector))
-        return _only([linearization.jvp(leaves) for linearization in self.stored("jacobian_product")])
+        return _only([trees.join_complex(linear.jvp(leaves)) for linear in self.stored("jacobian_product")])
 
     def jacobian_transpose_product(self, vector: PyTree) -> PyTree:
-        """J^T u, summed over the examples; u is shaped like ``outputs``."""
+        """J^T u, summed over the examples; u is shaped like ``outputs``. Where these are complex, Re J^H u."""
         stored = self.stored("jacobian_transpose_product")
         parts = (vector,) if len(stored) == 1 else vector
-        results = [linearization.transpose(part)[0] for linearization, part in zip(stored, parts, strict=True)]
+        cotangents = trees.split_complex(parts)
+        results = [linear.transpose(part)[0] for linear, part in zip(stored, cotangents, strict=True)]
         return self.packed_params.unpack(functools.reduce(trees.add, results))
 
     def accumulate(self, function: Callable[[Piece], PyTree], extras: tuple[PyTree, ...] | None = None) -> PyTree:
@@ -205,6 +206,12 @@ class CurvaturePoint:
             linearizations=tuple(linearizations),
             packed_aux=tuple(aux),
             chunk_size=None,
+        )
+
+    def definite(self) -> CurvaturePoint:
+        """This point with the absolute values of the cases' factors, for what a matrix with a root is needed for."""
+        return dataclasses.replace(
+            self, cases=tuple(dataclasses.replace(cases, scale=jnp.abs(cases.scale)) for cases in self.cases)
         )
 
     def stored(self, what: str) -> tuple[Linearization, ...]:

@@ -30,7 +30,9 @@ class Term:
         select: batch -> (inputs, targets); the batch itself if None.
         weight: A number, perhaps traced, that multiplies the term.
         example_weights: batch -> w, an array whose shape is a leading part of the loss's, such as (examples,) or
-            (examples, steps). N stays the number of examples, so weights need not sum to anything.
+            (examples, steps). N stays the number of examples, so weights need not sum to anything. Negative ones make
+            curvature indefinite: what needs a definite matrix (draws, Gram matrices and steps in the space of the
+            samples, Kronecker factors) takes their absolute values.
         mask: batch -> booleans of such a shape, False for what is to be left out altogether. N is the number of True
             entries: with a mask over steps the term is a mean over steps. Where all are False the term is zero.
         example_axes: Where the examples are in (inputs, targets), a prefix as in ``jax.vmap``'s ``in_axes``. Read
@@ -54,7 +56,11 @@ class Term:
     has_aux: bool = dataclasses.field(default=False, metadata=_STATIC)
 
     def apply(self, params: PyTree, inputs: PyTree) -> tuple[PyTree, PyTree]:
-        """The model's outputs, in float32 or wider, and its auxiliary outputs (None if it has none)."""
+        """The model's outputs, in float32 or wider, and its auxiliary outputs (None if it has none).
+
+        Complex outputs leave here as pairs of real ones: curvature is that of a real loss in real parameters, whose
+        J^T is the real part of J^H.
+        """
         result = self.model_fn(params, inputs)
         if self.has_aux:
             if not (isinstance(result, tuple) and len(result) == 2):
@@ -62,6 +68,8 @@ class Term:
             outputs, aux = result
         else:
             outputs, aux = result, None
+        _check_dtypes(self.loss, outputs)
+        outputs = trees.split_complex(outputs)
         return jax.tree.map(lambda z: z.astype(trees.wider(z.dtype, jnp.float32)), outputs), aux
 
     def split(self, batch: PyTree) -> tuple[PyTree, PyTree]:
@@ -152,6 +160,21 @@ def _num_examples(outputs, targets):
                 f" {num_examples} examples of the outputs on axis 0"
             )
     return num_examples
+
+
+def _check_dtypes(loss, outputs):
+    """Raises a TypeError that names the first output of a dtype that the loss does not take."""
+    for path, leaf in zip(trees.leaf_paths(outputs), jax.tree.leaves(outputs), strict=True):
+        name = f"outputs{f'[{path!r}]' if path else ''}"
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            if not loss.takes_complex:
+                raise TypeError(
+                    f"{name} have dtype {leaf.dtype}, which {loss} does not take: return real numbers, such as real"
+                    " and imaginary part. Losses of complex outputs are squared_error, from_function, and"
+                    " curvature_only of these"
+                )
+        elif not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(f"{name} have dtype {leaf.dtype}; curvature needs outputs that change with the parameters")
 
 
 def _check_weights(name, array, term, outputs, targets):

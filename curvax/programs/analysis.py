@@ -31,6 +31,8 @@ class Analysis(NamedTuple):
         reasons: For each leaf without structure, why.
         touched: The leaves that anything was computed from.
         couples_examples: Whether an output may depend on other examples, as with batch statistics.
+        rows_per_example: How many rows of the outputs belong to each example: more than one where steps of sequences
+            are folded into axis 0.
         given: The addresses of operations of a parameter and data that are the same for all examples.
     """
 
@@ -38,6 +40,7 @@ class Analysis(NamedTuple):
     reasons: dict[int, str]
     touched: set[int]
     couples_examples: bool
+    rows_per_example: int
     given: frozenset[Address]
 
 
@@ -54,10 +57,13 @@ def analyse(twins: Twins, num_leaves: int, through_custom_rules: bool = False) -
     for result in results:
         if not isinstance(result, _Data):
             found.consumed(result, "is returned by the model without meeting the data")
-    outputs = list(zip(results, twins.programs[0].jaxpr.outvars, strict=True))[: twins.num_outputs]
+    outvars = (program.jaxpr.outvars for program in twins.programs)
+    outputs = list(zip(results, *outvars, strict=True))[: twins.num_outputs]
+    rows = {_rows_per_example(a, b, twins.sizes) for x, a, b in outputs if isinstance(x, _Data)}
     # An output for every pair of examples, say, is one of two.
-    coupled = any(x.coupled or atom.aval.shape[:1] != twins.sizes[:1] for x, atom in outputs if isinstance(x, _Data))
-    return Analysis(found.uses, found.reasons, found.touched, coupled, frozenset(found.given))
+    coupled = None in rows or any(x.coupled for x, _, _ in outputs if isinstance(x, _Data))
+    most = max((n for n in rows if n is not None), default=1)
+    return Analysis(found.uses, found.reasons, found.touched, coupled, most, frozenset(found.given))
 
 
 def uses_in(
@@ -368,6 +374,14 @@ def _carried(x):
 
 def _struct(atom):
     return jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype)
+
+
+def _rows_per_example(atom, twin, sizes):
+    """How many rows along axis 0 belong to each example; None where their number is no multiple of the examples'."""
+    if not atom.aval.shape:
+        return None
+    rows, rest = divmod(atom.aval.shape[0], sizes[0])
+    return None if rest or twin.aval.shape[0] != rows * sizes[1] else rows
 
 
 def _varying(atom, twin) -> Sequence[int]:

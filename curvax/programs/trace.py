@@ -72,7 +72,7 @@ def trace_twins(term: Term, params: PyTree, inputs: PyTree) -> Twins:
     raise ValueError(
         f"the model cannot be traced with {_PRIMES[0]} examples, nor with {_PRIMES[0]} times its {own}, which shows"
         " where the examples are; does it hold an array or a number that only fits one size of the batch? Move it into"
-        " the inputs"
+        " the inputs. Rows of a parameter that belong to examples are looked up by numbers among the inputs"
     ) from failure
 
 

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from curvax.programs.walk import Address, Site, apply_equation
+from curvax import trees
+from curvax.programs.walk import Address, Site, apply_equation, apply_widely
 from curvax.types import Array
 
 
@@ -109,6 +110,7 @@ def value(
     scans: Sequence[Scan] = (),
     given: Mapping[Address, Array] | None = None,
     known: Mapping[Node, Array] | None = None,
+    wide: bool = False,
 ) -> Array:
     """The node's value at these leaves, with one leading axis for each scan in ``scans`` that it takes slices of.
 
@@ -117,9 +119,13 @@ def value(
         scans: The scans around the node, outermost first.
         given: The values of ``Given`` nodes by their places.
         known: Values to take for nodes whatever they are.
+        wide: Compute in float32 what the program computes in narrower dtypes, so that the transpose of the function
+            serves for values outside of their range.
     """
     known = dict(known or {}) | {n: given[n.place] for n in places_given(node) if given}
-    return _value(node, leaves, tuple(scan for scan in scans if scan in node.scans), known)
+    if wide:
+        leaves = {i: trees.widened(leaves[i]) for i in node.leaves}
+    return _value(node, leaves, tuple(scan for scan in scans if scan in node.scans), known, wide)
 
 
 def places_given(node: Node) -> tuple[Given, ...]:
@@ -156,7 +162,7 @@ MOVES = frozenset(
         *("convert_element_type", "reduce_precision", "optimization_barrier"),
     }
 )
-"""Primitives that put every entry in at most one place, unchanged."""
+"""Primitives that put every entry in at most one place, unchanged; what they join it with may be constants."""
 
 _AFFINE = (MOVES - {"pad", "dynamic_slice"}) | {
     *("broadcast_in_dim", "neg", "add", "sub", "add_any", "reduce_sum", "name"),
@@ -181,7 +187,7 @@ def is_affine(site: Site, inputs: Sequence[Node]) -> bool:
 
 
 def only_moves(node: Node) -> bool:
-    """Whether every entry of the node is one entry of one leaf (or a constant zero), none of them twice."""
+    """Whether every entry of the node is one entry of one leaf, none of them twice, and none a constant."""
     found = [n for n in ancestors(node) if n.leaves]
     if not all(_moves(n) for n in found if isinstance(n, Applied)):
         return False
@@ -192,9 +198,14 @@ def only_moves(node: Node) -> bool:
 
 
 def _moves(node):
-    eqn = node.site.eqn
-    same_size = node.site.name == "broadcast_in_dim" and eqn.invars[0].aval.size == eqn.outvars[0].aval.size
-    return node.site.name in MOVES or same_size
+    eqn, name = node.site.eqn, node.site.name
+    if name == "broadcast_in_dim":
+        return eqn.invars[0].aval.size == eqn.outvars[0].aval.size
+    if name == "pad":
+        return all(max(added) <= 0 for added in eqn.params["padding_config"])
+    if name in ("concatenate", "stack"):
+        return all(operand.leaves for operand in node.operands)
+    return name in MOVES
 
 
 def without_permutation(node: Node) -> tuple[Node, tuple[int, ...]]:
@@ -254,20 +265,20 @@ def _stand_in(array):
     return jnp.arange(array.size, dtype=array.dtype).reshape(array.shape)
 
 
-def _value(node, leaves, scans, known):
+def _value(node, leaves, scans, known, wide):
     if not scans:
-        return _plain_value(node, leaves, known)
+        return _plain_value(node, leaves, known, wide)
     outer, inner = scans[0], scans[1:]
     slices = [n for n in ancestors(node) if isinstance(n, Sliced) and n.scan == outer]
-    wholes = [_plain_value(n.operands[0], leaves, known) for n in slices]
+    wholes = [_plain_value(n.operands[0], leaves, known, wide) for n in slices]
 
     def one(*parts):
-        return _value(node, leaves, inner, known | dict(zip(slices, parts, strict=True)))
+        return _value(node, leaves, inner, known | dict(zip(slices, parts, strict=True)), wide)
 
     return jax.vmap(one)(*wholes)
 
 
-def _plain_value(node, leaves, known):
+def _plain_value(node, leaves, known, wide):
     found = dict(known)
 
     def evaluate(n):
@@ -278,7 +289,16 @@ def _plain_value(node, leaves, known):
                 found[n] = n.value
             else:
                 assert isinstance(n, Applied), "a slice of a scan outside of it"
-                found[n] = apply_equation(n.site.program, n.site.eqn, *map(evaluate, n.operands))[n.output]
+                operands = list(map(evaluate, n.operands))
+                if wide and n.leaves:
+                    found[n] = apply_widely(n.site.program, n.site.eqn, *map(_widened, operands))[n.output]
+                else:
+                    found[n] = apply_equation(n.site.program, n.site.eqn, *operands)[n.output]
         return found[n]
 
     return evaluate(node)
+
+
+def _widened(operand):
+    array = jnp.asarray(operand)
+    return trees.widened(array) if jnp.issubdtype(array.dtype, jnp.floating) else array

@@ -10,7 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
+
+from curvax import trees
 
 Address = tuple[int, ...]
 """The numbers of the equations that lead to one through the programs around it."""
@@ -168,6 +171,20 @@ def apply_equation(program: Jaxpr, eqn: JaxprEqn, *inputs: Any) -> list[Any]:
     atoms = list(given)
     single = program.replace(constvars=[], invars=atoms, outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects)
     return jaxpr_as_fun(ClosedJaxpr(single, ()))(*(given[atom] for atom in atoms))
+
+
+def apply_widely(program: Jaxpr, eqn: JaxprEqn, *inputs: Any) -> list[Any]:
+    """The outputs of a linear equation, with float32 in the place of every narrower floating dtype."""
+    dtypes = [atom.aval.dtype for atom in (*eqn.outvars, *eqn.invars)]  # pyright: ignore[reportAttributeAccessIssue]
+    if eqn.primitive.name == "convert_element_type":
+        return [inputs[0].astype(trees.wider(dtypes[0], jnp.float32))]
+    if eqn.primitive.name == "reduce_precision":
+        return [inputs[0]]
+    if not any(jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4 for dtype in dtypes):
+        return apply_equation(program, eqn, *inputs)
+    params = eqn.params | {name: None for name in ("preferred_element_type",) if name in eqn.params}
+    outputs = eqn.primitive.bind(*inputs, **params)
+    return list(outputs) if eqn.primitive.multiple_results else [outputs]
 
 
 def _shapes(atoms):

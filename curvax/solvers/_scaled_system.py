@@ -119,12 +119,7 @@ def product(function, vector, like, name) -> PyTree:
     return wide(image)
 
 
-def wide(tree: PyTree) -> PyTree:
-    """Every leaf in float32 or wider."""
-    return jax.tree.map(lambda leaf: leaf.astype(trees.wide_dtype(leaf)), tree)
-
-
-narrow = trees.cast_like
+wide, narrow = trees.widened, trees.cast_like
 
 
 def power_of_two(value: Array) -> Array:

@@ -19,6 +19,7 @@ def scale_by_sample_space(
     *,
     damping: optax.ScalarOrSchedule = 1e-3,
     momentum: optax.ScalarOrSchedule | None = None,
+    centered: bool = False,
     curvature: OutputCurvature | None = None,
     method: Literal["auto", "cholesky", "cg"] = "auto",
     max_iterations: int = 40,
@@ -29,10 +30,16 @@ def scale_by_sample_space(
 
     With R the rows of scaled output gradients, G = R^T R and (G + lambda I)^{-1} g = (g - R^T (R R^T + lambda I)^{-1}
     R g) / lambda: a system of the size of the batch times the outputs, whatever the number of parameters. R R^T comes
-    from the inputs and output cotangents of the layers. This is the solve of minSR (Chen and Heyl 2024) and of
-    Gauss-Newton for physics-informed networks; with ``momentum`` mu it is SPRING's (Goldshlager, Abrahamsen and Lin
-    2024), delta_k = mu delta_{k-1} + (G + lambda I)^{-1} (g - mu G delta_{k-1}), the damped solution nearest to mu
+    from the inputs and output cotangents of the layers. This is the solve of Gauss-Newton for physics-informed networks
+    and, ``centered``, of minSR (Chen and Heyl 2024); with ``momentum`` mu it is SPRING's (Goldshlager, Abrahamsen and
+    Lin 2024), delta_k = mu delta_{k-1} + (G + lambda I)^{-1} (g - mu G delta_{k-1}), the damped solution nearest to mu
     times the last one.
+
+    For variational Monte Carlo the model gives logarithms of amplitudes, real or complex, for
+    ``curvax.losses.curvature_only(curvax.losses.squared_error())``. Centred, G is then the quantum geometric tensor
+    S = Re (<O^* O> - <O^*><O>) with O the derivatives of the logarithm, and the gradient of the energy comes from the
+    local energies E_i as ``at.jacobian_transpose_product(2 (E - mean(E)) / N)``. Where configurations have weights
+    w_i, N times the probability of each where all are summed over, it is 2 w (E - mean(w E)) / N.
 
     It preconditions whatever updates arrive and reads no loss value; chain a learning rate behind it. ``update`` takes
     ``at=``. Parameters without structure keep their updates with ``fallback="gradient"``, and are divided by the
@@ -43,6 +50,9 @@ def scale_by_sample_space(
             where a parameter without structure is an error.
         damping: lambda, above 0, a number or a schedule.
         momentum: mu, in [0, 1), a number or a schedule; None for none.
+        centered: Take the mean over the batch, weighted as the examples are, off the rows of R: off each column's
+            (S z_i)_c, the output's entries themselves for the squared error. A model need not (and may not) take it
+            off itself.
         curvature: ``curvax.GaussNewton()`` by default, ``curvax.Fisher()`` or ``curvax.EmpiricalFisher()``.
         method: "cholesky" forms R R^T and factorises it; "cg" solves by conjugate gradients on it; "auto" takes the
             first for up to 1024 rows.
@@ -73,7 +83,7 @@ def scale_by_sample_space(
         found = find_layers_at(at) if layers is None else layers
         paths = trees.leaf_paths(updates)
         own = [i for i, path in enumerate(found.paths) if path in paths]
-        space = SampleSpace(tap(found, at), curvature, own, given.key)
+        space = SampleSpace(tap(found, at), curvature, own, given.key, centered)
         strength = given.number(damping)
         start, right = None, trees.embed(updates, at.params)
         if momentum is not None:

@@ -309,3 +309,39 @@ def test_a_nan_in_the_batch_gives_nan_not_an_error():
     assert np.isnan(loss)
     assert np.isnan(gradient["w"]).any()
     assert np.isnan(jax.jit(lambda at: curvax.ggn(at).quadratic(PARAMS))(at))
+
+
+@pytest.mark.parametrize("kind", ["labels", "one-hot", "steps"])
+def test_cases_without_a_target_count_in_no_curvature(kind):
+    """Labels of padding: Hessian, Fisher matrix, its estimate and draws leave them out, as the mask does but for N."""
+    generator = np.random.default_rng(0)
+    labels = jnp.array([0, -100, 2, 3, -1, 1] * 20)
+    w, x = generator.normal(size=(4, 3)), generator.normal(size=(120, 4))
+    loss = curvax.losses.softmax_cross_entropy()
+    targets = jax.nn.one_hot(labels, 3) if kind == "one-hot" else labels
+    if kind == "steps":
+        x, targets, labels = x.reshape(40, 3, 4), targets.reshape(40, 3), labels.reshape(40, 3)
+    present = (labels >= 0) & (labels < 3)
+    objective = curvax.Objective(lambda w, x: x @ w, loss)
+    masked = curvax.Objective(lambda w, x: x @ w, loss, mask=lambda batch: present)
+    tx = curvax.natural_gradient(max_iterations=20)
+
+    @jax.jit
+    def compute(w, batch):
+        at, other = objective.linearize(w, batch), masked.linearize(w, batch)
+        key = jax.random.key(0)
+        sampled = curvax.fisher(at, key=key, num_samples=400).to_dense()
+        drawn = curvax.tap(layers, at).sampled_cotangents(key)[0]
+        _, gradient = at.value_and_gradient()
+        _, state = tx.update(gradient, tx.init(w), w, at=at)
+        maps = curvax.fisher(at), curvax.ggn(at), curvax.fisher(other)
+        return [m.to_dense() for m in maps], sampled, drawn, state.info.skipped_steps
+
+    layers = curvax.find_layers(objective, w, (x, targets))
+    (fisher, ggn, other), sampled, drawn, skipped = compute(w, (x, targets))
+    share = np.mean(present) * (3 if kind == "steps" else 1)
+    np.testing.assert_allclose(fisher, share * np.asarray(other), rtol=1e-10, atol=1e-13)
+    np.testing.assert_allclose(fisher, ggn, rtol=1e-12, atol=1e-15)
+    assert np.linalg.norm(sampled - fisher) < 0.1 * np.linalg.norm(fisher)
+    assert np.all(np.any(np.asarray(drawn) != 0, axis=-1) == np.asarray(present))
+    assert skipped == 0
