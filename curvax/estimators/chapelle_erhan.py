@@ -8,7 +8,7 @@ import jax
 
 from curvax import trees
 from curvax.layers.diagonals import sampled_squares
-from curvax.layers.find import Layers, layers_of_examples
+from curvax.layers.find import Layers, find_layers_at
 from curvax.layers.taps import tap
 from curvax.matrices.curvature import Pullback
 from curvax.matrices.linear_map import Diagonal, LinearMap, Noise, Scaled, Sum
@@ -32,7 +32,7 @@ def chapelle_erhan_diagonal(
 
     Examples are told apart by the layers of the model, which are looked for at trace time. Where there are none a draw
     is of the sum of all u_i and varies as much as with a single example: for parameters without structure, for models
-    that couple examples or cannot be traced at another number of them, and for maps of other kinds. Of a point in
+    that couple examples or compute differently for another number of them, and for maps of other kinds. Of a point in
     chunks the estimate is of as many examples as a chunk has, taken at even distances from a random one on.
 
     Args:
@@ -63,9 +63,9 @@ def chapelle_erhan_diagonal(
         return trees.scale(linear_map.scalar, part)
     if isinstance(linear_map, Pullback):
         linear_map = _of_one_chunk(linear_map, key)
-        layers = layers_of_examples(linear_map.point) if layers is None else layers
-        if layers is not None:
-            return _by_examples(linear_map, layers, key, num_samples, distribution)
+        tapped = _tapped(linear_map.point) if layers is None else tap(layers, linear_map.point)
+        if tapped is not None:
+            return _by_examples(linear_map, tapped, key, num_samples, distribution)
     return _by_sums(linear_map, key, num_samples, distribution)
 
 
@@ -79,14 +79,22 @@ def _of_one_chunk(linear_map, key):
     return linear_map.curvature.pullback(part, jax.random.fold_in(key, 1))
 
 
-def _by_examples(linear_map, layers, key, num_samples, distribution):
-    tapped = tap(layers, linear_map.point)
+def _tapped(point):
+    """The point with taps that tell examples apart, or None where its model has none."""
+    try:
+        layers = find_layers_at(point, fallback="gradient")
+        return None if layers.couples_examples else tap(layers, point)
+    except ValueError:  # of another number of examples than the model can take; at its own it has been traced
+        return None
+
+
+def _by_examples(linear_map, tapped, key, num_samples, distribution):
     matrices = [linear_map.output_matrix(i) for i in range(len(tapped.taps))]
     estimate = sampled_squares(tapped, matrices, key, num_samples, distribution)
-    if not layers.unstructured:
+    if not tapped.layers.unstructured:
         return estimate
     plain = _by_sums(linear_map, key, num_samples, distribution)
-    return trees.replace_leaves(estimate, layers.unstructured, plain)
+    return trees.replace_leaves(estimate, tapped.layers.unstructured, plain)
 
 
 def _by_sums(linear_map, key, num_samples, distribution):

@@ -77,19 +77,6 @@ def find_layers_at(at: CurvaturePoint, *, fallback: Fallback = "error", through_
     return _find(at, at.params, inputs, fallback, through_custom_rules)
 
 
-def layers_of_examples(at: CurvaturePoint) -> Layers | None:
-    """The layers of a point's model for those who can also do without: None where they do not tell examples apart.
-
-    That is where the model couples its examples, or cannot be traced at another number of them. Parameters without
-    structure are ``unstructured``.
-    """
-    try:
-        layers = find_layers_at(at, fallback="gradient")
-    except ValueError:  # the model itself is sound: it has been traced for the point
-        return None
-    return None if layers.couples_examples else layers
-
-
 def _find(objective, params, inputs, fallback, through_custom_rules):
     if fallback not in ("error", "diagonal", "gradient"):
         raise ValueError(f"fallback must be 'error', 'diagonal' or 'gradient', got {fallback!r}")

@@ -59,6 +59,12 @@ def of_six(params, x):
     return (jnp.tanh(x @ params["a"]).reshape(6, 4) @ params["b"]).reshape(x.shape[0], 2)
 
 
+def other_at_six(params, x):
+    """Computes differently for six examples than for seven and eleven."""
+    hidden = jnp.tanh(x @ params["a"])
+    return hidden @ jnp.sin(params["b"]) if x.shape[0] == 6 else hidden @ params["b"]
+
+
 def recurrent(params, x):
     """Outputs at every step."""
 
@@ -75,7 +81,8 @@ def entangled(params, x):
 
 
 @pytest.mark.parametrize(
-    ("model", "chunk_size"), [(centred, None), (of_six, None), (recurrent, None), (entangled, None), (entangled, 2)]
+    ("model", "chunk_size"),
+    [(centred, None), (of_six, None), (other_at_six, None), (recurrent, None), (entangled, None), (entangled, 2)],
 )
 def test_unbiased_whatever_tells_examples_apart(model, chunk_size):
     """Coupled examples, none but six, masked steps of sequences, a leaf without structure, a point in chunks."""
