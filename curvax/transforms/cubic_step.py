@@ -16,7 +16,7 @@ from curvax.layers.taps import tap
 from curvax.matrices.curvature import hessian
 from curvax.matrices.quadratic_model import reduction_ratio
 from curvax.objectives.objective import Objective
-from curvax.transforms._step import Given, Step, stepper
+from curvax.transforms._step import Given, Step, check_arguments, stepper
 from curvax.types import Array, PyTree, Scalar
 
 Scope = Literal["whole", "leaf", "variable"]
@@ -113,6 +113,7 @@ def scale_by_cubic_step(
 
     Source: "Understanding and exploiting the low-rank structure of deep networks" (2018), section 3.
     """
+    check_arguments(scale_by_cubic_step, locals())
     if scope not in ("whole", "leaf", "variable"):
         raise ValueError(f"scope must be 'whole', 'leaf' or 'variable', got {scope!r}")
     if ascent not in ("turn", "keep"):

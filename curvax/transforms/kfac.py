@@ -32,7 +32,7 @@ from curvax.matrices.curvature import Fisher, GaussNewton, OutputCurvature, chec
 from curvax.matrices.plane import inner_products, minimum_in_plane, products_in_plane
 from curvax.matrices.quadratic_model import reduction_ratio
 from curvax.objectives.point import CurvaturePoint
-from curvax.transforms._step import Given, LastStep, Step, Verdict, static_count, stepper
+from curvax.transforms._step import Given, LastStep, Step, Verdict, check_arguments, static_count, stepper
 from curvax.types import Array, PyTree
 
 InverseName = Literal["block_diagonal", "block_tridiagonal", "exact_tikhonov", "eigen_corrected"]
@@ -127,6 +127,7 @@ def kfac(
 
     Source: Martens and Grosse 2015; Martens 2016, chapter 6.
     """
+    check_arguments(kfac, locals())
     check_choice("judged_by", judged_by, ("next_batch", "same_batch"))
     if rule is None:
         rule = next_batch_rule() if judged_by == "next_batch" else kfac_rule()
@@ -279,6 +280,7 @@ def scale_by_kfac(
 
     Source: Martens and Grosse 2015; Martens 2016, sections 6.3 to 6.5.
     """
+    check_arguments(scale_by_kfac, locals())
     preconditioner = _Preconditioner(
         "scale_by_kfac", layers, inverse, statistics, sharing, statistics_stride, refresh_period, spread_refresh, decay
     )

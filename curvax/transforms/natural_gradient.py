@@ -7,7 +7,7 @@ import optax
 
 from curvax import solvers, trees
 from curvax.matrices.curvature import Curvature, Fisher, check_curvature
-from curvax.transforms._step import Given, Step, stepper
+from curvax.transforms._step import Given, Step, check_arguments, stepper
 
 
 def natural_gradient(
@@ -54,6 +54,7 @@ def natural_gradient(
 
     Source: Amari 1998; Martens 2016, sections 5.3 and 5.5.
     """
+    check_arguments(natural_gradient, locals())
 
     def finished(solution, matrix, given):
         step = trees.scale(-given.number(learning_rate), solution)
@@ -94,6 +95,7 @@ def scale_by_natural_gradient(
 
     Source: Amari 1998; Martens 2016, section 5.2.
     """
+    check_arguments(scale_by_natural_gradient, locals())
     solve = (damping, max_iterations, tolerance, warm_start, curvature, seed)
     return _transformation("scale_by_natural_gradient", lambda solution, *_: (solution, 0.0), *solve)
 
