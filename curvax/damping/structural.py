@@ -20,7 +20,7 @@ from curvax.objectives.output_matrix import OutputMatrix
 from curvax.objectives.point import CurvaturePoint, Packed, linearize_term
 from curvax.objectives.term import Term
 from curvax.programs.instrument import evaluate
-from curvax.programs.trace import trace_term
+from curvax.programs.trace import program_arguments, trace_term
 from curvax.types import Array, PyTree, Scalar
 
 
@@ -151,7 +151,7 @@ class LayerOutputs:
             program, out_tree, _ = trace_term(term, params, inputs)
             geometries = self.layers.geometries_at(index, program)
             chosen = [geometries[place] for place in places]
-            flat = [*jax.tree.leaves(params), *jax.tree.leaves(inputs)]
+            flat = program_arguments(params, inputs)
             uses = [geometry.use for geometry in chosen]
             results, _, outputs, _ = evaluate(program, flat, uses, [None] * len(uses))
             arranged = [g.cotangents(raw).swapaxes(0, 1) for g, raw in zip(chosen, outputs, strict=True)]

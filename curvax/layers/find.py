@@ -67,14 +67,29 @@ def find_layers(
         out    (2, 4)  dense        1     1       4 x 2
         w      (3, 4)  dense  b     1     1       4 x 4
     """
-    inputs = [jax.eval_shape(term.split, batch)[0] for term in objective.terms]
+    inputs = [_structure(lambda batch, term=term: term.split(batch)[0], batch) for term in objective.terms]
     return _find(objective, params, inputs, fallback, through_custom_rules)
 
 
 def find_layers_at(at: CurvaturePoint, *, fallback: Fallback = "error", through_custom_rules: bool = False) -> Layers:
     """``find_layers`` for the model, the parameters and the batch of a curvature point, which may be traced."""
-    inputs = [jax.eval_shape(lambda tree: tree, cases.inputs) for cases in at.cases]
+    inputs = [_structure(lambda tree: tree, cases.inputs) for cases in at.cases]
     return _find(at, at.params, inputs, fallback, through_custom_rules)
+
+
+def _structure(function, tree):
+    """``jax.eval_shape`` of a function of a tree, in which flags and strings stay what they are."""
+    arrays, rebuild = trees.split_arrays(tree)
+    made = None
+
+    def run(arrays):
+        nonlocal made
+        results, made = trees.split_arrays(function(rebuild(arrays)))
+        return results
+
+    structs = jax.eval_shape(run, arrays)
+    assert made is not None
+    return made(structs)
 
 
 def _find(objective, params, inputs, fallback, through_custom_rules):

@@ -30,7 +30,7 @@ from curvax.matrices.linear_map import LinearMap
 from curvax.objectives.term import scale_cases
 from curvax.programs.instrument import evaluate
 from curvax.programs.linearize import linearize
-from curvax.programs.trace import trace_term
+from curvax.programs.trace import program_arguments, trace_term
 from curvax.types import Array, PyTree
 
 
@@ -178,7 +178,7 @@ class _Parts:
         """(a, ds, K, A) of one example, whose batch axis has length one."""
         zeros = [use.zeros() for use in self.found]
         flat_zeros, unravel = ravel_pytree(zeros)
-        flat = [*jax.tree.leaves(params), *jax.tree.leaves(inputs)]
+        flat = program_arguments(params, inputs)
 
         def run(perturbations):
             epsilons = unravel(perturbations)

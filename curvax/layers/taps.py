@@ -20,7 +20,7 @@ from curvax.objectives.point import CurvaturePoint, Linearization
 from curvax.objectives.term import scale_cases, weighted_sum
 from curvax.programs.instrument import evaluate
 from curvax.programs.linearize import linearize
-from curvax.programs.trace import trace_term
+from curvax.programs.trace import program_arguments, trace_term
 from curvax.programs.views import places_given
 from curvax.types import Array, PyTree
 
@@ -294,7 +294,7 @@ def _tap_term(layers, index, term, params, inputs):
     places = sorted({n.place for geometry in geometries for n in places_given(geometry.base)})
 
     def model(leaves, perturbations):
-        flat = [*leaves, *jax.tree.leaves(inputs)]
+        flat = program_arguments(leaves, inputs)
         results, captured, _, given = evaluate(program, flat, uses, perturbations, places)
         return jax.tree.unflatten(out_tree, results)[0], (captured, given)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +91,14 @@ class OutputLoss(abc.ABC):
         """
         return self.curvature(outputs, targets).pinv_quadratic(self.gradient(outputs, targets))
 
+    def ignored(self, targets: PyTree) -> jax.Array | None:
+        """Which cases are padding, neither part of the loss nor counted; None for none."""
+        del targets
+
+    def impossible(self, outputs: PyTree, targets: PyTree) -> jax.Array | None:
+        """Which cases have targets that do not exist, such as a class too many; None where all do."""
+        del outputs, targets
+
     def check(self, outputs: PyTree, targets: PyTree) -> None:
         """Raises a ValueError or TypeError, at trace time, if the targets do not fit the outputs."""
         self.check_outputs(outputs)
@@ -107,6 +116,29 @@ class _OneExample:
 
     def __call__(self, output, target):
         return jnp.sum(self.loss.value(*jax.tree.map(lambda x: x[None], (output, target))))
+
+
+def check_loss(loss):
+    """Raises a TypeError, which says what to write, unless it is an ``OutputLoss``."""
+    if isinstance(loss, OutputLoss):
+        return
+    name = getattr(loss, "__name__", "")
+    if (isinstance(loss, type) and issubclass(loss, OutputLoss)) or name in ("gaussian", "from_function"):
+        maker = re.sub("(?<!^)(?=[A-Z])", "_", name).lower()
+        raise TypeError(f"loss= takes a loss, not what makes one; call it: curvax.losses.{maker}(...)")
+    advice = _OF_OPTAX.get(name, "from_function(function, convex=...), for a function (output, target) of one example")
+    raise TypeError(f"loss= takes a loss of curvax, got {name or repr(loss)}; write curvax.losses.{advice}")
+
+
+_OF_OPTAX = {
+    "softmax_cross_entropy_with_integer_labels": "softmax_cross_entropy(), which takes integer labels",
+    "softmax_cross_entropy": "softmax_cross_entropy(), which takes probabilities",
+    "safe_softmax_cross_entropy": "softmax_cross_entropy(), which takes probabilities",
+    "sigmoid_binary_cross_entropy": "sigmoid_binary_cross_entropy()",
+    "l2_loss": "squared_error(), which has the half",
+    "squared_error": "squared_error(), which is half of it",
+}
+"""What the losses of optax are called here."""
 
 
 def check_array(loss, outputs):

@@ -120,10 +120,17 @@ class SoftmaxCrossEntropy(OutputLoss):
     r"""Cross-entropy of logits z over the last axis, L = -sum_i y_i log p_i with p = softmax(z).
 
     Targets are integers with the shape of the outputs less the last axis, or floating-point probabilities with the
-    shape of the outputs. A case without a target, an integer outside 0 ... K-1 or probabilities that are all zero,
-    contributes no loss, no Hessian and no Fisher matrix; to leave it out of the mean use the objective's ``mask``.
-    Hessian a (diag(p) - p p^T), where a = sum_i y_i is 1 for probabilities.
-    Martens 2016, table 4.1.
+    shape of the outputs. Hessian a (diag(p) - p p^T), where a = sum_i y_i is 1 for probabilities. Martens 2016, table
+    4.1.
+
+    A case without a target, an integer outside 0 ... K-1 or probabilities that are all zero, contributes no loss, no
+    Hessian and no Fisher matrix here. An objective makes the whole loss NaN of such an integer, so that steps are
+    skipped and counted (outside of ``jit`` calling the objective raises), unless its ``mask`` leaves the case out or
+    the integer is ``ignore_label``.
+
+    Attributes:
+        ignore_label: The integer that marks padding, such as -100: an objective leaves these cases out and N is the
+            number of the others, as if its ``mask`` said so. None for none.
 
     Example:
         >>> loss = curvax.losses.softmax_cross_entropy()
@@ -131,7 +138,18 @@ class SoftmaxCrossEntropy(OutputLoss):
         Array([1.3862...], dtype=float...)
     """
 
+    ignore_label: int | None = None
     natural = True
+
+    def ignored(self, targets):
+        labelled = self.ignore_label is not None and _are_labels(targets)
+        return _labels(targets) == self.ignore_label if labelled else None
+
+    def impossible(self, outputs, targets):
+        if not _are_labels(targets):
+            return None
+        labels = _labels(targets)
+        return (labels < 0) | (labels >= outputs.shape[-1])
 
     def value(self, outputs, targets):
         y, log_p = self._distribution(outputs, targets), _log_softmax(outputs)
@@ -168,7 +186,7 @@ class SoftmaxCrossEntropy(OutputLoss):
 
     def check(self, outputs, targets):
         self.check_outputs(outputs)
-        if hasattr(targets, "dtype") and jnp.issubdtype(targets.dtype, jnp.integer):
+        if _are_labels(targets):
             if targets.shape == outputs.shape:
                 raise TypeError(
                     f"{self}: integer targets of the outputs' shape {outputs.shape} look one-hot; cast them to"
@@ -176,6 +194,11 @@ class SoftmaxCrossEntropy(OutputLoss):
                 )
             check_targets(self, targets, outputs.shape[:-1], "integer targets")
         else:
+            if getattr(targets, "shape", None) == outputs.shape[:-1]:
+                raise TypeError(
+                    f"{self}: targets of shape {targets.shape}, one for each output of {outputs.shape[-1]} classes, are"
+                    f" class labels and must be integers, got {targets.dtype}; write targets.astype(int)"
+                )
             what = f"targets (integers of shape {outputs.shape[:-1]}, or else probabilities)"
             check_targets(self, targets, outputs.shape, what, floating=True)
 
@@ -185,10 +208,10 @@ class SoftmaxCrossEntropy(OutputLoss):
             raise ValueError(f"{self}: outputs need a last axis of classes, got shape {outputs.shape}")
 
     def _distribution(self, outputs, targets):
-        if not jnp.issubdtype(targets.dtype, jnp.integer):
+        if not _are_labels(targets):
             return targets.astype(outputs.dtype)
-        # A comparison rather than a gather: it shards like the outputs do. Small integers may not count all classes.
-        labels = jnp.asarray(targets if targets.dtype.itemsize >= 4 else targets.astype(jnp.int32))
+        labels = _labels(targets)
+        # A comparison rather than a gather: it shards like the outputs do.
         return (labels[..., None] == _classes(outputs, labels.dtype)).astype(outputs.dtype)
 
 
@@ -435,6 +458,12 @@ class CurvatureOnly(OutputLoss):
     def fisher(self, outputs, targets=None):
         return self.loss.fisher(outputs, targets)
 
+    def ignored(self, targets):
+        return None if targets is None else self.loss.ignored(targets)
+
+    def impossible(self, outputs, targets):
+        return None if targets is None else self.loss.impossible(outputs, targets)
+
     def sample(self, key, output):
         return self.loss.sample(key, output)
 
@@ -457,6 +486,15 @@ sigmoid_binary_cross_entropy = SigmoidBinaryCrossEntropy
 softmax_cross_entropy = SoftmaxCrossEntropy
 poisson = Poisson
 curvature_only = CurvatureOnly
+
+
+def _are_labels(targets):
+    return hasattr(targets, "dtype") and jnp.issubdtype(targets.dtype, jnp.integer)
+
+
+def _labels(targets):
+    """Class labels in a type that counts all classes, which small integers may not."""
+    return jnp.asarray(targets if targets.dtype.itemsize >= 4 else targets.astype(jnp.int32))
 
 
 def _log_softmax(logits):

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.tree_util import register_dataclass
 
 from curvax import trees
@@ -29,7 +30,21 @@ class Penalty:
 
     @classmethod
     def of(cls, l2: Scalar | None, mask: PyTree | Callable[[PyTree], PyTree] | None) -> Penalty:
-        """The penalty whose mask is a function or a pytree of bools."""
+        """The penalty whose mask is a function or a pytree of bools.
+
+        Raises:
+            TypeError: ``l2`` is not a number; a schedule's value is put in by ``Objective.replace``.
+            ValueError: ``l2`` is negative.
+        """
+        if l2 is None:
+            return cls()
+        if callable(l2) or isinstance(l2, str) or jnp.ndim(l2) != 0:
+            raise TypeError(
+                f"l2= takes a number, perhaps traced, got {l2!r}; of a schedule give the value of the step, by"
+                " objective.replace(l2=schedule(step)) inside the step"
+            )
+        if not isinstance(l2, Tracer) and l2 < 0:
+            raise ValueError(f"l2= is {l2}; the strength of a penalty must not be negative")
         return cls(l2, mask if mask is None or callable(mask) else Constant(mask))
 
     def __bool__(self) -> bool:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.tree_util import register_dataclass
 
 from curvax import trees
-from curvax.objectives.loss import OutputLoss
+from curvax.objectives.loss import OutputLoss, check_loss
 from curvax.types import PyTree, Scalar
 
 _STATIC = {"static": True}
@@ -55,6 +57,11 @@ class Term:
     example_axes: Any = dataclasses.field(default=0, metadata=_STATIC)
     has_aux: bool = dataclasses.field(default=False, metadata=_STATIC)
 
+    def __post_init__(self):
+        check_loss(self.loss)
+        if not callable(self.model_fn):
+            raise TypeError(f"model_fn= takes a function (params, inputs) -> outputs, got {self.model_fn!r}")
+
     def apply(self, params: PyTree, inputs: PyTree) -> tuple[PyTree, PyTree]:
         """The model's outputs, in float32 or wider, and its auxiliary outputs (None if it has none).
 
@@ -88,7 +95,7 @@ def located_examples(term: Term, data: PyTree) -> PyTree:
     axes = term.example_axes
 
     def located(axis, part):
-        return jax.tree.map(lambda leaf: Located((leaf, axis)), part)
+        return jax.tree.map(lambda leaf: Located((leaf, axis if trees.is_array(leaf) else None)), part)
 
     try:
         return jax.tree.map(located, axes, data, is_leaf=lambda axis: axis is None)
@@ -103,25 +110,59 @@ class Located(tuple):
 def weighting(term: Term, batch: PyTree, outputs: PyTree, targets: PyTree) -> tuple[jax.Array, jax.Array]:
     """The factor of each case's loss, weight * w / N, a scalar if all are alike; and N. Checks outputs and targets.
 
-    ``outputs`` may be ShapeDtypeStructs.
+    Cases that the loss or the mask leave out have the factor 0. Where a case that is left in has an impossible target,
+    all factors are NaN, so that loss, gradient and curvature are: a step is then skipped and counted. ``outputs`` may
+    be ShapeDtypeStructs.
+
+    Raises:
+        ValueError: Outside of ``jit``, such a target.
     """
     num_examples = _num_examples(outputs, targets)
     term.loss.check(outputs, targets)
     dtype = trees.wide_dtype(*jax.tree.leaves(outputs))
     count, scale = jnp.asarray(num_examples, dtype), jnp.asarray(term.weight).astype(dtype)
-    if term.mask is not None:
-        mask = term.mask(batch)
-        _check_weights("mask", mask, term, outputs, targets)
-        if mask.dtype != jnp.bool_:
-            raise TypeError(f"mask must be boolean, got {mask.dtype}; pass numbers as example_weights")
+    mask = _mask(term, batch, outputs, targets)
+    if mask is not None:
         count = jnp.sum(mask, dtype=dtype)
         scale = scale * mask.astype(dtype)
     if term.example_weights is not None:
-        weights = term.example_weights(batch)
+        weights = jnp.asarray(term.example_weights(batch))
         _check_weights("example_weights", weights, term, outputs, targets)
         ndim = max(scale.ndim, weights.ndim)
         scale = trees.expand_right(scale, ndim) * trees.expand_right(weights.astype(dtype), ndim)
+    impossible = term.loss.impossible(outputs, targets)
+    if impossible is not None:
+        counted = impossible & trees.expand_right(scale != 0, impossible.ndim)
+        scale = jnp.where(_any(term.loss, counted, targets), jnp.nan, scale)
     return scale / jnp.where(count > 0, count, 1), count
+
+
+def _mask(term, batch, outputs, targets):
+    """Which cases are left in; None for all."""
+    masks = []
+    if term.mask is not None:
+        mask = jnp.asarray(term.mask(batch))
+        _check_weights("mask", mask, term, outputs, targets)
+        if mask.dtype != jnp.bool_:
+            raise TypeError(f"mask must be boolean, got {mask.dtype}; pass numbers as example_weights")
+        masks.append(mask)
+    ignored = term.loss.ignored(targets)
+    if ignored is not None:
+        masks.append(~ignored)
+    ndim = max((mask.ndim for mask in masks), default=0)
+    return functools.reduce(jnp.logical_and, [trees.expand_right(mask, ndim) for mask in masks]) if masks else None
+
+
+def _any(loss, impossible, targets):
+    """Whether there is one; where the targets are known, a ValueError in its place."""
+    found = jnp.any(impossible)
+    if not isinstance(found, Tracer) and found:
+        (*place,) = map(int, jnp.argwhere(impossible)[0])
+        raise ValueError(
+            f"{loss}: target {targets[tuple(place)]} of example {place[0]} is no class of the outputs; for padding make"
+            " the loss with ignore_label=, or leave the case out by the objective's mask="
+        )
+    return found
 
 
 def weighted_sum(scale: jax.Array, values: jax.Array) -> jax.Array:

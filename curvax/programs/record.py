@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 
-from curvax.programs.trace import trace_term
+from curvax.programs.trace import program_arguments, trace_term
 from curvax.programs.views import MOVES
 from curvax.programs.walk import DESCEND, Address, Site, apply_equation, called_program, is_scan, scan_parts, walk
 from curvax.types import Array, PyTree
@@ -51,10 +51,10 @@ def record(
 def record_term(term: Term, params: PyTree, inputs: PyTree, roots: Collection[Address] | None = None) -> RecordedTerm:
     """Runs a term's model and keeps every equation that depends on the parameters, or else on ``roots`` alone."""
     program, _, num_outputs = trace_term(term, params, inputs)
-    leaves, data = jax.tree.leaves(params), jax.tree.leaves(inputs)
-    varies = [roots is None] * len(leaves) + [False] * len(data)
-    results, recorded = record(program, [*leaves, *data], varies, roots or ())
-    return RecordedTerm(recorded, results[:num_outputs], recorded.arguments[: len(leaves)])
+    arguments, num_leaves = program_arguments(params, inputs), len(jax.tree.leaves(params))
+    varies = [roots is None] * num_leaves + [False] * (len(arguments) - num_leaves)
+    results, recorded = record(program, arguments, varies, roots or ())
+    return RecordedTerm(recorded, results[:num_outputs], recorded.arguments[:num_leaves])
 
 
 class RecordedTerm(NamedTuple):

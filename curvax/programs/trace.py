@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 from jax.extend.core import ClosedJaxpr
 
+from curvax import trees
 from curvax.types import PyTree
 
 if TYPE_CHECKING:
@@ -14,14 +15,23 @@ if TYPE_CHECKING:
 
 
 def trace_term(term: Term, params: PyTree, inputs: PyTree) -> tuple[ClosedJaxpr, Any, int]:
-    """(program, structure of (outputs, aux), how many of its results are outputs) of a term's model."""
+    """(program, structure of (outputs, aux), how many of its results are outputs) of a term's model.
+
+    The program takes what ``program_arguments`` gives: flags and strings among the inputs are read while it is traced.
+    """
     treedef = jax.tree.structure(params)
+    arrays, rebuild = trees.split_arrays(inputs)
 
-    def flat(leaves, inputs):
-        return term.apply(treedef.unflatten(leaves), inputs)
+    def flat(leaves, arrays):
+        return term.apply(treedef.unflatten(leaves), rebuild(arrays))
 
-    program, shapes = jax.make_jaxpr(flat, return_shape=True)(jax.tree.leaves(params), inputs)
+    program, shapes = jax.make_jaxpr(flat, return_shape=True)(jax.tree.leaves(params), arrays)
     return program, jax.tree.structure(shapes), len(jax.tree.leaves(shapes[0]))
+
+
+def program_arguments(params: PyTree, inputs: PyTree) -> list[Any]:
+    """What the program of ``trace_term`` is to be run on: leaves of the parameters, then the arrays of the inputs."""
+    return [*jax.tree.leaves(params), *trees.split_arrays(inputs)[0]]
 
 
 class Twins(NamedTuple):
@@ -43,7 +53,10 @@ def trace_twins(term: Term, params: PyTree, inputs: PyTree) -> Twins:
     leaves, treedef = jax.tree.flatten(inputs)
     axes = jax.tree.map(lambda axis: "shared" if axis is None else axis, axes, is_leaf=lambda node: node is None)
     each = jax.tree.leaves(jax.tree.broadcast(axes, inputs))
-    axes = [None if axis == "shared" or leaf.ndim <= axis else axis for leaf, axis in zip(leaves, each, strict=True)]
+    axes = [
+        None if axis == "shared" or not trees.is_array(leaf) or leaf.ndim <= axis else axis
+        for leaf, axis in zip(leaves, each, strict=True)
+    ]
     sizes = {leaf.shape[axis] for leaf, axis in zip(leaves, axes, strict=True) if axis is not None}
     if len(sizes) != 1:
         raise ValueError(

@@ -20,15 +20,20 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, get_args, get_origin, get_type_hints
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 
 from curvax import trees
+from curvax.damping import BestOfThree, Damping, DampingRule, RadiusRule
+from curvax.layers import Layers
+from curvax.objectives.objective import Objective
 from curvax.objectives.point import CurvaturePoint
 from curvax.types import Array, PyTree, Scalar
 
@@ -328,6 +333,8 @@ def _given(name, points, updates, state, params, arguments):
         )
     for point, value in own.items():
         _check_point(name, point, value)
+        if value is not None:
+            _check_whole_batch(name, value)
     trees.check_floating(updates, "updates")
     trees.check_like(trees.embed(updates, at.params), at.params, "updates")
     return Given(
@@ -355,6 +362,30 @@ def _check_point(name, argument, value):
         )
 
 
+def _check_whole_batch(name, at):
+    """Raises a ValueError where a device sees its own part of the batch alone, as inside ``shard_map`` and ``pmap``."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = {axis for axis in mesh.manual_axes if mesh.shape[axis] > 1}
+    if not axes:
+        return
+    split, own = (frozenset().union(*map(_varying_over, jax.tree.leaves(tree))) for tree in (at.cases, at.params))
+    if split or own:  # parameters that vary as well are models of their own
+        axes &= split - own
+    if axes:
+        raise ValueError(
+            f"{name}: inside shard_map or pmap the batch is split over the axis {', '.join(map(repr, sorted(axes)))},"
+            " and curvature and losses would be those of one device's part. Take the step under plain jax.jit, with the"
+            " batch sharded by jax.device_put(batch, NamedSharding(mesh, PartitionSpec(axis))): it then equals that of"
+            " one device. For a model of its own on each device vmap the step over parameters that are sharded"
+        )
+
+
+def _varying_over(leaf):
+    """The axes of the devices over which a value is known to differ; jax 0.10 gave them another name."""
+    kind = jax.typeof(leaf)
+    return frozenset(kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying)
+
+
 def _check_arguments(name, points, arguments):
     """Arguments of other names may be for another transformation of the chain, but not those that look like ours."""
     for argument, value in arguments.items():
@@ -362,11 +393,63 @@ def _check_arguments(name, points, arguments):
             _check_point(name, argument, value)
             continue
         near = difflib.get_close_matches(argument, points, n=1, cutoff=0.75)
-        if isinstance(value, CurvaturePoint) or argument in ("objective", "batch", "held_out") or near:
+        # A line search in the chain takes ``batch=`` and the like, for its ``value_fn``.
+        stale = argument in ("objective", "batch", "held_out") and "value_fn" not in arguments
+        if isinstance(value, CurvaturePoint) or stale or near:
             advice = f"; did you mean {near[0]}=?" if near else ""
             raise TypeError(
                 f"{name}: update takes {', '.join(f'{point}=' for point in points)}, not {argument}={advice}"
             )
+
+
+def check_arguments(method: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+    """Raises a TypeError or ValueError for an argument that is not of the kind that the method's signature says.
+
+    To be called first thing, with ``locals()``. Choices among names are left to the methods.
+    """
+    for argument, kinds in _kinds_of(method).items():
+        value, what = arguments[argument], f"{method.__name__}: {argument}="
+        objects = [kind for kind in kinds if kind in _KINDS]
+        if value is None and type(None) in kinds:
+            continue
+        if objects and not isinstance(value, tuple(objects)):
+            raise TypeError(f"{what} takes {_KINDS[objects[0]]}, got {value!r}")
+        if float in kinds and not (_is_number(value, jnp.number) or (callable(value) and not _is_ours(value))):
+            schedule = " or a schedule" if any(get_origin(kind) is Callable for kind in kinds) else ""
+            advice = "; the objective reaches a method by update's at=" if _is_ours(value) else ""
+            raise TypeError(f"{what} takes a number{schedule}, got {value!r}{advice}")
+        if int in kinds and argument != "seed" and not callable(value):
+            whole = _is_number(value, jnp.integer)
+            if not whole or (not isinstance(value, jax.Array) and value < 1):
+                error = ValueError if _is_number(value, jnp.number) else TypeError
+                raise error(f"{what} must be a positive integer, got {value!r}")
+
+
+_KINDS: dict[Any, str] = {
+    Damping: "a damping matrix such as curvax.damping.tikhonov(), whose strength is another argument of the method",
+    DampingRule: "a rule such as curvax.damping.DampingRule(); the number that it begins with is another argument",
+    RadiusRule: "a rule such as curvax.damping.RadiusRule(); the radius that it begins with is initial_radius=",
+    BestOfThree: "a rule such as curvax.damping.BestOfThree()",
+    Layers: "what curvax.find_layers(objective, params, batch) returns",
+    optax.GradientTransformation: "an optax transformation such as optax.sgd(0.1)",
+}
+
+
+@functools.cache
+def _kinds_of(method):
+    hints = get_type_hints(method)
+    return {name: get_args(hint) or (hint,) for name, hint in hints.items() if name != "return"}
+
+
+def _is_number(value, kind):
+    """Whether it is one number of that kind, perhaps traced."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.ndarray, np.generic, jax.Array)):
+        return False
+    return jnp.ndim(value) == 0 and jnp.issubdtype(jnp.result_type(value), kind)
+
+
+def _is_ours(value):
+    return isinstance(value, (Objective, CurvaturePoint))
 
 
 def static_count(name: str, argument: str, value: Any, default: int) -> int:

@@ -16,7 +16,7 @@ from curvax.layers.taps import tap
 from curvax.matrices.curvature import hessian
 from curvax.matrices.quadratic_model import reduction_ratio
 from curvax.objectives.objective import Objective
-from curvax.transforms._step import Given, Step, stepper
+from curvax.transforms._step import Given, Step, check_arguments, stepper
 from curvax.types import Array, PyTree, Scalar
 
 Scope = Literal["whole", "layer", "leaf", "variable"]
@@ -115,6 +115,7 @@ def scale_by_cubic_step(
 
     Source: "Understanding and exploiting the low-rank structure of deep networks" (2018), section 3.
     """
+    check_arguments(scale_by_cubic_step, locals())
     if scope not in ("whole", "layer", "leaf", "variable"):
         raise ValueError(f"scope must be 'whole', 'layer', 'leaf' or 'variable', got {scope!r}")
     if ascent not in ("turn", "keep"):

@@ -14,7 +14,7 @@ from curvax.matrices.plane import inner_products, minimum_in_plane
 from curvax.matrices.quadratic_model import reduction_ratio
 from curvax.objectives.term import scale_cases
 from curvax.transforms._judge import JudgedBy, judging
-from curvax.transforms._step import Given, Step, stepper
+from curvax.transforms._step import Given, Step, check_arguments, stepper
 from curvax.types import Array, PyTree
 
 
@@ -83,6 +83,7 @@ def curveball(
 
     Source: Henriques, Ehrhardt, Albanie and Vedaldi 2019 ("Small steps and giant leaps"), algorithm 1, eqs. 16 to 18.
     """
+    check_arguments(curveball, locals())
     rule, judge = judging(judged_by, rule, curveball_rule(), next_batch_rule())
     adapts = not rule.decrease == rule.increase == 1
     if gradient not in ("incoming", "recomputed"):

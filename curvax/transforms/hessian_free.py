@@ -20,7 +20,7 @@ from curvax.layers.taps import tap
 from curvax.matrices.curvature import Curvature, Fisher, GaussNewton, check_curvature
 from curvax.matrices.quadratic_model import reduction_ratio
 from curvax.transforms._judge import JudgedBy, judging
-from curvax.transforms._step import Given, Step, static_count, stepper
+from curvax.transforms._step import Given, Step, check_arguments, static_count, stepper
 
 RECIPE_A = MappingProxyType({"max_iterations": 250, "choice": "walk", "progress_tolerance": 5e-3})
 """Martens 2010: long runs that stop by relative progress, then CG-backtracking; a large gradient batch. The tolerance
@@ -148,6 +148,7 @@ def hessian_free(
         Array([[1.],
                [1.]], dtype=float...)
     """
+    check_arguments(hessian_free, locals())
     rule, judge = judging(judged_by, rule, DampingRule(), next_batch_rule(period=1, base=0.9))
     damping_matrix = tikhonov() if damping_matrix is None else damping_matrix
     curvature = GaussNewton() if curvature is None else curvature

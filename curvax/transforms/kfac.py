@@ -33,7 +33,7 @@ from curvax.matrices.plane import inner_products, minimum_in_plane, products_in_
 from curvax.matrices.quadratic_model import reduction_ratio
 from curvax.objectives.point import CurvaturePoint
 from curvax.transforms._judge import JudgedBy, judging
-from curvax.transforms._step import Given, Step, static_count, stepper
+from curvax.transforms._step import Given, Step, check_arguments, static_count, stepper
 from curvax.types import Array, PyTree
 
 InverseName = Literal["block_diagonal", "block_tridiagonal", "exact_tikhonov", "eigen_corrected"]
@@ -128,6 +128,7 @@ def kfac(
 
     Source: Martens and Grosse 2015; Martens 2016, chapter 6.
     """
+    check_arguments(kfac, locals())
     rule, judge = judging(judged_by, rule, kfac_rule(), next_batch_rule())
     curvature = GaussNewton() if curvature is None else curvature
     check_curvature("kfac", curvature, OutputCurvature)
@@ -255,6 +256,7 @@ def scale_by_kfac(
 
     Source: Martens and Grosse 2015; Martens 2016, sections 6.3 to 6.5.
     """
+    check_arguments(scale_by_kfac, locals())
     preconditioner = _Preconditioner(
         "scale_by_kfac", layers, inverse, statistics, sharing, statistics_stride, refresh_period, spread_refresh, decay
     )

@@ -7,7 +7,7 @@ import optax
 
 from curvax import solvers, trees
 from curvax.matrices.curvature import Curvature, GaussNewton, check_curvature
-from curvax.transforms._step import Given, Step, static_count, stepper
+from curvax.transforms._step import Given, Step, check_arguments, static_count, stepper
 
 
 def krylov_subspace_descent(
@@ -47,6 +47,7 @@ def krylov_subspace_descent(
 
     Source: Vinyals and Povey 2012; Martens 2016, section 4.6.1.
     """
+    check_arguments(krylov_subspace_descent, locals())
     curvature = GaussNewton() if curvature is None else curvature
     check_curvature("krylov_subspace_descent", curvature)
 

@@ -13,7 +13,7 @@ from curvax.matrices.curvature import Curvature, GaussNewton, check_curvature
 from curvax.matrices.linear_map import DenseMap
 from curvax.matrices.quadratic_model import reduction_ratio
 from curvax.transforms._judge import JudgedBy, judging
-from curvax.transforms._step import Given, Step, stepper
+from curvax.transforms._step import Given, Step, check_arguments, stepper
 from curvax.types import Array
 
 
@@ -59,6 +59,7 @@ def levenberg_marquardt(
         >>> print(f"{state.info.step_ratio:.3f}")
         1.000
     """
+    check_arguments(levenberg_marquardt, locals())
     rule, judge = judging(judged_by, rule, DampingRule(), next_batch_rule(period=1, base=0.9))
     solve = _Solve("levenberg_marquardt", damping_matrix, curvature, absolute)
 
@@ -123,6 +124,7 @@ def scale_by_dense_curvature(
         Array([[1.],
                [1.]], dtype=float...)
     """
+    check_arguments(scale_by_dense_curvature, locals())
     solve = _Solve("scale_by_dense_curvature", damping_matrix, curvature, absolute)
 
     def step(given: Given) -> Step:

@@ -9,7 +9,7 @@ import optax
 from curvax import trees
 from curvax.damping.rules import RadiusRule
 from curvax.quasi_newton import SR1Step, line_search_step, sr1_memory, trust_region_step
-from curvax.transforms._step import Given, Step, static_count, stepper
+from curvax.transforms._step import Given, Step, check_arguments, static_count, stepper
 from curvax.types import Array, PyTree
 
 
@@ -61,6 +61,7 @@ def lsr1(
 
     Source: Ramamurthy and Duffy 2017, algorithm 1; Brust, Erway and Marcia 2017 for the subproblem.
     """
+    check_arguments(lsr1, locals())
     rule = RadiusRule() if rule is None else rule
 
     def step(given: Given) -> Step:
@@ -127,6 +128,7 @@ def lsr1_linesearch(
 
     Source: Ramamurthy and Duffy 2017, algorithm 2.
     """
+    check_arguments(lsr1_linesearch, locals())
 
     def step(given: Given) -> Step:
         loss = given.at.loss.astype(given.dtype)

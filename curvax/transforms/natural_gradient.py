@@ -11,7 +11,7 @@ from curvax.damping.rules import DampingRule, next_batch_rule
 from curvax.matrices.curvature import Curvature, Fisher, check_curvature
 from curvax.matrices.linear_map import LinearMap
 from curvax.transforms._judge import NextBatch
-from curvax.transforms._step import Given, Step, stepper
+from curvax.transforms._step import Given, Step, check_arguments, stepper
 from curvax.types import Array, PyTree
 
 
@@ -67,6 +67,7 @@ def natural_gradient(
 
     Source: Amari 1998; Martens 2016, sections 5.3 and 5.5.
     """
+    check_arguments(natural_gradient, locals())
     solve = _Solve("natural_gradient", max_iterations, tolerance, warm_start, curvature)
     if damping is not None and not (initial_damping is None and rule is None):
         raise ValueError(
@@ -143,6 +144,7 @@ def scale_by_natural_gradient(
 
     Source: Amari 1998; Martens 2016, section 5.2.
     """
+    check_arguments(scale_by_natural_gradient, locals())
     solve = _Solve("scale_by_natural_gradient", max_iterations, tolerance, warm_start, curvature)
 
     def step(given: Given) -> Step:

@@ -9,7 +9,7 @@ from curvax import solvers, trees
 from curvax.damping.rules import RadiusRule
 from curvax.matrices.curvature import Curvature, Hessian, check_curvature
 from curvax.matrices.quadratic_model import reduction_ratio
-from curvax.transforms._step import Given, Step, stepper
+from curvax.transforms._step import Given, Step, check_arguments, stepper
 
 
 def newton_cg(
@@ -55,6 +55,7 @@ def newton_cg(
 
     Source: Steihaug 1983; Nocedal and Wright 2006, algorithm 7.2.
     """
+    check_arguments(newton_cg, locals())
     rule = RadiusRule() if rule is None else rule
     curvature = Hessian() if curvature is None else curvature
     check_curvature("newton_cg", curvature)

@@ -11,7 +11,7 @@ from curvax.layers.find import Layers, find_layers_at
 from curvax.layers.sample_space import SampleSpace
 from curvax.layers.taps import tap
 from curvax.matrices.curvature import GaussNewton, OutputCurvature, check_curvature
-from curvax.transforms._step import Given, Step, nothing, stepper
+from curvax.transforms._step import Given, Step, check_arguments, nothing, stepper
 
 
 def scale_by_sample_space(
@@ -75,6 +75,7 @@ def scale_by_sample_space(
         >>> print((w + updates)[:, 0].round(3))
         [1. 2. 0.]
     """
+    check_arguments(scale_by_sample_space, locals())
     curvature = GaussNewton() if curvature is None else curvature
     check_curvature("scale_by_sample_space", curvature, OutputCurvature)
 
