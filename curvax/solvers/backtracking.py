@@ -44,23 +44,21 @@ def backtrack(stored: StoredIterates, objective: Callable[[PyTree], Array]) -> B
         (2, 3)
     """
 
-    def evaluate(slot):
-        return _evaluated(stored, objective, slot)
-
     def walking(carry):
         slot, best, _, _ = carry
         return (slot == best) & (slot > 0)
 
     def step_back(carry):
         slot, best, value, evaluations = carry
-        earlier = evaluate(slot - 1)
+        earlier = _evaluated(stored, objective, slot - 1)
         # An infinite objective says nothing about where to stop.
         better = (earlier < value) | ~jnp.isfinite(value)
         return slot - 1, jnp.where(better, slot - 1, best), jnp.where(better, earlier, value), evaluations + 1
 
-    last = _last(stored)
-    start = (last, last, evaluate(last), jnp.ones((), jnp.int32))
-    _, best, value, evaluations = jax.lax.while_loop(walking, step_back, start)
+    # From behind the last, so that the objective stands in the program once.
+    behind = _last(stored) + 1
+    nothing = jnp.full((), jnp.inf, jax.eval_shape(lambda: _evaluated(stored, objective, behind)).dtype)
+    _, best, value, evaluations = jax.lax.while_loop(walking, step_back, (behind, behind, nothing, jnp.zeros((), jnp.int32)))
     return _chosen(stored, best, value, evaluations)
 
 

@@ -110,7 +110,7 @@ def cg(
     if not isinstance(cap, int) and not (progress_tolerance is None and store_at is None):
         raise ValueError("progress_tolerance= and store_at= need max_iterations as a Python integer, not a traced one")
     system, x, residual = scaled_system(matvec, b, x0, preconditioner)
-    threshold = jnp.asarray(tolerance, system.unit.dtype) * trees.norm(system.right)
+    threshold = jnp.asarray(tolerance, system.unit.dtype) * jnp.sqrt(trees.vdot(system.right, system.right))
     state = _start(system, x, residual, threshold, cap, store_at, monitor)
 
     def running(state):
