@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -141,8 +142,8 @@ def random_normal(key: jax.Array, like: PyTree) -> PyTree:
 
 
 def random_rademacher(key: jax.Array, like: PyTree) -> PyTree:
-    """A pytree of independent entries -1 or +1 with equal probability, shaped like ``like``."""
-    return _random(jax.random.rademacher, key, like)
+    """A pytree of independent entries -1 or +1 with equal probability, shaped like ``like``; 32 by each random word."""
+    return _random(_signs, key, like)
 
 
 def ravel(tree: PyTree) -> jax.Array:
@@ -315,6 +316,13 @@ def _random(sampler, key, like):
     leaves, treedef = jax.tree.flatten(like)
     keys = jax.random.split(key, max(len(leaves), 1))
     return treedef.unflatten([sampler(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=False)])
+
+
+def _signs(key, shape, dtype):
+    count = math.prod(shape)
+    words = jax.random.bits(key, (-(-count // 32), 1), jnp.uint32)
+    bits = (words >> jnp.arange(32, dtype=jnp.uint32)[None, :]) & 1
+    return (1 - 2 * bits.reshape(-1)[:count].astype(jnp.int32)).astype(dtype).reshape(shape)
 
 
 def _path_string(path) -> str:
