@@ -49,7 +49,9 @@ def largest(tree: PyTree) -> jax.Array:
     """
     leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.size]
     dtype = wide_dtype(*leaves)
-    return functools.reduce(jnp.maximum, [jnp.max(jnp.abs(leaf)).astype(dtype) for leaf in leaves], jnp.zeros((), dtype))
+    return functools.reduce(
+        jnp.maximum, [jnp.max(jnp.abs(leaf)).astype(dtype) for leaf in leaves], jnp.zeros((), dtype)
+    )
 
 
 def add(left: PyTree, right: PyTree) -> PyTree:

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
 from curvax import blocks, trees
 from curvax.checks import check_at_least
-from curvax.estimators import _wide as wide
-from curvax.estimators.lanczos import gauss_quadrature, lanczos
+from curvax.krylov import _wide as wide
+from curvax.krylov.functions import TraceEstimate, mean_of_samples, slq_trace
 from curvax.matrices.linear_map import LinearMap, Noise
 from curvax.types import Array, Scalar
-
-
-class TraceEstimate(NamedTuple):
-    """An unbiased estimate of a trace and what it may be off by."""
-
-    value: Array  # the estimate, a scalar
-    standard_error: Array  # its estimated standard deviation; infinite where one sample cannot tell
 
 
 def hutchinson_trace(
@@ -47,7 +37,7 @@ def hutchinson_trace(
     def one(sample_key):
         return linear_map.quadratic(distribution(sample_key, linear_map.structure)).astype(dtype)
 
-    return _mean(jax.lax.map(one, jax.random.split(key, num_samples)))
+    return mean_of_samples(jax.lax.map(one, jax.random.split(key, num_samples)))
 
 
 def hutch_plus_plus(linear_map: LinearMap, key: Array, *, num_products: int) -> TraceEstimate:
@@ -79,7 +69,7 @@ def hutch_plus_plus(linear_map: LinearMap, key: Array, *, num_products: int) -> 
     tests = _draw_block(linear_map, rest_key, num_products - 2 * width, trees.random_rademacher)
     tests = blocks.without(tests, basis)
     exact = jnp.sum(blocks.row_dots(basis, wide.block_product(linear_map, basis)))
-    rest = _mean(blocks.row_dots(tests, wide.block_product(linear_map, tests)))
+    rest = mean_of_samples(blocks.row_dots(tests, wide.block_product(linear_map, tests)))
     return TraceEstimate(exact + rest.value, rest.standard_error)
 
 
@@ -118,7 +108,7 @@ def xtrace(linear_map: LinearMap, key: Array, *, num_products: int) -> TraceEsti
     # which would lose what is left when there are about as many tests as parameters.
     outside = trees.sub(tests, blocks.combine(overlaps.T, basis))
     outside_images = trees.sub(products, blocks.combine(overlaps.T, images))
-    return _mean(
+    return mean_of_samples(
         _leave_one_out(
             dimension=trees.size(linear_map.structure),
             triangle=triangle,
@@ -129,36 +119,6 @@ def xtrace(linear_map: LinearMap, key: Array, *, num_products: int) -> TraceEsti
             squared_norms=blocks.row_dots(outside, outside),
         )
     )
-
-
-def slq_trace(
-    function: Callable[[Array], Array], linear_map: LinearMap, key: Array, *, num_steps: int, num_samples: int
-) -> TraceEstimate:
-    r"""trace f(A) by stochastic Lanczos quadrature: the mean of v^T f(A) v, each by ``num_steps`` Lanczos steps.
-
-    The sampling error falls with ``num_samples`` and is what ``standard_error`` tells; the error of the quadrature,
-    zero for polynomials f up to degree 2 num_steps - 1, falls with ``num_steps`` and is not in it. Source: Ubaru, Chen
-    and Saad 2017, Algorithm 1.
-
-    Args:
-        function: f, elementwise on arrays of eigenvalues.
-        num_steps: Lanczos steps, and vectors held in memory.
-        num_samples: Rademacher vectors v, one after another.
-
-    Example:
-        >>> A = curvax.Diagonal(jnp.array([1.0, 4.0, 9.0]))
-        >>> curvax.estimators.slq_trace(jnp.sqrt, A, jax.random.key(0), num_steps=3, num_samples=2).value.round(6)
-        Array(6., dtype=float...)
-    """
-    check_at_least("num_samples", num_samples, 1)
-    dimension = trees.size(linear_map.structure)
-
-    def one(sample_key):
-        start = trees.random_rademacher(sample_key, linear_map.structure)
-        nodes, weights = gauss_quadrature(lanczos(linear_map, start, num_steps=num_steps))
-        return dimension * jnp.sum(weights * function(nodes))
-
-    return _mean(jax.lax.map(one, jax.random.split(key, num_samples)))
 
 
 def slq_logdet(
@@ -189,18 +149,6 @@ def slq_logdet(
 def _draw_block(linear_map, key, count, distribution):
     drawn = jax.vmap(lambda k: distribution(k, linear_map.structure))(jax.random.split(key, count))
     return wide.cast(drawn, wide.dtype_of(linear_map))
-
-
-def _mean(samples):
-    count = samples.shape[0]
-    value = jnp.mean(samples)
-    if count == 1:
-        return TraceEstimate(value, jnp.full_like(value, jnp.inf))
-    # Scaled before it is squared: the deviations of a tiny map would underflow.
-    deviations = samples - value
-    largest = jnp.max(jnp.abs(deviations))
-    unit = jnp.where(largest > 0, largest, 1)
-    return TraceEstimate(value, unit * jnp.sqrt(jnp.sum((deviations / unit) ** 2) / (count * (count - 1))))
 
 
 def _leave_one_out(*, dimension, triangle, projected, overlaps, crossed, quadratics, squared_norms):

@@ -276,7 +276,7 @@ def check_curvature(name: str, curvature: Any, kind: type = Curvature) -> None:
 
 
 @register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Pullback(LinearMap):
     """(1/N) sum_i J_i^T C_i J_i for a matrix C on the outputs; without the penalty."""
 
@@ -334,7 +334,7 @@ class Pullback(LinearMap):
 
 
 @register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class HessianMap(LinearMap):
     """The Hessian of the objective without its penalty."""
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import blocks
-from curvax.solvers.conjugate_gradient import StoredIterates
+from curvax.krylov.conjugate_gradient import StoredIterates
 from curvax.types import Array, PyTree
 
 
@@ -58,7 +58,9 @@ def backtrack(stored: StoredIterates, objective: Callable[[PyTree], Array]) -> B
     # From behind the last, so that the objective stands in the program once.
     behind = _last(stored) + 1
     nothing = jnp.full((), jnp.inf, jax.eval_shape(lambda: _evaluated(stored, objective, behind)).dtype)
-    _, best, value, evaluations = jax.lax.while_loop(walking, step_back, (behind, behind, nothing, jnp.zeros((), jnp.int32)))
+    _, best, value, evaluations = jax.lax.while_loop(
+        walking, step_back, (behind, behind, nothing, jnp.zeros((), jnp.int32))
+    )
     return _chosen(stored, best, value, evaluations)
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import trees
-from curvax.solvers.stop_reasons import StopReason, first_reason
+from curvax.krylov.stop_reasons import StopReason, first_reason
 from curvax.types import Array, PyTree, Scalar
 
 
