@@ -63,7 +63,8 @@ class LinearMap(abc.ABC):
     @property
     def shape(self) -> tuple[int, int]:
         """(n, n) for n parameters."""
-        return (trees.size(self.structure),) * 2
+        size = trees.size(self.structure)
+        return size, size
 
     @abc.abstractmethod
     def __call__(self, vector: PyTree) -> PyTree:
