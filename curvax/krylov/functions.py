@@ -40,8 +40,9 @@ def lanczos_function(
     """
     run = lanczos(linear_map, vector, num_steps=num_steps)
     coefficients, before = (_at_first(function, run, count) for count in (num_steps, num_steps - num_steps // 4))
-    change = trees.norm(coefficients - before) <= jnp.asarray(tolerance, before.dtype) * trees.norm(coefficients)
-    length = jnp.where(change, trees.norm(wide.cast(vector, before.dtype)), jnp.nan)
+    settled = trees.norm(coefficients - before) <= jnp.asarray(tolerance, before.dtype) * trees.norm(coefficients)
+    # A process that ended early has met a space that A maps to itself: nothing is missing.
+    length = jnp.where(settled | (run.num_valid < num_steps), trees.norm(wide.cast(vector, before.dtype)), jnp.nan)
     # From a zero vector no step is made.
     result = trees.scale(jnp.where(run.num_valid > 0, length, 0), blocks.combine(coefficients, run.basis))
     return trees.cast_like(result, vector)

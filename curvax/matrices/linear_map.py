@@ -303,7 +303,9 @@ class LinearMap(abc.ABC):
 
     def _by_lanczos(self, vector, function, tolerance, num_steps):
         tolerance = 1e-2 if tolerance is None else tolerance
-        return lanczos_function(function, self, vector, num_steps=min(num_steps, self.shape[0]), tolerance=tolerance)
+        # One step more than there are dimensions, so that the process sees that there is no other.
+        most = min(num_steps, self.shape[0] + 1)
+        return lanczos_function(function, self, vector, num_steps=most, tolerance=tolerance)
 
     def _method(self, method, iterative):
         """The method asked for, or else the exact one where it can be afforded."""
