@@ -45,6 +45,25 @@ def row_dots(left: PyTree, right: PyTree) -> Array:
     return jax.vmap(trees.vdot)(left, right)
 
 
+def lengths_and_cosines(*vectors: PyTree) -> tuple[Array, Array]:
+    """The norms of k vectors, shape (k,), and the cosines of the angles between them, shape (k, k), with 0 for zeros.
+
+    Free of overflow and underflow, and by one matrix product for each leaf: k norms and their inner products one by one
+    are as many reductions of each leaf, which are slow to compile.
+    """
+    block = jax.tree.map(lambda *leaves: jnp.stack([leaf.astype(trees.wide_dtype(leaf)) for leaf in leaves]), *vectors)
+    leaves = [leaf for leaf in jax.tree.leaves(block) if leaf.size]
+    dtype = trees.wide_dtype(*leaves)
+    rows = [jnp.max(jnp.abs(leaf), axis=tuple(range(1, leaf.ndim))).astype(dtype) for leaf in leaves]
+    sizes = functools.reduce(jnp.maximum, rows, jnp.zeros(len(vectors), dtype))
+    sizes = jnp.where((sizes > 0) & jnp.isfinite(sizes), sizes, 1)
+    block = jax.tree.map(lambda leaf: leaf / trees.expand_right(sizes, leaf.ndim).astype(leaf.dtype), block)
+    products = inner_products(block, block)
+    lengths = jnp.sqrt(jnp.diagonal(products))
+    inverse = jnp.where(lengths == 0, 0, 1 / jnp.where(lengths == 0, 1, lengths))
+    return sizes * lengths, inverse[:, None] * products * inverse[None, :]
+
+
 def row(block: PyTree, index: Any) -> PyTree:
     """Vector number ``index`` of a block."""
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), block)

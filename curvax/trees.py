@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import operator
+import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -43,14 +43,23 @@ def norm(tree: PyTree) -> jax.Array:
     >>> norm({"a": jnp.array([3.0]), "b": jnp.array([4.0])}).item()
     5.0
     """
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.size]
-    if not leaves:
-        return jnp.zeros((), jnp.float32)
-    dtype = wide_dtype(*leaves)
-    largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(leaf)).astype(dtype) for leaf in leaves])
-    safe = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    size = largest(tree)
+    safe = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
     scaled = jax.tree.map(lambda leaf: leaf.astype(safe.dtype) / safe, tree)
     return safe * jnp.sqrt(vdot(scaled, scaled))
+
+
+def largest(tree: PyTree) -> jax.Array:
+    """The largest magnitude of an entry, in float32 or wider; not finite where an entry is not, 0 where there is none.
+
+    >>> largest({"a": jnp.array([3.0, -5.0]), "b": jnp.zeros(0)}).item()
+    5.0
+    """
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.size]
+    dtype = wide_dtype(*leaves)
+    return functools.reduce(
+        jnp.maximum, [jnp.max(jnp.abs(leaf)).astype(dtype) for leaf in leaves], jnp.zeros((), dtype)
+    )
 
 
 def add(left: PyTree, right: PyTree) -> PyTree:
@@ -108,9 +117,11 @@ def cast_like(tree: PyTree, like: PyTree) -> PyTree:
 
 
 def all_finite(*trees: PyTree) -> jax.Array:
-    """Whether every entry of every leaf is finite, as a boolean scalar."""
-    flags = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(trees)]
-    return functools.reduce(operator.and_, flags, jnp.array(True))
+    """Whether every entry of every leaf is finite, as a boolean scalar.
+
+    By the largest magnitude, which a norm needs as well: a compiler then works it out once for both.
+    """
+    return jnp.isfinite(largest([leaf for leaf in jax.tree.leaves(trees) if jnp.issubdtype(leaf.dtype, jnp.inexact)]))
 
 
 def size(tree: PyTree) -> int:
@@ -192,8 +203,8 @@ def random_normal(key: jax.Array, like: PyTree) -> PyTree:
 
 
 def random_rademacher(key: jax.Array, like: PyTree) -> PyTree:
-    """A pytree of independent entries -1 or +1 with equal probability, shaped like ``like``."""
-    return _random(jax.random.rademacher, key, like)
+    """A pytree of independent entries -1 or +1 with equal probability, shaped like ``like``; 32 by each random word."""
+    return _random(_signs, key, like)
 
 
 def ravel(tree: PyTree) -> jax.Array:
@@ -415,6 +426,13 @@ def _random(sampler, key, like):
     leaves, treedef = jax.tree.flatten(like)
     keys = jax.random.split(key, max(len(leaves), 1))
     return treedef.unflatten([sampler(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=False)])
+
+
+def _signs(key, shape, dtype):
+    count = math.prod(shape)
+    words = jax.random.bits(key, (-(-count // 32), 1), jnp.uint32)
+    bits = (words >> jnp.arange(32, dtype=jnp.uint32)[None, :]) & 1
+    return (1 - 2 * bits.reshape(-1)[:count].astype(jnp.int32)).astype(dtype).reshape(shape)
 
 
 _OF_PYTHON = (bool, int, float, complex, np.ndarray, np.generic)

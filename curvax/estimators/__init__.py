@@ -10,11 +10,11 @@ from curvax.estimators.eigenpairs import top_eigenpairs as top_eigenpairs
 from curvax.estimators.gradient_flow import jacobian_norms_by_lag as jacobian_norms_by_lag
 from curvax.estimators.gradient_flow import layer_norms as layer_norms
 from curvax.estimators.gradient_flow import newton_boosts as newton_boosts
-from curvax.estimators.lanczos import gauss_quadrature as gauss_quadrature
-from curvax.estimators.lanczos import lanczos as lanczos
 from curvax.estimators.spectra import spectral_density as spectral_density
 from curvax.estimators.traces import hutch_plus_plus as hutch_plus_plus
 from curvax.estimators.traces import hutchinson_trace as hutchinson_trace
 from curvax.estimators.traces import slq_logdet as slq_logdet
-from curvax.estimators.traces import slq_trace as slq_trace
 from curvax.estimators.traces import xtrace as xtrace
+from curvax.krylov.functions import slq_trace as slq_trace
+from curvax.krylov.lanczos import gauss_quadrature as gauss_quadrature
+from curvax.krylov.lanczos import lanczos as lanczos

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from curvax import trees
 from curvax.checks import check_at_least
-from curvax.estimators import _wide as wide
+from curvax.krylov import _wide as wide
 from curvax.matrices.linear_map import LinearMap, Noise
 from curvax.types import Array, PyTree
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from curvax import blocks, trees
 from curvax.checks import check_at_least, check_choice
-from curvax.estimators import _wide as wide
+from curvax.krylov import _wide as wide
 from curvax.matrices.linear_map import LinearMap
 from curvax.types import Array, PyTree, Scalar
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from curvax import trees
 from curvax.checks import check_at_least
-from curvax.estimators.lanczos import gauss_quadrature, lanczos
+from curvax.krylov.lanczos import gauss_quadrature, lanczos
 from curvax.matrices.linear_map import LinearMap
 from curvax.types import Array, Scalar
 

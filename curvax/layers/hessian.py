@@ -105,7 +105,7 @@ class TermStructure:
 
 
 @register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LayerHessian(LinearMap):
     """The map of ``layer_hessian``, without the penalty."""
 

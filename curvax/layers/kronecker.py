@@ -24,7 +24,7 @@ from curvax.layers.inverses import two_sided
 from curvax.layers.taps import check_leaves
 from curvax.matrices.inverses import sequenced
 from curvax.matrices.linear_map import LinearMap
-from curvax.types import Array, PyTree, Scalar
+from curvax.types import Array, PyTree
 
 Bases = tuple[tuple[Array, Array], ...]
 
@@ -77,13 +77,14 @@ def kronecker_map(layers: Layers, factors: KroneckerFactors, params: PyTree) -> 
 
 
 @register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class KroneckerMap(LinearMap):
     """The map of ``kronecker_map``."""
 
     factors: KroneckerFactors
     layers: Layers = dataclasses.field(metadata={"static": True})
     like: trees.Static = dataclasses.field(metadata={"static": True})
+    _has_own_form = True
 
     @property
     def structure(self) -> PyTree:
@@ -102,16 +103,13 @@ class KroneckerMap(LinearMap):
         bases, values = decompose(self.layers, self.factors)
         return EigenKroneckerMap(bases, values, self.factors.diagonals, self.layers, self.like)
 
-    def solve(self, vector: PyTree, *, damping: Scalar = 0.0) -> PyTree:
+    def _solve(self, vector, damping):
         return self.decomposed().solve(vector, damping=damping)
 
-    def sqrt(self, vector: PyTree) -> PyTree:
-        return self.decomposed().sqrt(vector)
+    def _spectral(self, vector, function):
+        return self.decomposed()._spectral(vector, function)
 
-    def inverse_sqrt(self, vector: PyTree, *, damping: Scalar = 0.0) -> PyTree:
-        return self.decomposed().inverse_sqrt(vector, damping=damping)
-
-    def logdet(self, *, damping: Scalar = 0.0) -> Array:
+    def _logdet(self, damping):
         return self.decomposed().logdet(damping=damping)
 
     def trace(self) -> Array:
@@ -132,7 +130,7 @@ class KroneckerMap(LinearMap):
 
 
 @register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class EigenKroneckerMap(LinearMap):
     """U diag(Q_A (x) Q_G diag(s) Q_A^T (x) Q_G^T) U^T: a Kronecker map by its eigenvectors, or with other eigenvalues.
 
@@ -147,6 +145,7 @@ class EigenKroneckerMap(LinearMap):
     diagonals: tuple[Array, ...]
     layers: Layers = dataclasses.field(metadata={"static": True})
     like: trees.Static = dataclasses.field(metadata={"static": True})
+    _has_own_form = True
 
     @property
     def structure(self) -> PyTree:
@@ -157,19 +156,12 @@ class EigenKroneckerMap(LinearMap):
         return dataclasses.replace(self, values=tuple(values))
 
     def __call__(self, vector: PyTree) -> PyTree:
-        return self._function(vector, lambda values: values)
+        return self._spectral(vector, lambda values: values)
 
-    def solve(self, vector: PyTree, *, damping: Scalar = 0.0) -> PyTree:
-        """(A + damping I)^{-1} v exactly, by products; not finite where the damped matrix is singular."""
-        return self._function(vector, lambda values: 1 / (values + jnp.asarray(damping).astype(values.dtype)))
+    def _solve(self, vector, damping):
+        return self._spectral(vector, lambda values: 1 / (values + jnp.asarray(damping).astype(values.dtype)))
 
-    def sqrt(self, vector: PyTree) -> PyTree:
-        return self._function(vector, lambda values: jnp.sqrt(jnp.maximum(values, 0)))
-
-    def inverse_sqrt(self, vector: PyTree, *, damping: Scalar = 0.0) -> PyTree:
-        return self._function(vector, lambda values: 1 / jnp.sqrt(values + jnp.asarray(damping).astype(values.dtype)))
-
-    def logdet(self, *, damping: Scalar = 0.0) -> Array:
+    def _logdet(self, damping):
         def logarithms(values):
             return jnp.log(jnp.abs(values + jnp.asarray(damping).astype(values.dtype)))
 
@@ -188,7 +180,7 @@ class EigenKroneckerMap(LinearMap):
         ]
         return _diagonal_on_leaves(self.layers, diagonals, self.diagonals, self.structure)
 
-    def _function(self, vector, function):
+    def _spectral(self, vector, function):
         trees.check_like(vector, self.structure, "vector", "the map's vectors")
 
         def on_blocks(matrices):

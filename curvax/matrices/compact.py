@@ -51,7 +51,7 @@ class Spectrum(NamedTuple):
 
 
 @register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class CompactMap(LinearMap):
     """scale * I + Psi C^{-1} Psi^T; the fields are the arguments of ``compact_map``, and ``gram`` is Psi^T Psi."""
 
@@ -60,6 +60,7 @@ class CompactMap(LinearMap):
     core: Array
     gram: Array
     used: Array
+    _has_own_form = True
 
     @property
     def structure(self) -> PyTree:
@@ -70,9 +71,8 @@ class CompactMap(LinearMap):
         change = self.combine(self.solve_core(self.project(vector)))
         return trees.add(trees.scale(self.scale, vector), change)
 
-    def solve(self, vector: PyTree, *, damping: Scalar = 0.0) -> PyTree:
-        """(A + damping I)^{-1} v by the formula of Sherman, Morrison and Woodbury."""
-        trees.check_like(vector, self.structure, "vector", "the map's vectors")
+    def _solve(self, vector, damping):
+        """By the formula of Sherman, Morrison and Woodbury."""
         damping = jnp.asarray(damping, self.scale.dtype)
         total = self.scale + damping
 
@@ -104,7 +104,7 @@ class CompactMap(LinearMap):
 
         return jax.tree.map(one, trees.widened(self.vectors))
 
-    def logdet(self, *, damping: Scalar = 0.0) -> Array:
+    def _logdet(self, damping):
         spectrum, damping = self.spectrum(), jnp.asarray(damping, self.scale.dtype)
         rest = jnp.asarray(trees.size(self.structure), self.scale.dtype) - spectrum.rank.astype(self.scale.dtype)
         kept = jnp.any(spectrum.basis != 0, axis=0)

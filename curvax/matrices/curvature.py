@@ -282,7 +282,7 @@ def check_curvature(name: str, curvature: Any, kind: type = Curvature) -> None:
 
 
 @register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Pullback(LinearMap):
     """(1/N) sum_i J_i^T C_i J_i for a matrix C on the outputs; without the penalty."""
 
@@ -341,7 +341,7 @@ class Pullback(LinearMap):
 
 
 @register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class HessianMap(LinearMap):
     """The Hessian of the objective without its penalty."""
 

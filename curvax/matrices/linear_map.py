@@ -6,14 +6,22 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import register_dataclass
 
 from curvax import trees
+from curvax.checks import check_choice
+from curvax.krylov.conjugate_gradient import cg
+from curvax.krylov.functions import lanczos_function, slq_trace
+from curvax.krylov.stop_reasons import StopReason
 from curvax.types import PyTree, Scalar
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
 
 Noise = Callable[[jax.Array, PyTree], PyTree]
 
@@ -23,12 +31,14 @@ _DENSE_LIMIT = 20_000
 class LinearMap(abc.ABC):
     r"""A symmetric linear map A on pytrees of one structure; every curvature matrix of this library is one.
 
-    A subclass gives ``structure`` and ``__call__``. Everything else has a default that is exact and forms the matrix,
-    fit for some thousands of parameters; maps with structure override what they can do better. For large maps use
-    ``curvax.estimators`` (traces, diagonals, spectra) and ``curvax.solvers`` (solves), which need only products.
+    A subclass gives ``structure`` and ``__call__``. Everything else has a default. ``solve``, ``sqrt``,
+    ``inverse_sqrt``, ``logdet`` and ``sample`` are exact up to 20,000 parameters, by a factorisation of the matrix, and
+    for maps of a form that can do better (diagonal, compact, Kronecker) at any size. Above, or where ``method=`` says
+    so, they take products alone and reach a tolerance, or are not a number. What would take a product for each
+    parameter is refused there, and ``curvax.estimators`` has estimates.
 
-    Maps are pytrees: they pass through ``jit``, ``vmap``, ``cond`` and ``scan``. They add (``A + B``) and scale
-    (``2.0 * A``).
+    Maps are pytrees: they pass through ``jit``, ``vmap``, ``cond`` and ``scan``. They add, subtract and scale (``A -
+    2.0 * B``), and multiply vectors (``A @ v``, the same as ``A(v)``).
 
     Example:
         >>> A = curvax.from_matvec(lambda v: {"w": 2.0 * v["w"]}, {"w": jnp.zeros(3)})
@@ -36,12 +46,25 @@ class LinearMap(abc.ABC):
         6.0
         >>> A.solve({"w": jnp.ones(3)}, damping=2.0)["w"]
         Array([0.25, 0.25, 0.25], dtype=float...)
+        >>> A.shape, A
+        ((3, 3), MatvecMap(3 x 3, 1 leaf, float...))
     """
+
+    # Whether ``_solve``, ``_spectral`` and ``_logdet`` do without the dense matrix.
+    _has_own_form = False
+    # NumPy's numbers and arrays are not to take the map apart.
+    __array_ufunc__ = None
 
     @property
     @abc.abstractmethod
     def structure(self) -> PyTree:
         """The pytree of ``jax.ShapeDtypeStruct`` of the vectors this map acts on."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, n) for n parameters."""
+        size = trees.size(self.structure)
+        return size, size
 
     @abc.abstractmethod
     def __call__(self, vector: PyTree) -> PyTree:
@@ -59,26 +82,117 @@ class LinearMap(abc.ABC):
         """The bilinear form u^T A v, a scalar."""
         return trees.vdot(left, self(right))
 
-    def solve(self, vector: PyTree, *, damping: Scalar = 0.0) -> PyTree:
-        """(A + damping I)^{-1} v by a dense factorisation; not finite where the damped matrix is singular.
+    def solve(
+        self,
+        vector: PyTree,
+        *,
+        damping: Scalar = 0.0,
+        method: Literal["exact", "cg", "lanczos"] | None = None,
+        tolerance: Scalar | None = None,
+        max_iterations: int = 1000,
+    ) -> PyTree:
+        r"""(A + damping I)^{-1} v; not finite where the damped matrix is singular.
 
-        For large maps use ``curvax.solvers``.
+        Args:
+            method: "exact" is a factorisation or the map's own form. "cg" takes conjugate gradients (Hestenes and
+                Stiefel 1952), for a positive definite A + damping I: about sqrt(condition number) / 2 *
+                log(2 / tolerance) products and the memory of five vectors. "lanczos" keeps a basis of
+                ``max_iterations`` vectors that stays orthogonal, which takes fewer products where the matrix is
+                ill-conditioned, and definite it need not be. None: "exact" up to 20,000 parameters, then "cg".
+            tolerance: Of "cg" on the residual, |A x + damping x - v| <= tolerance |v|, up to rounding of |A| |x|;
+                eps^(2/3) if None, 2e-5 in float32. Of "lanczos" on what the last quarter of the steps changes of the
+                result; 1e-2 if None. Where it is not met the result is not a number (``curvax.solvers.cg`` says why
+                and returns what it has).
+            max_iterations: The most products.
         """
         trees.check_like(vector, self.structure, "vector", "the map's vectors")
-        matrix = _damped(self.to_dense(), damping)
-        return trees.unravel(jnp.linalg.solve(matrix, trees.ravel(vector).astype(matrix.dtype)), vector)
+        match self._method(method, "cg"):
+            case "exact":
+                return self._solve(vector, damping)
+            case "lanczos":
+                return self._by_lanczos(vector, _inverse(damping), tolerance, max_iterations)
+        eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(self.structure))
+        found = cg(
+            self
+            if isinstance(damping, (int, float)) and damping == 0
+            else lambda v: trees.add_scaled(self(v), damping, v),
+            vector,
+            max_iterations=max_iterations,
+            tolerance=eps ** (2 / 3) if tolerance is None else tolerance,
+        )
+        return trees.scale(jnp.where(found.reason == StopReason.CONVERGED, 1.0, jnp.nan), found.value)
 
-    def sqrt(self, vector: PyTree) -> PyTree:
-        """A^{1/2} v with the symmetric square root, by a dense eigendecomposition; negative eigenvalues become zero."""
-        return self._spectral(vector, lambda values: jnp.sqrt(jnp.maximum(values, 0)))
+    def sqrt(
+        self,
+        vector: PyTree,
+        *,
+        method: Literal["exact", "lanczos"] | None = None,
+        tolerance: Scalar | None = None,
+        num_steps: int = 100,
+    ) -> PyTree:
+        """A^{1/2} v with the symmetric square root; negative eigenvalues become zero. Arguments as for inverse_sqrt."""
+        if self._method(method, "lanczos") == "exact":
+            return self._spectral(vector, _root)
+        return self._by_lanczos(vector, _root, tolerance, num_steps)
 
-    def inverse_sqrt(self, vector: PyTree, *, damping: Scalar = 0.0) -> PyTree:
-        """(A + damping I)^{-1/2} v with the symmetric square root, by a dense eigendecomposition."""
-        return self._spectral(vector, lambda values: 1 / jnp.sqrt(values + jnp.asarray(damping, values.dtype)))
+    def inverse_sqrt(
+        self,
+        vector: PyTree,
+        *,
+        damping: Scalar = 0.0,
+        method: Literal["exact", "lanczos"] | None = None,
+        tolerance: Scalar | None = None,
+        num_steps: int = 100,
+    ) -> PyTree:
+        r"""(A + damping I)^{-1/2} v with the symmetric square root.
 
-    def logdet(self, *, damping: Scalar = 0.0) -> jax.Array:
-        """log |det(A + damping I)|, by a dense factorisation."""
-        return jnp.linalg.slogdet(_damped(self.to_dense(), damping))[1]
+        With normal v it is a draw from N(0, (A + damping I)^{-1}).
+
+        Args:
+            method: "exact" is an eigendecomposition or the map's own form, "lanczos" takes ``num_steps`` products and
+                holds as many vectors; about sqrt(condition number) / 2 * log(2 / tolerance) are needed, and for
+                ``sqrt`` of a singular matrix about 1 / tolerance. None: "exact" up to 20,000 parameters.
+            tolerance: Of "lanczos": what the last quarter of the steps may change the result by, relative to it; 1e-2
+                if None, and the error is then below that as a rule. Where it is not met the result is not a number.
+        """
+
+        def function(values):
+            return jax.lax.rsqrt(values + jnp.asarray(damping).astype(values.dtype))
+
+        if self._method(method, "lanczos") == "exact":
+            return self._spectral(vector, function)
+        return self._by_lanczos(vector, function, tolerance, num_steps)
+
+    def logdet(
+        self,
+        *,
+        damping: Scalar = 0.0,
+        method: Literal["exact", "lanczos"] | None = None,
+        key: jax.Array | None = None,
+        num_steps: int = 100,
+        num_samples: int = 10,
+    ) -> jax.Array:
+        """log |det(A + damping I)|.
+
+        Args:
+            method: "exact" is a factorisation or the map's own form, "lanczos" the stochastic Lanczos quadrature of
+                ``curvax.estimators.slq_logdet``, which says the standard error too; not a number where A + damping I is
+                not positive definite. None: "exact" up to 20,000 parameters.
+            key: Of the ``num_samples`` random vectors of "lanczos", each for ``num_steps`` products; the samples' part
+                of the error falls as 1 / sqrt(num_samples), and about sqrt(condition number) steps are needed.
+        """
+        if self._method(method, "lanczos") == "exact":
+            return self._logdet(damping)
+        if key is None:
+            raise ValueError(
+                f"{type(self).__name__}.logdet() of {self.shape[0]:,} parameters is an estimate from random vectors:"
+                " pass key=jax.random.key(...)"
+            )
+
+        def function(values):
+            return jnp.log(values + jnp.asarray(damping).astype(values.dtype))
+
+        return slq_trace(function, self, key, num_steps=num_steps, num_samples=num_samples).value
 
     def trace(self) -> jax.Array:
         """The trace of A, exactly, by one product for each parameter."""
@@ -98,7 +212,7 @@ class LinearMap(abc.ABC):
         return trees.unravel(jax.lax.map(entry, jnp.arange(trees.size(like))), trees.wide_structure(like))
 
     def sample(self, key: jax.Array, distribution: Noise = trees.random_normal) -> PyTree:
-        """A draw u with E[u u^T] = A, for positive semi-definite A; here by a dense square root.
+        """A draw u with E[u u^T] = A, for positive semi-definite A; here by ``sqrt``.
 
         ``distribution`` is (key, like) -> noise of covariance I: ``curvax.trees.random_normal``, which makes u normal,
         or ``curvax.trees.random_rademacher``, whose squares vary less.
@@ -129,18 +243,76 @@ class LinearMap(abc.ABC):
             return self
         return Restricted.of(self, template)
 
+    def as_scipy_operator(self) -> LinearOperator:
+        """The map as a ``scipy.sparse.linalg.LinearOperator`` on NumPy vectors in the order of ``to_dense``.
+
+        >>> import scipy.sparse.linalg
+        >>> A = curvax.Diagonal({"w": jnp.arange(1.0, 9.0)})
+        >>> scipy.sparse.linalg.eigsh(A.as_scipy_operator(), k=2, return_eigenvectors=False).round(4).tolist()
+        [7.0, 8.0]
+        """
+        from scipy.sparse.linalg import LinearOperator
+
+        def product(linear_map, flat):
+            return trees.ravel(linear_map(trees.unravel(flat, self.structure)))
+
+        # A map that is no pytree holds what cannot be traced.
+        is_pytree = not any(isinstance(leaf, LinearMap) for leaf in jax.tree.leaves(self))
+        product = jax.jit(product) if is_pytree else product
+        dtype = trees.wide_dtype(*jax.tree.leaves(self.structure))
+
+        def matvec(vector):
+            return np.asarray(product(self, jnp.asarray(vector.reshape(-1), dtype)))
+
+        return LinearOperator(shape=self.shape, matvec=matvec, rmatvec=matvec, dtype=dtype)  # pyright: ignore
+
     def __add__(self, other: LinearMap) -> LinearMap:
         return Sum((self, other))
+
+    def __sub__(self, other: LinearMap) -> LinearMap:
+        return Sum((self, -other))
+
+    def __neg__(self) -> LinearMap:
+        return Scaled(-1.0, self)
+
+    def __matmul__(self, vector: PyTree) -> PyTree:
+        return self(vector)
 
     def __mul__(self, scalar: Scalar) -> LinearMap:
         return Scaled(scalar, self)
 
     __rmul__ = __mul__
 
+    def __repr__(self) -> str:
+        leaves = jax.tree.leaves(self.structure)
+        dtypes = ", ".join(sorted({str(leaf.dtype) for leaf in leaves}))
+        counted = f"{len(leaves)} {'leaf' if len(leaves) == 1 else 'leaves'}"
+        return f"{type(self).__name__}({self.shape[0]:,} x {self.shape[1]:,}, {counted}, {dtypes})"
+
+    def _solve(self, vector, damping):
+        matrix = _damped(self.to_dense(), damping)
+        return trees.unravel(jnp.linalg.solve(matrix, trees.ravel(vector).astype(matrix.dtype)), vector)
+
     def _spectral(self, vector, function):
         values, vectors = jnp.linalg.eigh(self.to_dense())
         flat = trees.ravel(vector).astype(values.dtype)
         return trees.unravel(vectors @ (function(values) * (vectors.T @ flat)), vector)
+
+    def _logdet(self, damping):
+        return jnp.linalg.slogdet(_damped(self.to_dense(), damping))[1]
+
+    def _by_lanczos(self, vector, function, tolerance, num_steps):
+        tolerance = 1e-2 if tolerance is None else tolerance
+        # One step more than there are dimensions, so that the process sees that there is no other.
+        most = min(num_steps, self.shape[0] + 1)
+        return lanczos_function(function, self, vector, num_steps=most, tolerance=tolerance)
+
+    def _method(self, method, iterative):
+        """The method asked for, or else the exact one where it can be afforded."""
+        if method is None:
+            return "exact" if self._has_own_form or self.shape[0] <= _DENSE_LIMIT else iterative
+        check_choice("method", method, {"exact", "lanczos", iterative})
+        return method
 
     def _check_dense(self, method: str, instead: str) -> None:
         count = trees.size(self.structure)
@@ -186,7 +358,7 @@ class Shaped(LinearMap):
 
 
 @register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class MatvecMap(Shaped):
     """The map of ``from_matvec``."""
 
@@ -198,11 +370,12 @@ class MatvecMap(Shaped):
 
 
 @register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Diagonal(LinearMap):
     """The diagonal matrix whose diagonal is the pytree ``entries``; everything is elementwise."""
 
     entries: PyTree
+    _has_own_form = True
 
     @property
     def structure(self) -> PyTree:
@@ -211,23 +384,19 @@ class Diagonal(LinearMap):
     def __call__(self, vector: PyTree) -> PyTree:
         return trees.multiply(vector, self.entries)
 
-    def solve(self, vector: PyTree, *, damping: Scalar = 0.0) -> PyTree:
-        def divide(v, d):
+    def _solve(self, vector, damping):
+        return self._spectral(vector, _inverse(damping))
+
+    def _spectral(self, vector, function):
+        def scaled(v, d):  # narrow entries may be out of the range of what the function makes of them
             dtype = trees.wide_dtype(v, d)
-            return (v.astype(dtype) / (d.astype(dtype) + jnp.asarray(damping, dtype))).astype(v.dtype)
+            return (v.astype(dtype) * function(d.astype(dtype))).astype(v.dtype)
 
-        return jax.tree.map(divide, vector, self.entries)
+        return jax.tree.map(scaled, vector, self.entries)
 
-    def sqrt(self, vector: PyTree) -> PyTree:
-        return trees.multiply(vector, jax.tree.map(lambda d: jnp.sqrt(jnp.maximum(d, 0)), self.entries))
-
-    def inverse_sqrt(self, vector: PyTree, *, damping: Scalar = 0.0) -> PyTree:
-        roots = jax.tree.map(lambda d: 1 / jnp.sqrt(d + jnp.asarray(damping, d.dtype)), self.entries)
-        return trees.multiply(vector, roots)
-
-    def logdet(self, *, damping: Scalar = 0.0) -> jax.Array:
+    def _logdet(self, damping):
         flat = trees.ravel(self.diagonal())
-        return jnp.sum(jnp.log(jnp.abs(flat + jnp.asarray(damping, flat.dtype))))
+        return jnp.sum(jnp.log(jnp.abs(flat + jnp.asarray(damping).astype(flat.dtype))))
 
     def trace(self) -> jax.Array:
         return jnp.sum(trees.ravel(self.entries))
@@ -240,7 +409,7 @@ class Diagonal(LinearMap):
 
 
 @register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LeafScalars(Shaped, Diagonal):
     """The diagonal matrix with one scalar for each leaf: a penalty's Hessian, or lambda I."""
 
@@ -260,12 +429,13 @@ class LeafScalars(Shaped, Diagonal):
 
 
 @register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class DenseMap(Shaped):
     """A matrix that has been formed, in leaf order with every leaf row-major."""
 
     matrix: jax.Array
     like: trees.Static = dataclasses.field(metadata={"static": True})
+    _has_own_form = True
 
     def __call__(self, vector: PyTree) -> PyTree:
         return trees.unravel(self.matrix @ trees.ravel(vector).astype(self.matrix.dtype), vector)
@@ -300,7 +470,7 @@ class Combined(LinearMap):
 
 
 @register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Sum(Combined):
     """The sum of maps of one structure."""
 
@@ -319,7 +489,7 @@ class Sum(Combined):
 
 
 @register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Scaled(Combined):
     """A scalar times a map."""
 
@@ -338,7 +508,7 @@ class Scaled(Combined):
 
 
 @register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Restricted(Shaped):
     """The principal submatrix on some of the leaves; see ``LinearMap.restrict``."""
 
@@ -361,5 +531,13 @@ class Restricted(Shaped):
         return trees.embed(vector, trees.zeros_like(self.map.structure))
 
 
+def _inverse(damping):
+    return lambda values: 1 / (values + jnp.asarray(damping).astype(values.dtype))
+
+
+def _root(values):
+    return jnp.sqrt(jnp.maximum(values, 0))
+
+
 def _damped(matrix, damping):
-    return matrix + jnp.asarray(damping, matrix.dtype) * jnp.eye(matrix.shape[0], dtype=matrix.dtype)
+    return matrix + jnp.asarray(damping).astype(matrix.dtype) * jnp.eye(matrix.shape[0], dtype=matrix.dtype)

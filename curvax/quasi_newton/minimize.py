@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from curvax import trees
 from curvax.checks import check_at_least, check_choice
 from curvax.damping.rules import RadiusRule
+from curvax.krylov.stop_reasons import Reason
 from curvax.quasi_newton.sr1 import SR1Memory, sr1_map, sr1_memory
 from curvax.quasi_newton.steps import line_search_step, trust_region_step
-from curvax.solvers.stop_reasons import Reason
 from curvax.types import Array, PyTree, Scalar
 
 

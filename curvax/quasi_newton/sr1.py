@@ -73,7 +73,7 @@ def sr1_update(
 
     A pair is left out if |a^T r| < tolerance ||a|| ||r|| with r = b - B a, as it would make the update unbounded, or if
     it is not finite or already obeyed. Then, as long as C is singular or Psi has dependent columns (relative to
-    rounding), the oldest pair is dropped. Costs two products with Psi, and one more unless B a is given. Source:
+    rounding), the oldest pair is dropped. Costs two products with Psi, and two more unless B a is given. Source:
     Ramamurthy and Duffy 2017, section 3 and appendix; Nocedal and Wright 2006, section 6.2.
 
     Args:
@@ -99,32 +99,27 @@ def sr1_update(
     # a^T [Psi, psi] to C: with r = b - B a = psi - Psi C^{-1} Psi^T a, block elimination turns the Schur complement
     # a^T psi - (Psi^T a)^T C^{-1} Psi^T a = r^T a into the recursion's B + r r^T / (r^T a).
     psi = trees.sub(image, trees.scale(scale, operand))
-    along = matrix.project(operand)
     if expected is None:
-        residual = trees.sub(psi, matrix.combine(matrix.solve_core(along)))
+        residual = trees.sub(psi, matrix.combine(matrix.solve_core(matrix.project(operand))))
     else:
         residual = trees.sub(image, expected)
-    reach, size, rest = (trees.norm(x).astype(dtype) for x in (operand, image, residual))
-    slant = jnp.abs(trees.vdot(operand, _scaled(residual, rest))).astype(dtype)
-    curved = slant >= jnp.asarray(tolerance, dtype) * reach
+    lengths, cosines = blocks.lengths_and_cosines(operand, image, residual, psi)
+    reach, size, rest, length = lengths.astype(dtype)
+    curved = jnp.abs(cosines[0, 2]).astype(dtype) >= jnp.asarray(tolerance, dtype)
     news = rest > 10 * jnp.finfo(dtype).eps * size
-    # psi is kept at unit length, so that pairs of any size stand beside each other: Psi D^{-1} and D^{-1} C D^{-1} are
-    # the same matrix for any diagonal D, here D_ii = ||psi_i||. The new row of C is a^T psi_i / (||psi_i|| ||psi||).
-    length = trees.norm(psi).astype(dtype)
-    unit = _scaled(psi, length)
-    squares = matrix.project(unit)
-    slope = trees.vdot(operand, unit).astype(dtype)
     # What is not finite in a vector is not in its norm.
-    finite = trees.all_finite(reach, size, rest, slope / length, along)
-    kept = curved & news & (reach > 0) & finite & usable
+    kept = curved & news & (reach > 0) & trees.all_finite(lengths, cosines, reach / length) & usable
 
     slot = jnp.argmin(memory.ages)
     here = jnp.arange(memory.ages.size) == slot
+    # psi is kept at unit length, so that pairs of any size stand beside each other: Psi D^{-1} and D^{-1} C D^{-1} are
+    # the same matrix for any diagonal D, here D_ii = ||psi_i||. The new row of C is a^T psi_i / (||psi_i|| ||psi||).
+    unit = trees.scale(jnp.where(length > 0, 1 / jnp.where(length > 0, length, 1), 0), psi)
     stored = blocks.with_row(memory.vectors, slot, trees.where(kept, unit, blocks.row(memory.vectors, slot)))
     used = (memory.ages > 0) | here
     ages = jnp.where(here, jnp.max(memory.ages) + 1, memory.ages)
-    products = jnp.where(here, slope, along) / jnp.where(length > 0, length, 1)
-    squares = jnp.where(here, trees.vdot(unit, unit).astype(dtype), squares)
+    products, squares = (blocks.inner_products(stored, vector).astype(dtype) for vector in (operand, unit))
+    products = products / jnp.where(length > 0, length, 1)
     core, gram = (
         _with_row(matrix, here, row, used) for matrix, row in ((memory.core, products), (memory.gram, squares))
     )
@@ -132,10 +127,6 @@ def sr1_update(
     repaired = jax.lax.while_loop(_is_ill_defined, _without_oldest, small)
     dropped = jnp.sum(small[2] > 0) - jnp.sum(repaired[2] > 0)
     return MemoryUpdate(SR1Memory(stored, *repaired), ~kept, dropped.astype(jnp.int32))
-
-
-def _scaled(vector, length):
-    return trees.scale(jnp.where(length > 0, 1 / jnp.where(length > 0, length, 1), 0), vector)
 
 
 def _with_row(matrix, here, row, used):

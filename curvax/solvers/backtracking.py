@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import blocks, trees
-from curvax.solvers.conjugate_gradient import StoredIterates
+from curvax.krylov.conjugate_gradient import StoredIterates
 from curvax.types import Array, PyTree, Scalar
 
 
@@ -49,22 +49,21 @@ def backtrack(
         (2, 3)
     """
 
-    def evaluate(slot):
-        return _evaluated(stored, objective, slot)
-
     def walking(carry):
         slot, best, _, _ = carry
         return (slot == best) & (slot > 0)
 
     def step_back(carry):
         slot, best, value, evaluations = carry
-        earlier = evaluate(slot - 1)
+        earlier = _evaluated(stored, objective, slot - 1)
         # An objective above where it began, or infinite, says nothing about where to stop.
         better = (earlier < value) | ~jnp.isfinite(value) | _above(value, initial_value)
         return slot - 1, jnp.where(better, slot - 1, best), jnp.where(better, earlier, value), evaluations + 1
 
-    last = _last(stored)
-    start = (last, last, evaluate(last), jnp.ones((), jnp.int32))
+    # From behind the last, so that the objective stands in the program once.
+    behind = _last(stored) + 1
+    nothing = jnp.full((), jnp.inf, jax.eval_shape(lambda: _evaluated(stored, objective, behind)).dtype)
+    start = (behind, behind, nothing, jnp.zeros((), jnp.int32))
     _, best, value, evaluations = jax.lax.while_loop(walking, step_back, start)
     return _chosen(stored, best, value, evaluations, initial_value)
 

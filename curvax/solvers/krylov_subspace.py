@@ -14,7 +14,7 @@ import optax
 
 from curvax import blocks, trees
 from curvax.checks import check_at_least
-from curvax.solvers._scaled_system import narrow, scaled_system, wide
+from curvax.krylov._scaled_system import narrow, scaled_system, wide
 from curvax.types import Array, PyTree, Scalar
 
 

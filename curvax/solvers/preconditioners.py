@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from curvax import trees
+from curvax.krylov._scaled_system import wide
 from curvax.matrices.linear_map import Diagonal
-from curvax.solvers._scaled_system import wide
 from curvax.types import PyTree, Scalar
 
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from curvax import trees
 from curvax.checks import check_at_least
-from curvax.solvers._scaled_system import narrow, scaled_system, start_of_run
-from curvax.solvers.stop_reasons import StopReason, first_reason
+from curvax.krylov._scaled_system import narrow, scaled_system, start_of_run
+from curvax.krylov.stop_reasons import StopReason, first_reason
 from curvax.types import Array, PyTree, Scalar
 
 

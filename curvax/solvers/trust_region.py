@@ -162,9 +162,9 @@ def compact_trust_region(matrix: CompactMap, gradient: PyTree, radius: Scalar) -
 
     # In the hard case any direction outside of the range will do.
     def any_direction():
-        drawn = trees.random_normal(jax.random.key(0), gradient)
+        drawn = jax.tree.map(_scattered, gradient)
         drawn = trees.sub(drawn, expand(project(drawn)))
-        return 1 / trees.norm(drawn).astype(dtype), drawn, jnp.zeros_like(inside)
+        return jax.lax.rsqrt(trees.vdot(drawn, drawn)).astype(dtype), drawn, jnp.zeros_like(inside)
 
     def own_direction():
         return jnp.where(length > 0, 1 / jnp.where(length > 0, length, 1), 0), vector, part
@@ -174,6 +174,13 @@ def compact_trust_region(matrix: CompactMap, gradient: PyTree, radius: Scalar) -
     along = factor * small.step[-1]
     step = trees.add(expand(small.step[:-1] - along * part), trees.scale(along, vector))
     return small._replace(step=step, norm=small.norm.astype(dtype))
+
+
+def _scattered(leaf):
+    """Entries of a fixed vector without pattern between -1 and 1: a draw of noise has far more to compile."""
+    numbers = jnp.arange(leaf.size, dtype=jnp.uint32) * jnp.uint32(2654435769) + jnp.uint32(leaf.size)
+    mixed = (numbers ^ (numbers >> 15)) * jnp.uint32(2246822519)
+    return ((mixed >> 9).astype(jnp.float32) / 2**22 - 1).astype(leaf.dtype).reshape(leaf.shape)
 
 
 def _solved(slopes, curvatures):

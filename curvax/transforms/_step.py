@@ -261,7 +261,9 @@ def stepper(
             last=_last_step(here, taken, accepted, given) if keeps_last else (),
             info=_info(taken, accepted, added, given),
         )
-        finite = trees.all_finite(moved, updates if taken.reads_updates else ()) & taken.finite
+        # What a method tried and not what is left of it: the info has its norm, and the largest entry with that.
+        tried = trees.all_finite(trees.cast_like(taken.update, updates)) | ~accepted
+        finite = tried & trees.all_finite(updates if taken.reads_updates else ()) & taken.finite
         skipped_steps = jnp.asarray(optax.safe_increment(state.info.skipped_steps))
         skipped = state._replace(info=state.info._replace(skipped_steps=skipped_steps))
         if taken.guarded:

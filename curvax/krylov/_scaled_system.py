@@ -1,8 +1,9 @@
 """The system A x = b in units in which no inner product over- or underflows, shared by the conjugate-gradient solvers.
 
-Vectors are divided by a power of two near |b|, which is exact: the iterates for b and for 2^k b have the same digits.
-Iterates and residuals are held in float32 or wider, search directions in the dtypes of b, so that the direction that is
-multiplied by A is the one that is added to the iterate.
+Vectors are divided by a power of two near the largest entry of b, which is exact: the iterates for b and for 2^k b have
+the same digits. By an entry and not by the length, which takes twice as many reductions: they are most of what there is
+to compile of a run. Iterates and residuals are held in float32 or wider, search directions in the dtypes of b, so that
+the direction that is multiplied by A is the one that is added to the iterate.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import trees
-from curvax.solvers.stop_reasons import StopReason, first_reason
+from curvax.krylov.stop_reasons import StopReason, first_reason
 from curvax.types import Array, PyTree, Scalar
 
 
@@ -76,7 +77,7 @@ def scaled_system(matvec, b, x0, preconditioner) -> tuple[ScaledSystem, PyTree, 
     trees.check_floating(b, "b")
     b = jax.tree.map(jnp.asarray, b)
     right = wide(b)
-    size = trees.norm(right)
+    size = trees.largest(right)
     if x0 is None:
         start, residual = trees.zeros_like(right), trees.scale(-1.0, right)
     else:
@@ -84,7 +85,8 @@ def scaled_system(matvec, b, x0, preconditioner) -> tuple[ScaledSystem, PyTree, 
         start = wide(narrow(jax.tree.map(jnp.asarray, x0), b))
         start = trees.where((size > 0) & trees.all_finite(start), start, trees.zeros_like(start))
         residual = trees.sub(product(matvec, start, b, "matvec"), right)
-    unit = power_of_two(jnp.maximum(size, trees.norm(residual)))
+    residual_size = size if x0 is None else trees.largest(residual)
+    unit = power_of_two(jnp.maximum(size, residual_size))
 
     def inward(vector):
         return jax.tree.map(lambda leaf: leaf / unit.astype(leaf.dtype), vector)
@@ -93,7 +95,7 @@ def scaled_system(matvec, b, x0, preconditioner) -> tuple[ScaledSystem, PyTree, 
     preconditioner_unit = jnp.ones_like(unit)
     if preconditioner is not None:
         image = product(preconditioner, residual, b, "preconditioner")
-        preconditioner_unit = power_of_two(trees.norm(image)) / power_of_two(trees.norm(residual))
+        preconditioner_unit = power_of_two(trees.largest(image)) / power_of_two(residual_size / unit)
     system = ScaledSystem(matvec, preconditioner, trees.structure_of(b), inward(right), unit, preconditioner_unit)
     return system, inward(start), residual
 

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
 from curvax import trees
-from curvax.matrices.linear_map import LinearMap
 from curvax.types import PyTree
 
 
-def dtype_of(linear_map: LinearMap) -> Any:
+class Operator(Protocol):
+    """What is needed of a symmetric linear map here; a ``LinearMap`` is one."""
+
+    @property
+    def structure(self) -> PyTree: ...
+
+    def __call__(self, vector: PyTree) -> PyTree: ...
+
+    def block(self, vectors: PyTree) -> PyTree: ...
+
+
+def dtype_of(linear_map: Operator) -> Any:
     """The dtype of vectors and of scalars about this map."""
     return trees.wide_dtype(*jax.tree.leaves(linear_map.structure))
 
@@ -21,11 +31,11 @@ def cast(tree: PyTree, dtype: Any) -> PyTree:
     return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
 
 
-def product(linear_map: LinearMap, vector: PyTree) -> PyTree:
+def product(linear_map: Operator, vector: PyTree) -> PyTree:
     """A v in the wide dtype; the map itself is given its own dtypes."""
     return cast(linear_map(trees.cast_like(vector, linear_map.structure)), dtype_of(linear_map))
 
 
-def block_product(linear_map: LinearMap, vectors: PyTree) -> PyTree:
+def block_product(linear_map: Operator, vectors: PyTree) -> PyTree:
     """A v_1 ... A v_k in the wide dtype."""
     return cast(linear_map.block(trees.cast_like(vectors, linear_map.structure)), dtype_of(linear_map))

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 
 from curvax import blocks, trees
 from curvax.checks import check_at_least
-from curvax.estimators import _wide as wide
-from curvax.matrices.linear_map import LinearMap
+from curvax.krylov import _wide as wide
 from curvax.types import Array, PyTree
 
 
@@ -28,7 +27,7 @@ class LanczosResult(NamedTuple):
     num_valid: Array  # m, an integer: the number of steps made
 
 
-def lanczos(linear_map: LinearMap, start: PyTree, *, num_steps: int) -> LanczosResult:
+def lanczos(linear_map: wide.Operator, start: PyTree, *, num_steps: int) -> LanczosResult:
     r"""Tridiagonalises a symmetric map on the Krylov space span(b, A b, ..., A^{k-1} b).
 
     Each new vector is orthogonalised twice against all earlier ones, so that the basis is orthonormal to rounding, at
@@ -98,13 +97,23 @@ def gauss_quadrature(result: LanczosResult) -> tuple[Array, Array]:
         >>> (3 * weights @ nodes**3).item()
         73.0...
     """
-    order = jnp.arange(result.diagonal.shape[0])
-    valid = order < result.num_valid
-    matrix = jnp.diag(result.diagonal) + jnp.diag(result.off_diagonal, 1) + jnp.diag(result.off_diagonal, -1)
-    bound = jnp.max(jnp.sum(jnp.abs(matrix), axis=1))
-    unit = jnp.where(bound > 0, bound, 1)
-    # Steps that were not made are put above the spectrum of the others, where the ascending order sorts them last.
-    values, vectors = jnp.linalg.eigh(matrix / unit + jnp.diag(jnp.where(valid, 0, 2).astype(unit.dtype)))
+    valid = jnp.arange(result.diagonal.size) < result.num_valid
+    values, vectors = tridiagonal_eigen(result, valid)
     weights = jnp.where(valid, vectors[0] ** 2, 0)
     total = jnp.sum(weights)
-    return jnp.where(valid, values, values[0]) * unit, weights / jnp.where(total > 0, total, 1)
+    return values, weights / jnp.where(total > 0, total, 1)
+
+
+def tridiagonal_eigen(result: LanczosResult, valid: Array) -> tuple[Array, Array]:
+    """The eigenvalues, ascending, and eigenvectors, as columns, of T on the first steps, those that are ``valid``.
+
+    The other values repeat the first one, so that no function is evaluated outside the spectrum.
+    """
+    both = valid[:, None] & valid[None, :]
+    whole = jnp.diag(result.diagonal) + jnp.diag(result.off_diagonal, 1) + jnp.diag(result.off_diagonal, -1)
+    matrix = jnp.where(both, whole, 0)
+    bound = jnp.max(jnp.sum(jnp.abs(matrix), axis=1))
+    unit = jnp.where(bound > 0, bound, 1)
+    # Steps that do not count are put above the spectrum of the others, where the ascending order sorts them last.
+    values, vectors = jnp.linalg.eigh(matrix / unit + jnp.diag(jnp.where(valid, 0, 2).astype(unit.dtype)))
+    return jnp.where(valid, values, values[0]) * unit, vectors

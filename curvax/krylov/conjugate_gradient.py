@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from curvax import blocks, trees
 from curvax.checks import check_at_least
-from curvax.solvers._scaled_system import ScaledSystem, scaled_system, start_of_run
-from curvax.solvers.monitors import Monitor
-from curvax.solvers.stop_reasons import StopReason, first_reason
+from curvax.krylov._scaled_system import ScaledSystem, scaled_system, start_of_run
+from curvax.krylov.monitors import Monitor
+from curvax.krylov.stop_reasons import StopReason, first_reason
 from curvax.types import Array, PyTree, Scalar
 
 
@@ -110,7 +110,7 @@ def cg(
     if not isinstance(cap, int) and not (progress_tolerance is None and store_at is None):
         raise ValueError("progress_tolerance= and store_at= need max_iterations as a Python integer, not a traced one")
     system, x, residual = scaled_system(matvec, b, x0, preconditioner)
-    threshold = jnp.asarray(tolerance, system.unit.dtype) * trees.norm(system.right)
+    threshold = jnp.asarray(tolerance, system.unit.dtype) * jnp.sqrt(trees.vdot(system.right, system.right))
     state = _start(system, x, residual, threshold, cap, store_at, monitor)
 
     def running(state):

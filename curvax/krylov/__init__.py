@@ -1,0 +1,1 @@
+"""What Krylov spaces give from products alone, below all matrices: conjugate gradients, Lanczos, functions of a map."""
