@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from jax.tree_util import Partial
 
+from curvax.programs.convolutions import fast_in_loops
+from curvax.programs.walk import equations
 from curvax.types import PyTree
 
 
@@ -40,9 +41,9 @@ def linearize(function: Callable[..., Any], *arguments: PyTree, has_aux: bool = 
     """
     value, jvp, *aux = jax.linearize(function, *arguments, has_aux=has_aux)
     transpose = jax.linear_transpose(jvp, *arguments)
-    forward = not any(eqn.primitive.name in _REVERSE_ONLY for eqn in _equations(jax.make_jaxpr(jvp)(*arguments)))
-    if not forward:
-        jvp = _transposed(transpose, value)
+    forward = not any(eqn.primitive.name in _REVERSE_ONLY for eqn in equations(jax.make_jaxpr(jvp)(*arguments)))
+    jvp = fast_in_loops(jvp, *arguments) if forward else _transposed(transpose, value)
+    transpose = fast_in_loops(transpose, value)
     return Linear(value, jvp, transpose, forward, aux[0] if has_aux else None)
 
 
@@ -81,13 +82,3 @@ class _Refusal:
             " custom_jvp, or write its backward rule with operations that have a transpose, such as jax.lax.scan or"
             " jax.lax.custom_linear_solve in place of jax.lax.while_loop"
         )
-
-
-def _equations(program: ClosedJaxpr | Jaxpr) -> Iterator[JaxprEqn]:
-    """All equations of a program and of those that it calls."""
-    for eqn in (program.jaxpr if isinstance(program, ClosedJaxpr) else program).eqns:
-        yield eqn
-        for entry in eqn.params.values():
-            for part in entry if isinstance(entry, (tuple, list)) else (entry,):
-                if isinstance(part, (Jaxpr, ClosedJaxpr)):
-                    yield from _equations(part)

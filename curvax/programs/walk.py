@@ -6,7 +6,7 @@ this package alone; and by the shapes of what an equation takes and gives wherev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -77,6 +77,16 @@ def walk(
             results = walk(inner_program(eqn), inputs, handle, constant, site.address, site.path)
         values.update(zip(eqn.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def equations(program: ClosedJaxpr | Jaxpr) -> Iterator[JaxprEqn]:
+    """All equations of a program and of those that it calls."""
+    for eqn in (program.jaxpr if isinstance(program, ClosedJaxpr) else program).eqns:
+        yield eqn
+        for entry in eqn.params.values():
+            for part in entry if isinstance(entry, (tuple, list)) else (entry,):
+                if isinstance(part, (Jaxpr, ClosedJaxpr)):
+                    yield from equations(part)
 
 
 def called_program(eqn: JaxprEqn, through_custom_rules: bool = False) -> ClosedJaxpr | None:

@@ -422,7 +422,7 @@ def check_arguments(method: Callable[..., Any], arguments: Mapping[str, Any]) ->
             raise TypeError(f"{what} takes a number{schedule}, got {value!r}{advice}")
         if int in kinds and argument != "seed" and not callable(value):
             whole = _is_number(value, jnp.integer)
-            if not whole or (not isinstance(value, jax.Array) and value < 1):
+            if not whole or (not isinstance(value, jax.Array) and int(value or 0) < 1):
                 error = ValueError if _is_number(value, jnp.number) else TypeError
                 raise error(f"{what} must be a positive integer, got {value!r}")
 
