@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 import curvax
 from curvax import estimators
 from curvax.matrices.linear_map import DenseMap
-from tests.problems import problem
 
 
 @pytest.mark.parametrize("gain", [0.5, 2.0])
@@ -77,8 +77,10 @@ def test_boosts_put_together_are_the_newton_step():
 
 def test_secant_ratios_average_to_the_diagonal_and_to_any_column():
     """Over all signs exactly; and they are the limit of those of small steps (eq. 3.12)."""
-    _, objective, params, batch = problem("poisson")
-    flat, unravel = jax.flatten_util.ravel_pytree(params)
+    objective = curvax.Objective(lambda p, x: jnp.tanh(x @ p["w"]) * p["s"], curvax.losses.squared_error())
+    params, draw = {"w": jnp.array([0.3, -0.5, 0.2]), "s": jnp.array(1.5)}, np.random.default_rng(0)
+    batch = draw.normal(size=(5, 3)), draw.normal(size=5)
+    flat, unravel = ravel_pytree(params)
     signs = jnp.array(list(itertools.product([-1.0, 1.0], repeat=flat.size)))
 
     @jax.jit

@@ -199,7 +199,7 @@ def test_the_ninety_per_cent_rule_on_runs_above_where_they_began(values, stop):
         ([0.9, 0.8, 0.7, 0.95], 3),  # the walk goes on while it improves
         ([5.0, 6.0, 20.0, 19.0], 0),  # it only rose: neither the last, better than the one before it, nor the first
         ([0.9, 3.0, 9.0, 8.0], 1),
-        ([1.0, 1.0, 1.0, 1.0 + 1e-15], 4),  # within rounding of h(0), as at convergence
+        ([1.0 + 1e-15] * 4, 4),  # within rounding of h(0), as at convergence
         ([jnp.nan, jnp.nan, jnp.inf, jnp.nan], 0),
     ],
 )
