@@ -397,7 +397,9 @@ def _diagonals(tapped, uses):
     """The diagonals of the leaves that have no Kronecker factors, as far as they have structure."""
     places = tapped.layers.treatment.diagonal
     own = [use for use in uses if set(places) & set(use.layer.leaves)]
-    ones = [jnp.ones(tapped.point.num_examples(i)) for i in range(len(tapped.taps))]
+    # Of the inputs: the outputs have several rows for each where steps are folded into the axis of the examples.
+    counts = {use.term: use.cotangents.shape[1] for use in own}
+    ones = [jnp.ones(counts.get(i, 0)) for i in range(len(tapped.taps))]
     leaves = jax.tree.leaves(products(tapped, own, own, ones) if own else trees.zeros_like(tapped.point.params))
     return tuple(leaves[i].astype(trees.wide_dtype(leaves[i])) for i in places)
 

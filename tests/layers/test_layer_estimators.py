@@ -410,7 +410,7 @@ def test_negative_weights_count_by_their_size_where_a_definite_matrix_is_needed(
 
     gram, steps, factors, draws, (matrix, diagonal) = compute(params, batch)
     truth, definite = (np.asarray(oracles.dense_ggn(o, params, batch)) for o in (objective, positive))
-    assert np.linalg.eigvalsh(truth)[0] < -0.01
+    assert np.linalg.eigvalsh(truth)[0] < -1e-3
     np.testing.assert_allclose(matrix, truth, rtol=0, atol=1e-12)
     np.testing.assert_allclose(ravel(diagonal), np.diag(truth), rtol=1e-9, atol=1e-12)
     top = np.linalg.eigvalsh(definite)[-len(gram) :]

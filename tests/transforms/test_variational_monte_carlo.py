@@ -14,6 +14,14 @@ import pytest
 
 import curvax
 
+
+@pytest.fixture(autouse=True)
+def _promotion():
+    """Complex and real numbers meet."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 SPINS = 5
 STATES = np.array(list(itertools.product([1.0, -1.0], repeat=SPINS)))
 
