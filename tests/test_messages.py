@@ -113,6 +113,11 @@ def test_an_impossible_label_shows_as_nan_and_the_step_is_skipped(label):
     assert not update.any()
     assert skipped == 1
     assert jnp.isfinite(step(LABELS)[0])
+
+
+@pytest.mark.many_compilations("what is wrong with labels can be said outside of jit alone")
+@pytest.mark.parametrize("label", [-1, 3, -100])
+def test_an_impossible_label_is_named_outside_of_jit(label):
     with pytest.raises(ValueError, match=f"target {label} of example 2 is no class .*ignore_label="):
         CLASSES(PARAMS, (INPUTS, LABELS.at[2].set(label)))
 

@@ -361,6 +361,8 @@ class _Walk:
             text = f"is used inside a function with custom derivatives ({name}); see through_custom_rules"
         elif name in ("cond", "while"):
             text = f"is used inside `{name}`, whose body is not looked into"
+        elif name == "gather":
+            text = "enters `gather`: several rows by one index, or no whole rows; read them one by one"
         else:
             text = f"enters `{name}`"
         for x in values:
