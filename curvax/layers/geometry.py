@@ -130,10 +130,7 @@ class Geometry:
         if isinstance(operation, Convolution):
             return self._patches(raw, operation)
         if isinstance(operation, Lookup):
-            indices = raw[..., operation.column]
-            if operation.clips:
-                indices = jnp.clip(indices, 0, operation.rows - 1)
-            return self._arranged(indices, axis, (), ())[..., 0]
+            return self._arranged(operation.numbers(raw, self.order), axis, (), ())[..., 0]
         return self._elementwise(raw, axis)
 
     def cotangents(self, raw: Array) -> Array:
@@ -152,7 +149,8 @@ class Geometry:
             groups = raw.ndim - 2 - scans
             return self._arranged(raw, axis._replace(axis=0), (groups,), (groups + 1,))
         if isinstance(operation, Lookup):
-            return self._arranged(raw, axis, (), operation.features)
+            rest = [i for i in range(len(self.order)) if i not in operation.axes]
+            return self._arranged(raw, axis, (), self._by_base(zip(rest, operation.features, strict=True)))
         return self._elementwise(-raw if operation.negative else raw, axis)
 
     def _by_base(self, pairs):
@@ -210,7 +208,8 @@ def geometry_of(use: Use, structs: Sequence[jax.ShapeDtypeStruct]) -> Geometry:
     elif isinstance(operation, Convolution):
         blocks, ins, outs, groups = (), operation.kernel_axes[1:], operation.kernel_axes[:1], operation.groups
     else:
-        blocks, ins, outs = (), (0,), tuple(range(1, len(shape)))
+        blocks, ins = (), operation.axes
+        outs = tuple(axis for axis in range(len(shape)) if axis not in ins)
     blocks, ins, outs = (tuple(sorted(order[i] + len(own) for i in axes)) for axes in (blocks, ins, outs))
     blocks = (*range(len(own)), *blocks)
     return Geometry(use, base, base_shape, blocks, ins, outs, order, groups, only_moves=only_moves(base))

@@ -347,7 +347,8 @@ def curvature_point(
             linearizations.append(linearization)
             aux.append(Packed.of(term_aux))
         else:
-            outputs = jax.eval_shape(lambda p, x, term=term: term.apply(p, x)[0], params, inputs)
+            arrays, rebuild = trees.split_arrays(inputs)
+            outputs = jax.eval_shape(lambda p, x, t=term, rebuild=rebuild: t.apply(p, rebuild(x))[0], params, arrays)
         scale, count = weighting(term, batch, outputs, targets)
         cases.append(Cases(Packed.of((inputs, targets)), scale, count))
     stored = tuple(linearizations) if chunk_size is None else None

@@ -15,8 +15,10 @@ from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
+from curvax.programs.counters import counted
 from curvax.programs.trace import Twins
 from curvax.programs.uses import Axes, Convolution, Dense, Elementwise, ExampleAxis, Lookup, Use, operation_of
 from curvax.programs.views import MOVES, Applied, Constant, Given, Leaf, Node, Scan, Sliced, is_affine, places_given
@@ -310,17 +312,21 @@ class _Walk:
         for offset, x in enumerate(carry):
             if x.leaves:
                 self.tap_itself(scans, site, twin, x, parts.num_consts + offset, "the carry of scan")
-        carry = [_carried(x) for x in carry]
-        sliced = [Sliced(loop, operands=(x,)) if x.leaves else _carried(x) for x in scanned]
+        counters = counted(parts, [_integer(x) for x in carry])
+        carry = [
+            _carried(x) if numbers is None else Sliced(loop, operands=(Constant(numbers),))
+            for x, numbers in zip(carry, counters, strict=True)
+        ]
+        sliced = [Sliced(loop, operands=(x,)) if isinstance(x, Node) else _carried(x) for x in scanned]
         uses, reasons = len(self.uses), dict(self.reasons)
         while True:
             handle = functools.partial(self.equation, (*scans, loop))
             results = walk(parts.body, [*consts, *carry, *sliced], handle, Constant, site.address, site.path)
             joined = [
-                _Data(a.reads_batch or b.reads_batch, a.coupled or b.coupled)
+                b if isinstance(b, Node) else _Data(a.reads_batch or b.reads_batch, a.coupled or b.coupled)
                 for a, b in zip(map(_carried, parts.results(results)[0]), carry, strict=True)
             ]
-            flags = [[(x.reads_batch, x.coupled) for x in values] for values in (joined, carry)]
+            flags = [[(x.reads_batch, x.coupled) for x in values if isinstance(x, _Data)] for values in (joined, carry)]
             if flags[0] == flags[1]:
                 break
             # What a step makes of the carry is what the next starts from: walk again with both.
@@ -361,6 +367,8 @@ class _Walk:
             text = f"is used inside a function with custom derivatives ({name}); see through_custom_rules"
         elif name in ("cond", "while"):
             text = f"is used inside `{name}`, whose body is not looked into"
+        elif name == "gather":
+            text = "enters `gather`: several rows by one index, or no whole rows; read them one by one"
         else:
             text = f"enters `{name}`"
         for x in values:
@@ -370,6 +378,12 @@ class _Walk:
 def _carried(x):
     """What is known of a value behind the border of a loop."""
     return _Data(x.reads_batch, x.coupled) if isinstance(x, _Data) else _Data(False, False)
+
+
+def _integer(x):
+    """The number that a loop's counter begins with, if it is one."""
+    known = isinstance(x, Constant) and not x.unknown and jnp.ndim(x.value) == 0
+    return x.value if known and jnp.issubdtype(jnp.result_type(x.value), jnp.integer) else None
 
 
 def _struct(atom):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -40,13 +41,34 @@ class Convolution(NamedTuple):
 
 
 class Lookup(NamedTuple):
-    """Rows of a table, by indices on the last axis of the input."""
+    """Rows of a table, by indices on the last axis of the input.
 
-    column: int  # where on that axis the row is said
-    rows: int
+    A row is what is left of the table at one index, or at one pair of indices, wherever their axes are: the rows are
+    numbered by all of them, the last one fastest in the order of the base.
+    """
+
+    axes: Axes  # of the table, those that indices number
+    columns: Axes  # where on the last axis of the input the index of each is said
+    lengths: Axes  # of these axes
     clips: bool  # whether an index outside means the nearest row; else none
     features: Axes  # the axes of a row in the result
     kind: str = "embedding"
+
+    def numbers(self, indices: jax.Array, order: Axes) -> jax.Array:
+        """The numbers of the rows that indices read; where they read none, the number of rows.
+
+        ``order`` says for each axis of the table where it is in the base.
+        """
+        indices = indices if indices.dtype.itemsize >= 4 else indices.astype(jnp.int32)
+        number, inside = jnp.zeros(indices.shape[:-1], indices.dtype), True
+        by_base = sorted(zip(self.axes, self.columns, self.lengths, strict=True), key=lambda entry: order[entry[0]])
+        for _, column, length in by_base:
+            index = indices[..., column]
+            if self.clips:
+                index = jnp.clip(index, 0, length - 1)
+            inside = inside & (index >= 0) & (index < length)
+            number = number * length + index
+        return jnp.where(inside, number, math.prod(self.lengths))
 
 
 class Elementwise(NamedTuple):
@@ -96,14 +118,18 @@ def _convolution(eqn, numbers):
 
 
 def _lookup(eqn, numbers):
-    rows, *row = eqn.invars[0].aval.shape
+    shape, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
     collapsed = numbers.collapsed_slice_dims
-    whole_rows = tuple(eqn.params["slice_sizes"]) == (1, *row) and set(collapsed) <= {0}
-    if 0 not in numbers.start_index_map or numbers.operand_batching_dims or not whole_rows:
+    axes = tuple(sorted(axis for axis in numbers.start_index_map if sizes[axis] == 1))
+    # Of an axis that is taken whole an index says nothing.
+    whole = all(sizes[axis] == shape[axis] for axis in range(len(shape)) if axis not in axes)
+    if not axes or numbers.operand_batching_dims or not whole or not set(collapsed) <= set(axes):
         return None
-    features = numbers.offset_dims if collapsed else numbers.offset_dims[1:]
+    kept = [axis for axis in range(len(shape)) if axis not in collapsed]
+    features = tuple(place for axis, place in zip(kept, numbers.offset_dims, strict=True) if axis not in axes)
+    columns = tuple(numbers.start_index_map.index(axis) for axis in axes)
     clips = eqn.params["mode"] == jax.lax.GatherScatterMode.CLIP
-    return Lookup(numbers.start_index_map.index(0), rows, clips, tuple(features))
+    return Lookup(axes, columns, tuple(shape[axis] for axis in axes), clips, features)
 
 
 class ExampleAxis(NamedTuple):

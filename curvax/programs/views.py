@@ -150,6 +150,8 @@ def _described(node):
         params = sorted((key, str(entry)) for key, entry in node.site.eqn.params.items())
         return node.site.name, *params, node.output
     if isinstance(node, Constant):
+        if isinstance(node.value, np.ndarray) and node.value.dtype.kind == "i" and node.value.size <= 4096:
+            return node.value.shape, node.value.dtype.str, node.value.tobytes()  # such as the numbers of a loop
         scalar = jnp.ndim(node.value) == 0 and jnp.isrealobj(node.value) and not node.unknown
         return float(node.value) if scalar else id(node.value)
     return node.place if isinstance(node, Given) else node.leaves
@@ -199,6 +201,8 @@ def only_moves(node: Node) -> bool:
 
 def _moves(node):
     eqn, name = node.site.eqn, node.site.name
+    if name == "dynamic_slice":
+        return _reads_apart(node)
     if name == "broadcast_in_dim":
         return eqn.invars[0].aval.size == eqn.outvars[0].aval.size
     if name == "pad":
@@ -206,6 +210,23 @@ def _moves(node):
     if name in ("concatenate", "stack"):
         return all(operand.leaves for operand in node.operands)
     return name in MOVES
+
+
+def _reads_apart(node):
+    """Whether the slices that different steps of scans take have no entry in common."""
+    _, *starts = node.operands
+    scans = sorted(frozenset().union(*(start.scans for start in starts)), key=lambda scan: scan.address)
+    if any(start.unknown for start in starts):
+        return False
+    shape, sizes = node.site.eqn.invars[0].aval.shape, node.site.eqn.params["slice_sizes"]
+    corners = []
+    with jax.ensure_compile_time_eval():
+        for start, length, size in zip(starts, shape, sizes, strict=True):
+            numbers = np.clip(np.asarray(value(start, {}, scans)), 0, length - size)
+            corners.append(numbers.reshape([scan.length if scan in start.scans else 1 for scan in scans]))
+    places = np.stack([np.ravel(numbers) for numbers in np.broadcast_arrays(*corners)], axis=-1)
+    aligned = all(np.all(column % size == 0) for column, size in zip(places.T, sizes, strict=True))
+    return aligned and len(np.unique(places, axis=0)) == len(places)
 
 
 def without_permutation(node: Node) -> tuple[Node, tuple[int, ...]]:

@@ -14,6 +14,11 @@ mean over the mini-batches, and curvature and losses are those of the last point
 finite is skipped and counted: updates are zero and the state stays. Numbers may be traced, or a schedule of the step
 unless they name where something begins; ``optax.inject_hyperparams`` works on every method as it is. Under ``vmap`` a
 ``lax.cond`` becomes a ``select``, so periodic work is then done at every step.
+
+A line search of optax behind a method is told of the point: ``tx.update(grads, state, params, at=at, value=loss,
+grad=grads, value_fn=lambda params, at: at.loss_at(params))``. Data-parallel steps are taken under plain ``jax.jit``
+with the batch sharded over the devices; inside ``shard_map`` and ``pmap``, where a device sees its part alone, they
+raise.
 """
 
 from __future__ import annotations
