@@ -110,6 +110,7 @@ class Bench:
         self.best: dict[str, dict[str, Any]] = {}
         self.runs: dict[str, list[dict[str, float]]] = {}
         self._machines: set[str] = set()
+        self._loads: list[float] = []
 
     def run(self, allowed: Sequence[str]) -> bool:
         """Runs the grids, the first settings of all optimisers first; whether each one allowed has a run on file."""
@@ -164,7 +165,8 @@ class Bench:
             rest = len(OPTIMIZERS[name].grid) - len(tried)
             more = f"; {rest} more of its grid not run" if rest else ""
             lines += [f"- {name}: " + "; ".join(f"({describe(s)}) {loss:.3f}" for s, loss in tried) + more]
-        lines += ["", f"On {'; '.join(sorted(self._machines))}."]
+        loads = f"load {min(self._loads):.1f} to {max(self._loads):.1f} when the runs began"
+        lines += ["", f"On {'; '.join(sorted(self._machines))}; {loads}."]
         return "\n".join([*lines, ""])
 
     def _verdict(self):
@@ -190,6 +192,7 @@ class Bench:
             return None
         found = json.loads(file.read_text())
         self._machines.add(", ".join(f"{key} {value}" for key, value in found["machine"].items()))
+        self._loads.append(found["load"])
         return found["records"]
 
 
