@@ -110,8 +110,30 @@ def _factors(point, key, *, layers, how):
     return factors_of(tapped, key, curvature, sharing, pairs)
 
 
-def factors_of(tapped: TappedPoint, key: Any, curvature: OutputCurvature, sharing: Sharing, pairs: Pairs):
-    """``kronecker_factors`` without checks, inside of a program."""
+class SomePositions(NamedTuple):
+    """How many of the positions that share weights a second moment of inputs is estimated from.
+
+    The inputs of a convolution at all positions of all images are many times as many as its second moment has rows, and
+    that moment is the dearest part of the factors. A running average sees others of them every time.
+
+    Attributes:
+        key: Where they begin, which is drawn; they are then at even distances.
+        rows_per_input: So many rows for each input are enough.
+    """
+
+    key: Array
+    rows_per_input: int
+
+
+def factors_of(
+    tapped: TappedPoint,
+    key: Any,
+    curvature: OutputCurvature,
+    sharing: Sharing,
+    pairs: Pairs,
+    some: SomePositions | None = None,
+):
+    """``kronecker_factors`` without checks, inside of a program; moments of inputs by ``some`` of their positions."""
     tapped, layers = tapped.definite(), tapped.layers
 
     def of_cotangents(uses):
@@ -131,7 +153,7 @@ def factors_of(tapped: TappedPoint, key: Any, curvature: OutputCurvature, sharin
     scales = [cases.scale for cases in tapped.point.cases]
     inputs, outputs = [], []
     for (block, own), moments in zip(uses_by_block(tapped, forward), cotangents, strict=True):
-        data = [_of_inputs(_reduced(use, sharing), block, scales[use.term]) for use in own]
+        data = [_of_inputs(_reduced(use, sharing), block, scales[use.term], some) for use in own]
         a, g = _balanced(
             _pair([(d, c) for use, d, c in zip(own, data, moments, strict=True) if not use.swapped]),
             _pair([(d, c) for use, d, c in zip(own, data, moments, strict=True) if use.swapped]),
@@ -357,9 +379,11 @@ def without_cotangents(tapped: TappedPoint) -> list[LayerUse]:
     return tapped.capture([[geometry.use.zeros() for geometry in tap.uses] for tap in tapped.taps])
 
 
-def _of_inputs(use, block, scale):
+def _of_inputs(use, block, scale, some=None):
     """sum_nr w_nr a_nr a_nr^T with the factors w of the cases, and the sum of those: of one use, on its side."""
     weights, total = _weights(use, scale)
+    if some is not None and use.kind in ("dense", "conv") and not use.swapped:
+        use, weights, scale = _at_some_positions(use, weights, scale, some)
     if use.swapped:
         factor = use.output_factor(weights, diagonal=block.diagonal_factors[1])
     else:
@@ -368,6 +392,24 @@ def _of_inputs(use, block, scale):
     if weights is None:
         factor = factor * scale.astype(factor.dtype)
     return _as(factor, block.diagonal_factors[int(use.swapped)]), total
+
+
+def _at_some_positions(use, weights, scale, some):
+    """The use, its weights and their common scale at some of the positions, so that sums keep their means."""
+    _, examples, positions, features = use.inputs.shape
+    enough = -(-some.rows_per_input * features // examples)
+    distance = max(1, positions // max(enough, 1))
+    distance -= distance % 2 == 0  # even ones divide the sides of images, and would see one column of them
+    count = positions // distance
+    if count == positions:
+        return use, weights, scale
+    first = jax.random.randint(some.key, (), 0, positions)
+    places = (first + distance * jnp.arange(count)) % positions
+    share = positions / count
+    use = use._replace(inputs=jnp.take(use.inputs, places, axis=2), cotangents=use.cotangents[:, :, :count])
+    if weights is None:
+        return use, None, scale * share
+    return use, share * (weights if weights.ndim == 1 else jnp.take(weights, places, axis=1)), scale
 
 
 def _of_cotangents(use, block):

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import curvax
 from curvax import trees
 from curvax.layers import blocks
-from curvax.layers.factors import mean_curvature, zero_factors
+from curvax.layers.factors import SomePositions, factors_of, mean_curvature, zero_factors
 from tests import oracles
 from tests.layers.cases import CASES, N
 from tests.problems import problem
@@ -541,3 +541,33 @@ def test_cross_factors_of_a_sharded_batch(axis_type):
             jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data"))),
         )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), found, expected)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_moments_of_inputs_by_some_positions_are_those_of_all_on_average(weighted):
+    """By 10 of 30 positions: within five standard errors, and exactly where all inputs are alike."""
+    weights = (lambda batch: batch[2]) if weighted else None
+    pair = {"select": lambda batch: batch[:2], "example_weights": weights}
+    objective = curvax.Objective(affine, curvax.losses.squared_error(), **pair)
+    params, x = {"w": normal(0, 3, 2), "b": normal(1, 2)}, normal(2, 6, 30, 3)
+    batch = (x, normal(3, 6, 30, 2), 0.5 + jnp.arange(6.0))
+    batch = batch if weighted else batch[:2]
+    layers = curvax.find_layers(objective, params, batch)
+
+    @jax.jit
+    def moments(batch, keys):
+        tapped = curvax.tap(layers, objective.linearize(params, batch))
+
+        def by_some(key):
+            return factors_of(tapped, key, EXACT, "expand", (), SomePositions(key, 20)).inputs[0]
+
+        return factors_of(tapped, None, EXACT, "expand", ()).inputs[0], jax.vmap(by_some)(keys)
+
+    keys = jax.random.split(jax.random.key(4), 400)
+    whole, some = moments(batch, keys)
+    spread = np.std(some, axis=0)
+    assert np.all(spread[0, :3] > 0.01 * np.abs(whole[0, :3])), "they are not the same positions every time"
+    assert np.all(np.abs(np.mean(some, axis=0) - whole) < 5 * spread / np.sqrt(len(keys)) + 1e-12)
+    alike = jnp.broadcast_to(x[:, :1], x.shape), *batch[1:]
+    whole, some = moments(alike, keys[:3])
+    np.testing.assert_allclose(some, np.broadcast_to(whole, some.shape), rtol=1e-12)
