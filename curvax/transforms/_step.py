@@ -340,8 +340,7 @@ def _given(name, points, updates, state, params, arguments):
         )
     for point, value in own.items():
         _check_point(name, point, value)
-        if value is not None:
-            _check_whole_batch(name, value)
+    _check_whole_batch(name)
     trees.check_floating(updates, "updates")
     trees.check_like(trees.embed(updates, at.params), at.params, "updates")
     return Given(
@@ -369,28 +368,17 @@ def _check_point(name, argument, value):
         )
 
 
-def _check_whole_batch(name, at):
-    """Raises a ValueError where a device sees its own part of the batch alone, as inside ``shard_map`` and ``pmap``."""
+def _check_whole_batch(name):
+    """Raises a ValueError where a device sees its own part of the data alone, as inside ``shard_map`` and ``pmap``."""
     mesh = jax.sharding.get_abstract_mesh()
-    axes = {axis for axis in mesh.manual_axes if mesh.shape[axis] > 1}
-    if not axes:
-        return
-    split, own = (frozenset().union(*map(_varying_over, jax.tree.leaves(tree))) for tree in (at.cases, at.params))
-    if split or own:  # parameters that vary as well are models of their own
-        axes &= split - own
+    axes = sorted(repr(axis) for axis in mesh.manual_axes if mesh.shape[axis] > 1)
     if axes:
         raise ValueError(
-            f"{name}: inside shard_map or pmap the batch is split over the axis {', '.join(map(repr, sorted(axes)))},"
-            " and curvature and losses would be those of one device's part. Take the step under plain jax.jit, with the"
-            " batch sharded by jax.device_put(batch, NamedSharding(mesh, PartitionSpec(axis))): it then equals that of"
-            " one device. For a model of its own on each device vmap the step over parameters that are sharded"
+            f"{name}: inside shard_map or pmap a device sees its part of the axis {', '.join(axes)} alone, and curvature"
+            " and losses would be those of that part. Take the step under plain jax.jit, with the batch sharded by"
+            " jax.device_put(batch, NamedSharding(mesh, PartitionSpec(axis))): it then equals that of one device. For a"
+            " model of its own on each device vmap the step over parameters that are sharded"
         )
-
-
-def _varying_over(leaf):
-    """The axes of the devices over which a value is known to differ; jax 0.10 gave them another name."""
-    kind = jax.typeof(leaf)
-    return frozenset(kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying)
 
 
 def _check_arguments(name, points, arguments):
