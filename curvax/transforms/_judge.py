@@ -29,19 +29,22 @@ ABSURD = 3
 """A rise by so many times what the model promised, or the loss was, is no noise of a batch: the step is undone."""
 
 
-def judging(judged_by: JudgedBy, rule: R | None, same: R, following: R) -> tuple[R, NextBatch | None]:
+def judging(
+    judged_by: JudgedBy, rule: R | None, same: R, following: R, measured: bool = False
+) -> tuple[R, NextBatch | None]:
     """The rule for a step judged on its own batch, and the judge by the next one, None for "same_batch".
 
     Args:
         rule: The rule that the user has given, which takes the place of both others.
         same: The rule of the method's paper.
         following: The rule for ratios on a batch that the step was not computed from.
+        measured: Whether the method measures the loss behind its step.
     """
     check_choice("judged_by", judged_by, ("next_batch", "same_batch"))
     own = same if rule is None else rule
     if judged_by == "same_batch":
         return own, None
-    return own, NextBatch(following if rule is None else rule, own)
+    return own, NextBatch(following if rule is None else rule, own, measured)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +59,12 @@ class NextBatch:
         rule: What the ratio on another batch does to the strength.
         same: What the ratio of the info does where the batch is still that of the last step, which is seen by its loss
             if the method has measured that behind the step.
+        measured: Whether it has.
     """
 
     rule: Rule
     same: Rule
+    measured: bool = False
 
     def __call__(self, last: LastStep, given: Given) -> Verdict:
         info, here = given.info, given.at.loss.astype(given.dtype)
@@ -74,7 +79,8 @@ class NextBatch:
         # Another batch has another loss: only a rise that no noise explains is worth a forward pass by itself.
         alarming = ~(here - info.loss <= bound(info.loss) + jnp.abs(info.loss) / 4)
         taken = (given.steps > 0) & (last.predicted_change < 0)
-        due = ((given.steps % self.rule.period == 0) | alarming) & taken & ~unchanged
+        periodic = given.steps % self.rule.period == 0
+        due = (periodic | alarming) & taken & ~unchanged
 
         def look_back() -> tuple[Array, Array]:
             there = given.at.loss_at(_began(last, given)).astype(given.dtype)
@@ -82,7 +88,10 @@ class NextBatch:
             absurd = jnp.isfinite(there) & ~(here - there <= bound(there))
             return reduction_ratio(there, here, last.predicted_change).astype(given.dtype), absurd
 
-        ratio, absurd = jax.lax.cond(due, look_back, lambda: (info.step_ratio, jnp.array(False)))
+        # What is periodic is so whatever the data, so that a count of operations knows of it.
+        looks = due if self.measured else periodic | due
+        ratio, absurd = jax.lax.cond(looks, look_back, lambda: (info.step_ratio, jnp.array(False)))
+        ratio, absurd = jnp.where(due, ratio, info.step_ratio), absurd & due
 
         def adapted(rule):
             return rule.adapt(given.strength, ratio, count=given.steps, step_norm=info.update_norm)

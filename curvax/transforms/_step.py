@@ -374,8 +374,8 @@ def _check_whole_batch(name):
     axes = sorted(repr(axis) for axis in mesh.manual_axes if mesh.shape[axis] > 1)
     if axes:
         raise ValueError(
-            f"{name}: inside shard_map or pmap a device sees its part of the axis {', '.join(axes)} alone, and curvature"
-            " and losses would be those of that part. Take the step under plain jax.jit, with the batch sharded by"
+            f"{name}: inside shard_map or pmap a device sees its part of the axis {', '.join(axes)} alone, and what is"
+            " measured would be that of its part. Take the step under plain jax.jit, with the batch sharded by"
             " jax.device_put(batch, NamedSharding(mesh, PartitionSpec(axis))): it then equals that of one device. For a"
             " model of its own on each device vmap the step over parameters that are sharded"
         )

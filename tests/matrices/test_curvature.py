@@ -419,7 +419,8 @@ def test_random_trees_shapes_and_losses(sizes, examples, loss_name, container, l
 
     flat = np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(v)])
     for product, expected in compute(params, batch, v):
-        scale = max(np.abs(expected).max(), 1e-8) * (1 + np.linalg.norm(flat))
+        # What cancels, as all does with one class, is of order one, and its rounding is left.
+        scale = max(np.abs(expected).max(), 1e-5) * (1 + np.linalg.norm(flat))
         assert jax.tree.structure(product) == jax.tree.structure(params)
         got = np.concatenate([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(product)])
         np.testing.assert_allclose(got, expected @ flat, rtol=0, atol=1e-10 * scale)

@@ -80,7 +80,9 @@ def softmax_example(z, targets, y):
     blocks = [np.diag(row) - np.outer(row, row) for row in p.reshape(-1, p.shape[-1])]
     hessian = [a * block for a, block in zip(mass.ravel(), blocks, strict=True)]
     value = -np.sum(np.where(y > 0, y * special.log_softmax(z, axis=-1), 0), axis=-1)
-    return Example(z, targets, value, mass[..., None] * p - y, block_diag(*hessian), block_diag(*blocks))
+    # A case without a target has no Fisher matrix either.
+    fisher = [(a > 0) * block for a, block in zip(mass.ravel(), blocks, strict=True)]
+    return Example(z, targets, value, mass[..., None] * p - y, block_diag(*hessian), block_diag(*fisher))
 
 
 def poisson(rng, extreme):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from curvax import solvers
+from curvax.krylov.conjugate_gradient import StoredIterates
 from curvax.solvers import StopReason
 
 N = 300
@@ -204,7 +205,7 @@ def test_the_ninety_per_cent_rule_on_runs_above_where_they_began(values, stop):
     ],
 )
 def test_where_nothing_is_better_than_zero_zero_is_chosen(choose, values, chosen):
-    stored = solvers.conjugate_gradient.StoredIterates(
+    stored = StoredIterates(
         values=jnp.array(values), iterations=jnp.arange(1, 5), model_values=-jnp.arange(1.0, 5.0), used=jnp.array(4)
     )
     result = jax.jit(lambda stored: choose(stored, lambda x: x, 1.0))(stored)

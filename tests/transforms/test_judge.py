@@ -90,7 +90,7 @@ def test_where_the_batch_is_the_same_the_rule_of_the_paper_acts_on_the_measured_
         def adapt(self, strength, step_ratio, *, count, step_norm):
             return 100 + step_ratio
 
-    history = follow(descent(0.3, NextBatch(Recorded(), Paper()), measured=True), [batch(0)] * 4)
+    history = follow(descent(0.3, NextBatch(Recorded(), Paper(), measured=True), measured=True), [batch(0)] * 4)
     for (_, before), (_, after) in itertools.pairwise(history[1:]):
         np.testing.assert_allclose(after.strength, 100 + before.info.step_ratio, rtol=1e-12)
     # and without such a measurement the pass over the last parameters says the same
