@@ -27,8 +27,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    digits = load_digits()
-    batch = jnp.asarray(digits.data / 16, jnp.float32), jnp.asarray(digits.target, jnp.int32)
+    images, labels = load_digits(return_X_y=True)
+    batch = jnp.asarray(images / 16, jnp.float32), jnp.asarray(labels, jnp.int32)
     objective = curvax.Objective(network, curvax.losses.softmax_cross_entropy())
     tx = optax.adam(3e-3)
 
