@@ -127,7 +127,7 @@ def damped(name: str, make: Callable[..., Any]) -> dict[str, Solver]:
     """The solver with each of the first dampings."""
     return {
         f"{name}, lambda_0 = {damping:g}": Solver(lambda _, d=damping: make(initial_damping=d))
-        for damping in (1.0, 0.1, 0.01)
+        for damping in (1.0, 0.2, 0.1, 0.01)
     }
 
 

@@ -104,8 +104,8 @@ def experiments() -> dict[str, Experiment]:
     rivals = [("curveball", {"damping": 1.0}), ("curveball", {"damping": 10.0})]
     rivals += [("sgd", {"rate": rate}) for rate in (0.01, 0.1)] + [("adam", {})]
     result["mlp"] = Experiment(
-        "CurveBall, figure 4: a tanh network 784-128-64-32-10 on MNIST, batches of 64",
-        "CurveBall ahead of K-FAC, which is not among our rivals yet, and of SGD",
+        "CurveBall, figure 2, bottom right: a tanh network 784-128-64-32-10 on MNIST, batches of 64",
+        "CurveBall comparable to first-order solvers, K-FAC (not among the rivals here) behind until it has stabilised",
         [Run("mlp", name, settings, 64, 15.0) for name, settings in rivals],
         5.0,
     )
