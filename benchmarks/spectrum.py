@@ -86,6 +86,7 @@ def draw(spectra, folder: Path) -> None:
             axes.plot(2e-4 * np.sinh(grid), kernel @ weights / len(density.nodes), color=colour, label=name)
         axes.set(title=title, xlabel="eigenvalue", yscale="log", ylim=(1e-5, 3))
         axes.set_xscale("symlog", linthresh=1e-3)
+        axes.set_xticks([-1, -1e-2, 0, 1e-2, 1])
     figure.axes[0].set_ylabel("density")
     figure.axes[0].legend(frameon=False)
     folder.mkdir(parents=True, exist_ok=True)
