@@ -105,7 +105,8 @@ def test_negative_curvature_is_returned_with_the_iterate_so_far(b_index):
     np.testing.assert_allclose(result.model_value, value, rtol=1e-12)
     np.testing.assert_allclose(np.linalg.norm(matrix @ x - b), result.residual_norm, rtol=1e-9)
     if b_index is not None:
-        close(direction / np.linalg.norm(direction), b / np.linalg.norm(b), 1e-12)  # its length means nothing
+        # Its length means nothing.
+        close(direction / np.linalg.norm(direction), b / np.linalg.norm(b), 1e-12)
 
 
 def test_no_direction_is_returned_without_negative_curvature():
