@@ -27,7 +27,7 @@ import dataclasses
 import difflib
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, Protocol, cast, get_args, get_origin, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -374,8 +374,8 @@ def _check_whole_batch(name):
     axes = sorted(repr(axis) for axis in mesh.manual_axes if mesh.shape[axis] > 1)
     if axes:
         raise ValueError(
-            f"{name}: inside shard_map or pmap a device sees its part of the axis {', '.join(axes)} alone, and what is"
-            " measured would be that of its part. Take the step under plain jax.jit, with the batch sharded by"
+            f"{name}: inside shard_map or pmap a device sees its part of the axis {', '.join(axes)} alone, and losses"
+            " and curvature would be those of that part. Take the step under plain jax.jit, with the batch sharded by"
             " jax.device_put(batch, NamedSharding(mesh, PartitionSpec(axis))): it then equals that of one device. For a"
             " model of its own on each device vmap the step over parameters that are sharded"
         )
@@ -403,7 +403,8 @@ def check_arguments(method: Callable[..., Any], arguments: Mapping[str, Any]) ->
     To be called first thing, with ``locals()``. Choices among names are left to the methods.
     """
     for argument, kinds in _kinds_of(method).items():
-        value, what = arguments[argument], f"{method.__name__}: {argument}="
+        what = f"{method.__name__}: {argument}="
+        value: Any = arguments[argument]
         objects = [kind for kind in kinds if kind in _KINDS]
         if value is None and type(None) in kinds:
             continue
@@ -415,7 +416,7 @@ def check_arguments(method: Callable[..., Any], arguments: Mapping[str, Any]) ->
             raise TypeError(f"{what} takes a number{schedule}, got {value!r}{advice}")
         if int in kinds and argument != "seed" and not callable(value):
             whole = _is_number(value, jnp.integer)
-            if not whole or (not isinstance(value, jax.Array) and int(value or 0) < 1):
+            if not whole or (not isinstance(value, jax.Array) and cast(Any, value) < 1):
                 error = ValueError if _is_number(value, jnp.number) else TypeError
                 raise error(f"{what} must be a positive integer, got {value!r}")
 
