@@ -22,6 +22,7 @@ class OutputLoss(abc.ABC):
         natural: Whether the outputs are natural parameters of the predictive distribution, so that Hessian and Fisher
             matrix on the outputs agree (Martens 2016, eq. 5.5).
         has_value: Whether the value exists; see ``curvature_only``.
+        nonnegative: Whether it is known not to be below zero, so that no step can lower it by more than it is.
         takes_complex: Whether outputs may be complex. A loss gets the real and the imaginary part of each such output,
             as a ``curvax.trees.RealPair``, and the targets as they are.
     """
@@ -29,6 +30,7 @@ class OutputLoss(abc.ABC):
     convex: bool = True
     natural: bool = False
     has_value: bool = True
+    nonnegative: bool = False
     takes_complex: bool = False
 
     @abc.abstractmethod

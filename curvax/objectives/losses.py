@@ -63,6 +63,7 @@ class SquaredError(Elementwise):
 
     floating_targets = True
     takes_complex = True
+    nonnegative = True
 
     def value(self, outputs, targets):
         if isinstance(outputs, trees.RealPair):
@@ -97,6 +98,8 @@ class SigmoidBinaryCrossEntropy(Elementwise):
         >>> loss.value(jnp.array([0.0]), jnp.array([1.0]))
         Array([0.6931...], dtype=float...)
     """
+
+    nonnegative = True
 
     def value(self, outputs, targets):
         # Not softplus(z) - y z, in which a small loss cancels away.
@@ -140,6 +143,7 @@ class SoftmaxCrossEntropy(OutputLoss):
 
     ignore_label: int | None = None
     natural = True
+    nonnegative = True
 
     def ignored(self, targets):
         labelled = self.ignore_label is not None and _are_labels(targets)

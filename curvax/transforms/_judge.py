@@ -26,7 +26,7 @@ JudgedBy = Literal["next_batch", "same_batch"]
 R = TypeVar("R", bound=Rule)
 
 ABSURD = 3
-"""A rise by so many times what the model promised, or the loss was, is no noise of a batch: the step is undone."""
+"""A rise by so many times what the model promised, or could, is no noise of a batch: the step is undone."""
 
 
 def judging(
@@ -53,7 +53,7 @@ class NextBatch:
 
     The rule acts where its period is due. Whatever the period, a rise of the loss that neither the model nor the noise
     of batches explains is looked into at once: a step that has raised the loss of this batch ``ABSURD`` times as much
-    as it was to lower it, or by as many times that loss, is undone.
+    as it was to lower it, or as there was of it where it is known not to be below zero, is undone.
 
     Attributes:
         rule: What the ratio on another batch does to the strength.
@@ -67,14 +67,23 @@ class NextBatch:
     measured: bool = False
 
     def __call__(self, last: LastStep, given: Given) -> Verdict:
+        if not all(term.loss.has_value for term in given.at.terms):
+            raise ValueError(
+                "the loss of the next batch is to judge the step, and this objective has none"
+                " (curvax.losses.curvature_only); give natural_gradient a lambda that stays, damping=, or precondition by"
+                " scale_by_natural_gradient or scale_by_kfac"
+            )
         info, here = given.info, given.at.loss.astype(given.dtype)
         rounding = jnp.finfo(here.dtype).eps * jnp.abs(here)
         unchanged = jnp.abs(here - last.loss) <= 32 * rounding
         promised = jnp.abs(last.predicted_change)
 
+        nonnegative = all(term.loss.nonnegative for term in given.at.terms)
+
         def bound(loss):
             # A model may promise many times the loss that there is.
-            return ABSURD * (jnp.minimum(promised, jnp.abs(loss)) + rounding)
+            possible = jnp.minimum(promised, loss) if nonnegative else promised
+            return ABSURD * (possible + rounding)
 
         # Another batch has another loss: only a rise that no noise explains is worth a forward pass by itself.
         alarming = ~(here - info.loss <= bound(info.loss) + jnp.abs(info.loss) / 4)

@@ -98,11 +98,12 @@ def natural_gradient(
         # The damped model at -a x, from its value q(x) = 1/2 x^T (F + lambda I) x - g^T x at x.
         length, slope = factor * rate, trees.vdot(given.gradient, solution).astype(given.dtype)
         figures |= {
-            "loss": given.at.loss,
             "predicted_change": length**2 * (figures.pop("model_value") + slope) - length * slope,
             "step_ratio": given.info.step_ratio,
             "divergence": factor**2 * divergence,
         }
+        if judge is not None:  # with a damping that is given no loss is read, so that there need not be one
+            figures["loss"] = given.at.loss
         update = trees.scale(-length, solution)
         return Step(update, figures, memory=solution, strength=None if damping is not None else strength, finite=finite)
 

@@ -163,3 +163,28 @@ def test_rules_retreat_and_choices_are_checked():
     assert judging("same_batch", None, DampingRule(), next_batch_rule()) == (DampingRule(), None)
     given = DampingRule(decrease=0.9)
     assert judging("next_batch", given, DampingRule(), next_batch_rule()) == (given, NextBatch(given, given))
+
+
+@pytest.mark.parametrize("offset", [0.0, 3.0, 3.05])
+def test_a_constant_in_the_loss_changes_nothing(offset):
+    """Also where the loss, which nothing says is not negative, hovers around zero."""
+
+    def shifted(outputs, targets):
+        return jnp.sum((outputs - targets) ** 2) / 2 - offset
+
+    objective = curvax.Objective(OBJECTIVE.terms[0].model_fn, curvax.losses.from_function(shifted, convex=True))
+    tx = descent(0.5, NextBatch(Recorded(), Recorded()), promised=-0.3)
+    params, state = PARAMS, jax.jit(tx.init)(PARAMS)
+
+    @jax.jit
+    def step(params, state, data):
+        _, gradient, at = objective.value_and_grad(params, data)
+        updates, state = tx.update(gradient, state, params, at=at)
+        return optax.apply_updates(params, updates), state
+
+    for seed in range(6):
+        inputs, targets = batch(seed)
+        params, state = step(params, state, (inputs, 4 * targets))
+    assert state.info.undone_steps == 0
+    plain = follow(tx, [(inputs, 4 * targets) for inputs, targets in map(batch, range(6))])[-1][0]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), params, plain)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import curvax
 from tests.oracles import dense_fisher
@@ -121,3 +122,33 @@ def test_a_line_search_of_optax_behind_it():
             losses.append(loss(GOAL, params, DATA))
     assert all(after < before for before, after in itertools.pairwise(losses))
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_without_a_loss_value_the_damping_is_to_be_given():
+    model, loss = GOAL.terms[0].model_fn, curvax.losses.curvature_only(GOAL.terms[0].loss)
+    at = curvax.Objective(model, loss).linearize(PARAMS, (DATA[0], None))
+    vector = jax.tree.map(jnp.ones_like, PARAMS)
+    tx = curvax.natural_gradient(damping=0.1, max_iterations=200, tolerance=1e-12)
+    updates, _ = jax.jit(lambda at: tx.update(vector, tx.init(PARAMS), PARAMS, at=at))(at)
+    np.testing.assert_allclose(flat(updates), -np.linalg.solve(damped_fisher(PARAMS), flat(vector)), rtol=1e-8)
+    adaptive = curvax.natural_gradient()
+    with pytest.raises(ValueError, match="a lambda that stays, damping="):
+        adaptive.update(vector, adaptive.init(PARAMS), PARAMS, at=at)
+
+
+def test_the_damping_begins_with_the_curvature_along_the_gradient_and_the_damped_model_is_what_is_promised():
+    """Two steps on two batches against dense algebra: lambda falls where the second batch bears the first step out."""
+    tx, g = curvax.natural_gradient(0.5, max_iterations=200, tolerance=1e-12), gradient(GOAL, PARAMS, DATA)
+    matrix = damped_fisher(PARAMS, 0)
+    damping = g @ matrix @ g / (g @ g)
+    first, second = run(tx, GOAL, PARAMS, DATA, 2)
+    np.testing.assert_allclose(first.state.info.damping, damping, rtol=1e-9)
+    delta = -0.5 * np.linalg.solve(matrix + damping * np.eye(len(g)), g)
+    np.testing.assert_allclose(flat(first.updates), delta, rtol=1e-8)
+    promised = g @ delta + delta @ (matrix + damping * np.eye(len(g))) @ delta / 2
+    np.testing.assert_allclose(first.state.info.predicted_change, promised, rtol=1e-8)
+    ratio = (loss(GOAL, first.after, DATA) - loss(GOAL, PARAMS, DATA)) / promised
+    assert ratio > 0.5
+    factor = 0.9**4 if 1.5 < ratio < 2.5 else 0.9
+    np.testing.assert_allclose(second.state.info.step_ratio, ratio, rtol=1e-6)
+    np.testing.assert_allclose(second.state.info.damping, factor * damping, rtol=1e-9)
