@@ -188,6 +188,24 @@ def split_complex(tree: PyTree) -> PyTree:
     return jax.tree.map(split, tree)
 
 
+def complex_like(tree: PyTree, like: PyTree) -> PyTree:
+    """``tree`` with complex leaves where ``like`` has a ``RealPair``.
+
+    Raises:
+        TypeError: A leaf is complex where ``like`` has a real one.
+    """
+
+    def convert(wanted, leaf):
+        leaf = jnp.asarray(leaf)
+        if isinstance(wanted, RealPair):
+            return leaf.astype(wanted.dtype)
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise TypeError(f"a complex array, {leaf.dtype}, where a real one belongs; take its real part")
+        return leaf
+
+    return jax.tree.map(convert, like, tree, is_leaf=lambda node: isinstance(node, RealPair))
+
+
 def join_complex(tree: PyTree) -> PyTree:
     """``tree`` with a complex array for every ``RealPair``: the inverse of ``split_complex``."""
 

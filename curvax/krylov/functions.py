@@ -39,7 +39,8 @@ def lanczos_function(
         f(A) v in the dtypes of v; not a number where f is not finite on the spectrum or the tolerance was not met.
     """
     run = lanczos(linear_map, vector, num_steps=num_steps)
-    coefficients, before = (_at_first(function, run, count) for count in (num_steps, num_steps - num_steps // 4))
+    fewer = num_steps - max(1, num_steps // 4)
+    coefficients, before = (_at_first(function, run, count) for count in (num_steps, fewer))
     settled = trees.norm(coefficients - before) <= jnp.asarray(tolerance, before.dtype) * trees.norm(coefficients)
     # A process that ended early has met a space that A maps to itself: nothing is missing.
     length = jnp.where(settled | (run.num_valid < num_steps), trees.norm(wide.cast(vector, before.dtype)), jnp.nan)

@@ -34,8 +34,8 @@ class LinearMap(abc.ABC):
     A subclass gives ``structure`` and ``__call__``. Everything else has a default. ``solve``, ``sqrt``,
     ``inverse_sqrt``, ``logdet`` and ``sample`` are exact up to 20,000 parameters, by a factorisation of the matrix, and
     for maps of a form that can do better (diagonal, compact, Kronecker) at any size. Above, or where ``method=`` says
-    so, they take products alone and reach a tolerance, or are not a number. What would take a product for each
-    parameter is refused there, and ``curvax.estimators`` has estimates.
+    so, they take products alone: solves and roots reach a tolerance, or are not a number, and log-determinants are
+    estimates. What would take a product for each parameter is refused there, and ``curvax.estimators`` has estimates.
 
     Maps are pytrees: they pass through ``jit``, ``vmap``, ``cond`` and ``scan``. They add, subtract and scale (``A -
     2.0 * B``), and multiply vectors (``A @ v``, the same as ``A(v)``).
@@ -91,7 +91,7 @@ class LinearMap(abc.ABC):
         tolerance: Scalar | None = None,
         max_iterations: int = 1000,
     ) -> PyTree:
-        r"""(A + damping I)^{-1} v; not finite where the damped matrix is singular.
+        r"""(A + damping I)^{-1} v; very large, or not finite, where the damped matrix is singular to rounding.
 
         Args:
             method: "exact" is a factorisation or the map's own form. "cg" takes conjugate gradients (Hestenes and
@@ -176,8 +176,8 @@ class LinearMap(abc.ABC):
 
         Args:
             method: "exact" is a factorisation or the map's own form, "lanczos" the stochastic Lanczos quadrature of
-                ``curvax.estimators.slq_logdet``, which says the standard error too; not a number where A + damping I is
-                not positive definite. None: "exact" up to 20,000 parameters.
+                ``curvax.estimators.slq_logdet``, which says the standard error too; not a number where the Lanczos
+                process meets an eigenvalue that is not positive. None: "exact" up to 20,000 parameters.
             key: Of the ``num_samples`` random vectors of "lanczos", each for ``num_steps`` products; the samples' part
                 of the error falls as 1 / sqrt(num_samples), and about sqrt(condition number) steps are needed.
         """
@@ -402,7 +402,7 @@ class Diagonal(LinearMap):
         return jnp.sum(trees.ravel(self.entries))
 
     def diagonal(self) -> PyTree:
-        return self.entries
+        return trees.widened(self.entries)
 
     def to_dense(self) -> jax.Array:
         return jnp.diag(trees.ravel(self.diagonal()))

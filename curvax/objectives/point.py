@@ -108,10 +108,14 @@ class CurvaturePoint:
         return _only([trees.join_complex(linear.jvp(leaves)) for linear in self.stored("jacobian_product")])
 
     def jacobian_transpose_product(self, vector: PyTree) -> PyTree:
-        """J^T u, summed over the examples; u is shaped like ``outputs``. Where these are complex, Re J^H u."""
+        """J^T u, summed over the examples; u is shaped like ``outputs``. Where these are complex, Re J^H u.
+
+        Raises:
+            TypeError: u is complex where the outputs are real.
+        """
         stored = self.stored("jacobian_transpose_product")
         parts = (vector,) if len(stored) == 1 else vector
-        cotangents = trees.split_complex(parts)
+        cotangents = trees.split_complex(trees.complex_like(parts, tuple(linear.outputs for linear in stored)))
         results = [linear.transpose(part)[0] for linear, part in zip(stored, cotangents, strict=True)]
         return self.packed_params.unpack(functools.reduce(trees.add, results))
 

@@ -226,7 +226,7 @@ def _reads_apart(node):
             corners.append(numbers.reshape([scan.length if scan in start.scans else 1 for scan in scans]))
     places = np.stack([np.ravel(numbers) for numbers in np.broadcast_arrays(*corners)], axis=-1)
     aligned = all(np.all(column % size == 0) for column, size in zip(places.T, sizes, strict=True))
-    return aligned and len(np.unique(places, axis=0)) == len(places)
+    return len(places) == 1 or (aligned and len(np.unique(places, axis=0)) == len(places))
 
 
 def without_permutation(node: Node) -> tuple[Node, tuple[int, ...]]:

@@ -70,7 +70,7 @@ class NextBatch:
         if not all(term.loss.has_value for term in given.at.terms):
             raise ValueError(
                 "the loss of the next batch is to judge the step, and this objective has none"
-                " (curvax.losses.curvature_only); give natural_gradient a lambda that stays, damping=, or precondition by"
+                " (curvax.losses.curvature_only); give natural_gradient a lambda that stays, damping=, or take"
                 " scale_by_natural_gradient or scale_by_kfac"
             )
         info, here = given.info, given.at.loss.astype(given.dtype)

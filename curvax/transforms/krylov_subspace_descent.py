@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import optax
 
 from curvax import solvers, trees
+from curvax.damping.rules import DampingRule, next_batch_rule
 from curvax.matrices.curvature import Curvature, GaussNewton, check_curvature
+from curvax.transforms._judge import JudgedBy, judging
 from curvax.transforms._step import Given, Step, check_arguments, static_count, stepper
 
 
@@ -15,13 +17,19 @@ def krylov_subspace_descent(
     num_vectors: int | None = None,
     max_subspace_iterations: int = 20,
     tolerance: optax.ScalarOrSchedule = 1e-3,
+    rule: DampingRule | None = None,
+    judged_by: JudgedBy = "next_batch",
     curvature: Curvature | None = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Krylov subspace descent: delta minimises h(theta + delta) over span{g, B g, B^2 g, ..., last step} by L-BFGS.
 
-    The space contains the conjugate-gradient iterates of every Tikhonov-damped model, so there is no damping to adapt;
-    the price is the memory of its basis, and evaluations of loss and gradient in place of products. ``update`` takes
+    The space contains the conjugate-gradient iterates of every Tikhonov-damped model, so the method as published has no
+    damping; the price is the memory of its basis, and evaluations of loss and gradient in place of products. A step
+    that minimises the loss of one mini-batch overfits it. By default lambda / 2 ||delta||^2 is therefore added to what
+    is minimised; lambda begins with the curvature along the first gradient, falls where a step lowers the loss of the
+    next batch by half of what it did on its own and grows where it raises it by as much, and on one batch goes to
+    zero. ``update`` takes
     ``at=``, optionally ``curvature_at=``, a point on another batch for B, and ``held_out_at=``, a point on a batch
     whose loss is minimised over the subspace (that of the curvature otherwise; Vinyals and Povey take three different
     batches).
@@ -29,6 +37,8 @@ def krylov_subspace_descent(
     Args:
         num_vectors: The dimension of the Krylov space, 20 if None; memory is one copy of the parameters for each.
         tolerance: They stop where the gradient in the subspace has shrunk to this fraction.
+        rule: How lambda adapts, ``curvax.damping.next_batch_rule(period=1, base=0.9)`` if None.
+        judged_by: "next_batch", or "same_batch" for the method as published, without lambda.
         curvature: B, ``curvax.GaussNewton()`` by default.
         seed: Seed of what ``curvature`` draws.
 
@@ -37,7 +47,7 @@ def krylov_subspace_descent(
 
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
-        >>> tx = curvax.krylov_subspace_descent(num_vectors=2, tolerance=1e-6)
+        >>> tx = curvax.krylov_subspace_descent(num_vectors=2, tolerance=1e-6, judged_by="same_batch")
         >>> w, batch = jnp.zeros((2, 1)), (jnp.array([[1.0, 0.0], [0.0, 10.0]]), jnp.array([[1.0], [10.0]]))
         >>> loss, grads, at = objective.value_and_grad(w, batch)
         >>> updates, state = jax.jit(tx.update)(grads, tx.init(w), w, at=at)
@@ -51,6 +61,9 @@ def krylov_subspace_descent(
     curvature = GaussNewton() if curvature is None else curvature
     check_curvature("krylov_subspace_descent", curvature)
 
+    following = next_batch_rule(period=1, base=0.9)
+    _, judge = judging(judged_by, rule, DampingRule(), following, measured=True)
+
     def step(given: Given) -> Step:
         judged = given.curvature_at if given.held_out_at is None else given.held_out_at
         norm = trees.norm(given.gradient).astype(given.dtype)
@@ -61,22 +74,47 @@ def krylov_subspace_descent(
             # Without a gradient there is nothing to do, not even along the last direction.
             extra=trees.where(norm > 0, given.memory, trees.zeros_like(given.memory)),
         )
+        damping = jnp.zeros((), given.dtype)
+        if judge is not None:
+            along = subspace.matrix[0, 0].astype(given.dtype)  # g^T B g / g^T g
+            damping = jnp.where(given.steps == 0, jnp.where(along > 0, along, 1), given.strength)
+
+        def objective(delta):
+            loss = judged.loss_along(delta).astype(given.dtype)
+            return loss if judge is None else loss + penalty(delta)
+
+        def penalty(delta):
+            return damping / 2 * trees.vdot(delta, delta).astype(given.dtype)
+
         minimum = solvers.minimize_in_subspace(
-            lambda delta: judged.loss_along(delta).astype(given.dtype),
+            objective,
             subspace,
             max_iterations=max_subspace_iterations,
             tolerance=given.number(tolerance),
         )
-        loss = judged.loss
+        loss = judged.loss.astype(given.dtype)
+        new_loss = minimum.objective if judge is None else minimum.objective - penalty(minimum.value)
         figures = {
             "loss": loss,
-            "new_loss": minimum.objective,
+            "new_loss": new_loss,
+            "damping": damping,
             "inner_iterations": minimum.iterations,
             "gradient_norm": norm,
             "dimension": jnp.sum(subspace.active),
         }
         finite = trees.all_finite(loss, subspace.matrix)
-        return Step(minimum.value, figures, memory=minimum.value, finite=finite)
+        if judge is None:
+            return Step(minimum.value, figures, memory=minimum.value, finite=finite)
+        figures["step_ratio"] = jnp.ones((), given.dtype)  # on its own batch a step does what was found there
+        return Step(
+            minimum.value,
+            figures,
+            memory=minimum.value,
+            strength=damping,
+            finite=finite,
+            change=new_loss - loss,
+            loss_behind=new_loss if judged is given.at else jnp.full((), jnp.nan, given.dtype),
+        )
 
     return stepper(
         "krylov_subspace_descent",
@@ -85,4 +123,6 @@ def krylov_subspace_descent(
         seed=seed,
         extra={"dimension": jnp.int32},
         points=("at", "curvature_at", "held_out_at"),
+        judge=judge,
+        forget=trees.zeros_like,
     )

@@ -89,6 +89,8 @@ def scale_by_sample_space(
         start, right = None, trees.embed(updates, at.params)
         if momentum is not None:
             start = trees.embed(trees.scale(given.number(momentum), given.memory), at.params)
+            # Of parameters without structure the space knows no products, so that they go without momentum.
+            start = trees.replace_leaves(start, found.unstructured, trees.zeros_like(start))
             right = trees.sub(right, space.lift(space.project(start)))
         solution, iterations = space.solve(
             right, strength, method=method, max_iterations=max_iterations, tolerance=given.number(tolerance)

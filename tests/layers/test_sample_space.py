@@ -240,3 +240,25 @@ def test_a_physics_informed_network_is_solved_in_the_space_of_its_residuals():
     assert losses[-1] < 1e-6 * losses[0]
     points = np.linspace(0.2, 2.9, 7)
     np.testing.assert_allclose(jax.jit(boundary)(params, points)[:, 0], np.sin(points), atol=0.02)
+
+
+@pytest.mark.parametrize(("fallback", "expected"), [("diagonal", None), ("gradient", 1.0)])
+def test_parameters_without_structure_go_without_momentum(fallback, expected):
+    objective = curvax.Objective(lambda p, x: (x @ p["w"]) * jnp.exp(p["s"]), curvax.losses.squared_error())
+    params, batch = {"w": jnp.ones((2, 1)), "s": jnp.array(0.1)}, (jnp.eye(2), jnp.zeros((2, 1)))
+    layers = curvax.find_layers(objective, params, batch, fallback=fallback)
+    tx = curvax.scale_by_sample_space(layers, momentum=0.9, damping=1e-3)
+    at, gradient = objective.linearize(params, batch), jax.tree.map(jnp.ones_like, params)
+
+    @jax.jit
+    def run(at):
+        def step(state, _):
+            updates, state = tx.update(gradient, state, params, at=at)
+            return state, updates["s"]
+
+        return jax.lax.scan(step, tx.init(params), length=30)[1]
+
+    updates = run(at)
+    np.testing.assert_allclose(updates, updates[0], rtol=1e-9)
+    if expected is not None:
+        assert updates[0] == expected

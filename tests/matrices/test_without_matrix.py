@@ -173,3 +173,15 @@ def test_maps_at_a_point_are_shown_by_their_size():
     objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
     linear_map = curvax.ggn(objective.linearize(jnp.zeros((2, 1)), (jnp.eye(2), jnp.ones((2, 1)))))
     assert repr(linear_map) == "Pullback(2 x 2, 1 leaf, float64)"
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3])
+def test_a_few_lanczos_steps_are_not_taken_for_enough(num_steps):
+    linear_map = curvax.from_matvec(lambda v: jnp.logspace(0, -4, 40) * v, jnp.zeros(40))
+
+    @jax.jit
+    def both(vector):
+        solved = linear_map.solve(vector, damping=1e-4, method="lanczos", max_iterations=num_steps)
+        return solved, linear_map.inverse_sqrt(vector, damping=1e-4, method="lanczos", num_steps=num_steps)
+
+    assert all(np.all(np.isnan(result)) for result in both(jnp.ones(40)))

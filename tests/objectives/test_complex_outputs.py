@@ -224,3 +224,21 @@ def test_what_takes_no_complex_outputs_says_so(model, loss, error, message):
     for call in (objective, objective.linearize):
         with pytest.raises(error, match=message):
             call(params, batch)
+
+
+def test_a_real_vector_pulls_back_through_complex_outputs_and_a_complex_one_not_through_real_ones():
+    x, w = jax.random.normal(jax.random.key(0), (4, 3)), jax.random.normal(jax.random.key(1), (3, 2))
+    loss = curvax.losses.squared_error()
+
+    def model(w, x):
+        z = jnp.tanh(x @ w)
+        return jax.lax.complex(z[:, 0], z[:, 1])
+
+    at = curvax.Objective(model, loss).linearize(w, (x, jnp.zeros(4)))
+    real = jnp.arange(4.0)
+    np.testing.assert_allclose(
+        at.jacobian_transpose_product(real), at.jacobian_transpose_product(real + 0j), rtol=1e-12
+    )
+    other = curvax.Objective(lambda w, x: x @ w, loss).linearize(w, (x, jnp.zeros((4, 2))))
+    with pytest.raises(TypeError, match="where a real one belongs"):
+        other.jacobian_transpose_product(jnp.ones((4, 2), complex))
