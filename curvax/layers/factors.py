@@ -399,7 +399,8 @@ def _at_some_positions(use, weights, scale, some):
     _, examples, positions, features = use.inputs.shape
     enough = -(-some.rows_per_input * features // examples)
     distance = max(1, positions // max(enough, 1))
-    distance -= distance % 2 == 0  # even ones divide the sides of images, and would see one column of them
+    while math.gcd(distance, positions) > 1:  # a divisor of the sides of images would see some columns of them alone
+        distance -= 1
     count = positions // distance
     if count == positions:
         return use, weights, scale

@@ -5,11 +5,17 @@ steps follow the noise of their batch alone and the loss rises. The whole method
 at what the last one did to the loss of the batch that has come since: one forward pass, at the parameters where the
 last step began. Where the batch has not changed there is nothing to look back for, and the rule of the method's paper
 acts on the ratio that it measured.
+
+What a step has done is measured at the parameters, and what it promised by the method itself: a learning rate, clip or
+trace that stands behind the method in a chain makes steps fall short of their promise, so that lambda does not fall,
+and has its effect on the way back of a step that is undone. Learning rates belong into the method where it has one;
+otherwise take ``judged_by="same_batch"``.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal, TypeVar
 
 import jax
@@ -45,6 +51,16 @@ def judging(
     if judged_by == "same_batch":
         return own, None
     return own, NextBatch(following if rule is None else rule, own, measured)
+
+
+def begun(strength: Array, first: Callable[[], Array]) -> tuple[Array, Array]:
+    """(strength to keep, strength of the step), where one that has not begun, 0, begins with ``first()``.
+
+    A batch along whose gradient there is no curvature says nothing: its step has 1, and the next batch is asked again.
+    """
+    kept = jax.lax.cond(strength > 0, lambda: strength, lambda: first().astype(strength.dtype))
+    kept = jnp.where(kept > 0, kept, 0)
+    return kept, jnp.where(kept > 0, kept, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +110,10 @@ class NextBatch:
         def look_back() -> tuple[Array, Array]:
             there = given.at.loss_at(_began(last, given)).astype(given.dtype)
             # Where the loss is not finite at the old parameters either, it is the batch that is bad.
-            absurd = jnp.isfinite(there) & ~(here - there <= bound(there))
-            return reduction_ratio(there, here, last.predicted_change).astype(given.dtype), absurd
+            known = jnp.isfinite(there)
+            ratio = reduction_ratio(there, here, last.predicted_change).astype(given.dtype)
+            # Of NaN no rule makes anything.
+            return jnp.where(known, ratio, jnp.nan), known & ~(here - there <= bound(there))
 
         # What is periodic is so whatever the data, so that a count of operations knows of it.
         looks = due if self.measured else periodic | due

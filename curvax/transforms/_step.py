@@ -281,7 +281,7 @@ def stepper(
                 strength=given.strength,
                 memory=forget(state.memory),
                 last=state.last._replace(predicted_change=jnp.zeros((), given.dtype)),
-                info=state.info._replace(undone_steps=undone_steps),
+                info=state.info._replace(undone_steps=undone_steps, step_ratio=given.info.step_ratio),
             )
             moved, after = trees.where(undo, back, moved), trees.where(undo, reverted, after)
             finite = finite | undo

@@ -94,7 +94,8 @@ def hessian_free(
     falls where the step has lowered the loss of the new batch by half of what was predicted, and grows where it has
     raised it by as much; a step that has raised it by three times the prediction is undone, and counted in
     ``undone_steps``. Where the batch stays the same, or with ``judged_by="same_batch"``, the rule is that of Martens,
-    on the ratio of the info.
+    on the ratio of the info. A learning rate behind the method in a chain wants ``judged_by="same_batch"``, as steps
+    would fall short of what they promise.
 
     With an indefinite matrix (``curvature=curvax.Hessian()``) a run ends at the first direction of negative curvature,
     and the damping grows; ``curvax.newton_cg`` makes use of such a direction.
@@ -221,6 +222,8 @@ def hessian_free(
         strength = rule.adapt(given.strength, ratio, count=given.steps + 1)
         change = step_size * slope + step_size**2 * (predicted - slope)
         if judge is not None:  # the next batch judges, but where there is no step or the matrix has failed by itself
+            ratio_of_failure = jnp.where(accepted & ~failed, ratio, -jnp.inf)
+            strength = rule.adapt(given.strength, ratio_of_failure, count=given.steps + 1)
             strength = jnp.where(accepted & ~failed, given.strength, strength)
             change = jnp.where(failed, 0, change)
         figures = {

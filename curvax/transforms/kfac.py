@@ -105,8 +105,8 @@ def kfac(
         spread_refresh: Whether the blocks of a block-diagonal inverse take turns within the period, so that no step is
             slow, in place of all at once.
         statistics_stride: Every so many-th example of the batch is for the factors, 1/tau_1; if None, so that some 125
-            or more are, but no more than every eighth, and of the positions that share weights so many as give four
-            rows for each input.
+            or more are, but no more than every eighth, and for a block-diagonal inverse of the positions that share
+            weights so many as give four rows for each input.
         curvature_stride: Every so many-th is for B, 1/tau_2; if None, so that some 250 or more are, but no more than
             every fourth.
         decay: epsilon of the running averages once they are long; the paper has 0.95.
@@ -380,8 +380,10 @@ class _Preconditioner:
         layers = self.own(given.gradient)
         stride = _stride(self.name, "statistics_stride", self.stride, at, most=8, least=125)
         tapped = tap(layers, at.subset(stride, given.steps))
-        some = SomePositions(jax.random.fold_in(key, 1), 4) if self.stride is None else None
-        new = factors_of(tapped, key, self.statistics, self.sharing, self.inverse.pairs(layers), some)
+        pairs = self.inverse.pairs(layers)
+        # Moments of two layers with one another go together only with moments of the same rows.
+        some = SomePositions(jax.random.fold_in(key, 1), 4) if self.stride is None and not pairs else None
+        new = factors_of(tapped, key, self.statistics, self.sharing, pairs, some)
         # A step that is skipped or undone leaves all as it was, and a batch that is masked altogether says nothing.
         usable = trees.all_finite(given.gradient, given.at.loss) & ~given.undo
         nothing = not (layers.treatment.kronecker or layers.treatment.diagonal)

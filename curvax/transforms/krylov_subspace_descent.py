@@ -8,7 +8,7 @@ import optax
 from curvax import solvers, trees
 from curvax.damping.rules import DampingRule, next_batch_rule
 from curvax.matrices.curvature import Curvature, GaussNewton, check_curvature
-from curvax.transforms._judge import JudgedBy, judging
+from curvax.transforms._judge import JudgedBy, begun, judging
 from curvax.transforms._step import Given, Step, check_arguments, static_count, stepper
 
 
@@ -74,10 +74,9 @@ def krylov_subspace_descent(
             # Without a gradient there is nothing to do, not even along the last direction.
             extra=trees.where(norm > 0, given.memory, trees.zeros_like(given.memory)),
         )
-        damping = jnp.zeros((), given.dtype)
+        kept = damping = jnp.zeros((), given.dtype)
         if judge is not None:
-            along = subspace.matrix[0, 0].astype(given.dtype)  # g^T B g / g^T g
-            damping = jnp.where(given.steps == 0, jnp.where(along > 0, along, 1), given.strength)
+            kept, damping = begun(given.strength, lambda: subspace.matrix[0, 0])  # g^T B g / g^T g
 
         def objective(delta):
             loss = judged.loss_along(delta).astype(given.dtype)
@@ -110,7 +109,7 @@ def krylov_subspace_descent(
             minimum.value,
             figures,
             memory=minimum.value,
-            strength=damping,
+            strength=kept,
             finite=finite,
             change=new_loss - loss,
             loss_behind=new_loss if judged is given.at else jnp.full((), jnp.nan, given.dtype),

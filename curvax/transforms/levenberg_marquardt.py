@@ -80,7 +80,8 @@ def levenberg_marquardt(
         }
         strength = rule.adapt(given.strength, ratio, count=given.steps + 1)
         if judge is not None:  # a step that is taken is judged by the next batch
-            strength = jnp.where(ratio > 0, given.strength, strength)
+            failed = rule.adapt(given.strength, jnp.full_like(ratio, -jnp.inf), count=given.steps + 1)
+            strength = jnp.where(ratio > 0, given.strength, failed)
         return Step(
             delta,
             figures,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -10,7 +9,7 @@ from curvax import solvers, trees
 from curvax.damping.rules import DampingRule, next_batch_rule
 from curvax.matrices.curvature import Curvature, Fisher, check_curvature
 from curvax.matrices.linear_map import LinearMap
-from curvax.transforms._judge import NextBatch
+from curvax.transforms._judge import NextBatch, begun
 from curvax.transforms._step import Given, Step, check_arguments, stepper
 from curvax.types import Array, PyTree
 
@@ -81,13 +80,11 @@ def natural_gradient(
     def step(given: Given) -> Step:
         matrix, rate = solve.matrix(given), given.number(learning_rate)
         if damping is not None:
-            strength = given.number(damping)
+            kept = strength = given.number(damping)
         elif initial_damping is not None:
-            strength = given.strength
+            kept = strength = given.strength
         else:
-            strength = jax.lax.cond(
-                given.steps == 0, lambda: _curvature_along_gradient(matrix, given), lambda: given.strength
-            )
+            kept, strength = begun(given.strength, lambda: _curvature_along_gradient(matrix, given))
         solution, figures, finite = solve(matrix, strength, given)
         divergence, factor = jnp.zeros((), given.dtype), jnp.ones((), given.dtype)
         if max_divergence is not None:
@@ -102,10 +99,12 @@ def natural_gradient(
             "step_ratio": given.info.step_ratio,
             "divergence": factor**2 * divergence,
         }
-        if judge is not None:  # with a damping that is given no loss is read, so that there need not be one
-            figures["loss"] = given.at.loss
         update = trees.scale(-length, solution)
-        return Step(update, figures, memory=solution, strength=None if damping is not None else strength, finite=finite)
+        if judge is None:  # with a damping that is given no loss is read, so that there need not be one
+            return Step(update, figures, memory=solution, finite=finite)
+        figures["loss"] = given.at.loss
+        finite = finite & trees.all_finite(given.at.loss, figures["predicted_change"])
+        return Step(update, figures, memory=solution, strength=kept, finite=finite)
 
     return stepper(
         "natural_gradient",
@@ -191,6 +190,6 @@ class _Solve:
 
 def _curvature_along_gradient(matrix, given):
     """g^T F g / g^T g: with it as lambda no step is longer than steepest descent's to the minimum of the model."""
-    squared = trees.vdot(given.gradient, given.gradient).astype(given.dtype)
-    along = matrix.quadratic(given.gradient).astype(given.dtype) / jnp.where(squared > 0, squared, 1)
-    return jnp.where(along > 0, along, 1)
+    norm = trees.norm(given.gradient).astype(given.dtype)
+    unit = trees.scale(jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1), 0), given.gradient)
+    return matrix.quadratic(unit).astype(given.dtype)

@@ -545,12 +545,12 @@ def test_cross_factors_of_a_sharded_batch(axis_type):
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_moments_of_inputs_by_some_positions_are_those_of_all_on_average(weighted):
-    """By 10 of 30 positions: within five standard errors, and exactly where all inputs are alike."""
+    """By 10 of 31 positions: within five standard errors, and exactly where all inputs are alike."""
     weights = (lambda batch: batch[2]) if weighted else None
     pair = {"select": lambda batch: batch[:2], "example_weights": weights}
     objective = curvax.Objective(affine, curvax.losses.squared_error(), **pair)
-    params, x = {"w": normal(0, 3, 2), "b": normal(1, 2)}, normal(2, 6, 30, 3)
-    batch = (x, normal(3, 6, 30, 2), 0.5 + jnp.arange(6.0))
+    params, x = {"w": normal(0, 3, 2), "b": normal(1, 2)}, normal(2, 6, 31, 3)
+    batch = (x, normal(3, 6, 31, 2), 0.5 + jnp.arange(6.0))
     batch = batch if weighted else batch[:2]
     layers = curvax.find_layers(objective, params, batch)
 

@@ -80,9 +80,6 @@ def test_products_are_those_of_jax_and_no_other_form_is_left(case, how):
     fast = [eqn for eqn in found if eqn.params["dimension_numbers"].lhs_spec == (0, rank + 1, *range(1, rank + 1))]
     assert len(fast) >= 3, "J v of x and of w, and J^T"
     others = [eqn for eqn in found if eqn not in fast]
-    assert all(
-        eqn.params["dimension_numbers"].lhs_spec != fast[0].params["dimension_numbers"].lhs_spec for eqn in others
-    )
     assert len(others) <= 2
 
 

@@ -152,3 +152,26 @@ def test_the_damping_begins_with_the_curvature_along_the_gradient_and_the_damped
     factor = 0.9**4 if 1.5 < ratio < 2.5 else 0.9
     np.testing.assert_allclose(second.state.info.step_ratio, ratio, rtol=1e-6)
     np.testing.assert_allclose(second.state.info.damping, factor * damping, rtol=1e-9)
+
+
+LINE = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
+
+
+def test_a_batch_with_an_infinite_loss_is_skipped():
+    """Gradient, matrix and step are finite there, and the way back from the step would not be exact."""
+    w, x = jnp.array([[0.5], [-0.25]], jnp.float32), jnp.eye(2, dtype=jnp.float32)
+    bad = run(curvax.natural_gradient(), LINE, w, (x, jnp.array([[1e20], [0.0]], jnp.float32)))[0]
+    assert bad.state.info.skipped_steps == 1
+    np.testing.assert_array_equal(bad.after, w)
+
+
+@pytest.mark.parametrize("method", [curvax.natural_gradient, curvax.krylov_subspace_descent])
+def test_a_batch_without_curvature_does_not_begin_the_damping(method):
+    w, x, y = jnp.zeros((2, 1)), jnp.array([[1.0, 2.0], [0.5, -1.0]]), jnp.array([[1e-3], [2e-3]])
+    tx, nothing, data = method(), (jnp.zeros((2, 2)), y), (x, y)
+    blank = run(tx, LINE, w, nothing)[0]
+    np.testing.assert_array_equal(blank.after, w)
+    assert blank.state.strength == 0
+    matrix, g = np.asarray(x.T @ x) / 2, gradient(LINE, w, data)
+    first = run(tx, LINE, w, data, state=blank.state)[0]
+    np.testing.assert_allclose(first.state.info.damping, g @ matrix @ g / (g @ g), rtol=1e-9)
