@@ -63,6 +63,17 @@ def begun(strength: Array, first: Callable[[], Array]) -> tuple[Array, Array]:
     return kept, jnp.where(kept > 0, kept, 1)
 
 
+def adapted_at_once(judge: NextBatch | None, rule: Rule, given: Given, ratio: Array, taken: Array) -> Array:
+    """The strength behind a step: without a judge by its own ratio; with one, the next batch decides on what was taken.
+
+    A step that was not taken has failed by any rule, or the same one would be tried for ever.
+    """
+    if judge is not None:
+        ratio = jnp.where(taken, ratio, -jnp.inf)
+    strength = rule.adapt(given.strength, ratio, count=given.steps + 1, step_norm=given.info.update_norm)
+    return strength if judge is None else jnp.where(taken, given.strength, strength)
+
+
 @dataclasses.dataclass(frozen=True)
 class NextBatch:
     """Judges the last step by the loss of the present batch, at the parameters where it began and where it ended.

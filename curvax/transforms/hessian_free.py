@@ -19,7 +19,7 @@ from curvax.layers.inverses import kronecker_preconditioner
 from curvax.layers.taps import tap
 from curvax.matrices.curvature import Curvature, Fisher, GaussNewton, check_curvature
 from curvax.matrices.quadratic_model import reduction_ratio
-from curvax.transforms._judge import JudgedBy, judging
+from curvax.transforms._judge import JudgedBy, adapted_at_once, judging
 from curvax.transforms._step import Given, Step, check_arguments, static_count, stepper
 
 RECIPE_A = MappingProxyType({"max_iterations": 250, "choice": "walk", "progress_tolerance": 5e-3})
@@ -219,13 +219,8 @@ def hessian_free(
         step_size = jnp.where(accepted, search.step_size, 0)
         nowhere = jnp.full((), jnp.nan, dtype)
         behind = search.value if held_out is None else nowhere
-        strength = rule.adapt(given.strength, ratio, count=given.steps + 1)
-        change = step_size * slope + step_size**2 * (predicted - slope)
-        if judge is not None:  # the next batch judges, but where there is no step or the matrix has failed by itself
-            ratio_of_failure = jnp.where(accepted & ~failed, ratio, -jnp.inf)
-            strength = rule.adapt(given.strength, ratio_of_failure, count=given.steps + 1)
-            strength = jnp.where(accepted & ~failed, given.strength, strength)
-            change = jnp.where(failed, 0, change)
+        # Where the matrix has failed by itself, the next batch is not asked about the part of the step either.
+        change = jnp.where(failed, 0, step_size * slope + step_size**2 * (predicted - slope))
         figures = {
             "loss": loss,
             "new_loss": new_loss,
@@ -244,7 +239,7 @@ def hessian_free(
             trees.scale(step_size, delta),
             figures,
             memory=given.memory if warm_start_from == "gradient" else best.value,
-            strength=strength,
+            strength=adapted_at_once(judge, rule, given, ratio, accepted & ~failed),
             accepted=accepted,
             finite=trees.all_finite(loss, judged, delta, predicted),
             change=change.astype(dtype),

@@ -12,7 +12,7 @@ from curvax.damping.rules import DampingRule, next_batch_rule
 from curvax.matrices.curvature import Curvature, GaussNewton, check_curvature
 from curvax.matrices.linear_map import DenseMap
 from curvax.matrices.quadratic_model import reduction_ratio
-from curvax.transforms._judge import JudgedBy, judging
+from curvax.transforms._judge import JudgedBy, adapted_at_once, judging
 from curvax.transforms._step import Given, Step, check_arguments, stepper
 from curvax.types import Array
 
@@ -78,14 +78,10 @@ def levenberg_marquardt(
             "step_ratio": ratio,
             "damping": given.strength,
         }
-        strength = rule.adapt(given.strength, ratio, count=given.steps + 1)
-        if judge is not None:  # a step that is taken is judged by the next batch
-            failed = rule.adapt(given.strength, jnp.full_like(ratio, -jnp.inf), count=given.steps + 1)
-            strength = jnp.where(ratio > 0, given.strength, failed)
         return Step(
             delta,
             figures,
-            strength=strength,
+            strength=adapted_at_once(judge, rule, given, ratio, ratio > 0),
             accepted=ratio > 0,
             # The solution of a matrix that could not be factorised is not finite, and more damping mends that.
             finite=trees.all_finite(loss, matrix),
