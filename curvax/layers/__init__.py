@@ -24,9 +24,15 @@ from curvax.layers.inverses import kronecker_preconditioner as kronecker_precond
 from curvax.layers.kronecker import EigenKroneckerMap as EigenKroneckerMap
 from curvax.layers.kronecker import KroneckerMap as KroneckerMap
 from curvax.layers.kronecker import kronecker_map as kronecker_map
+from curvax.layers.layerwise_solvers import EACG as EACG
+from curvax.layers.layerwise_solvers import KFI as KFI
+from curvax.layers.layerwise_solvers import KroneckerCG as KroneckerCG
+from curvax.layers.layerwise_solvers import LayerwiseSolver as LayerwiseSolver
 from curvax.layers.per_example import gradient_inner_products as gradient_inner_products
 from curvax.layers.per_example import gradient_norms as gradient_norms
 from curvax.layers.per_example import per_example_gradients as per_example_gradients
+from curvax.layers.recursions import block_hessian as block_hessian
+from curvax.layers.recursions import layerwise_curvature as layerwise_curvature
 from curvax.layers.sample_space import gram as gram
 from curvax.layers.sharding import factor_shardings as factor_shardings
 from curvax.layers.taps import TappedPoint as TappedPoint

@@ -182,7 +182,7 @@ class _Parts:
 
         def run(perturbations):
             epsilons = unravel(perturbations)
-            results, captured, *_ = evaluate(self.program, flat, self.found, epsilons, every_order=True)
+            results, captured, *_ = evaluate(self.program, flat, self.found, epsilons, perturb=jnp.add)
             outputs, _ = jax.tree.unflatten(self.out_tree, results)
             return jnp.sum(loss.value(outputs, targets)), captured
 

@@ -251,7 +251,7 @@ def apply_on_blocks(
     """f(C) v with ``on_blocks`` the f of the blocks, and ``function`` f on the diagonals and on the zeros elsewhere."""
     treatment = layers.treatment
     leaves, treedef = jax.tree.flatten(vector)
-    matrices = [_to_block(block, vector) for block in treatment.kronecker]
+    matrices = [to_block(block, vector) for block in treatment.kronecker]
     solved = _sum_on_leaves(treatment.kronecker, on_blocks(matrices), len(leaves))
     incomplete = _incomplete(layers)
     own = _sum_on_leaves(treatment.kronecker, matrices, len(leaves)) if incomplete else solved
@@ -270,8 +270,8 @@ def apply_on_blocks(
     return treedef.unflatten([s.astype(leaf.dtype) for s, leaf in zip(solved, leaves, strict=True)])
 
 
-def _to_block(block, vector):
-    """U^T v."""
+def to_block(block, vector):
+    """U^T v: the matrices of a block in the orthonormal coordinates of the parameters."""
     matrix = block.to_matrices(vector)
     matrix = matrix.astype(trees.wide_dtype(matrix))
     root = root_of(block, matrix.dtype)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 
 from curvax.programs.uses import Use
@@ -22,7 +21,7 @@ def evaluate(
     uses: Sequence[Use],
     perturbations: Sequence[Any],
     given: Sequence[Address] = (),
-    every_order: bool = False,
+    perturb: Callable[[Array, Array], Array] | None = None,
 ) -> tuple[list[Any], list[Any], list[Any], dict[Address, Any]]:
     """The results of a program, the input and output of each use, and further operands.
 
@@ -33,14 +32,14 @@ def evaluate(
         perturbations: For each use an array of the shape of its output (behind the axes of the scans around it), or
             None. It counts as zero: only derivatives with respect to it have a meaning.
         given: The places of further operands to return, see ``Given``.
-        every_order: Whether the perturbations are added in earnest, which stores them, so that derivatives of all
-            orders exist; else those of first order alone.
+        perturb: How the result of a use and its perturbation go together: ``perturbed`` if None, of which derivatives
+            of first order alone exist; ``jnp.add``, which stores them, for all orders; or ``detached``.
 
     Returns:
         ``(results, inputs, outputs, operands)``, stacked over the scans around the uses; the input of a use is the
         other operand, and None where the use has none.
     """
-    tapper = _Tapper(arguments, uses, given, jnp.add if every_order else perturbed)
+    tapper = _Tapper(arguments, uses, given, perturbed if perturb is None else perturb)
     results, found = tapper.run(program, arguments, dict(enumerate(perturbations)))
     inputs, outputs = [found.get(index) for index in range(len(uses))], [found[~index] for index in range(len(uses))]
     return results, inputs, outputs, {place: found[i] for i, place in enumerate(given, len(uses))}
@@ -57,6 +56,14 @@ def perturbed(value: Array, perturbation: Array) -> Array:
 def _perturbed_jvp(primals, tangents):
     value, _ = primals
     return value, tangents[0] + tangents[1]
+
+
+def detached(value: Array, perturbation: Array) -> Array:
+    """``value + perturbation`` as a function of the perturbation alone: what comes before the use counts as constant.
+
+    Then derivatives in the perturbations of all uses at once are those of the pieces between one use and the next.
+    """
+    return jax.lax.stop_gradient(value) + perturbation
 
 
 class _Tapper:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from curvax.programs.convolutions import fast_in_loops
-from curvax.programs.walk import equations
+from curvax.programs.walk import DESCEND, called_program, equations, walk
 from curvax.types import PyTree
 
 
@@ -45,6 +45,21 @@ def linearize(function: Callable[..., Any], *arguments: PyTree, has_aux: bool = 
     jvp = fast_in_loops(jvp, *arguments) if forward else _transposed(transpose, value)
     transpose = fast_in_loops(transpose, value)
     return Linear(value, jvp, transpose, forward, aux[0] if has_aux else None)
+
+
+def is_affine(function: Callable[[Any], PyTree], argument: PyTree) -> bool:
+    """Whether a function is seen to be affine: its derivative does not read the place where it is taken."""
+
+    def derivative(argument, tangent):
+        return jax.jvp(function, (argument,), (tangent,))[1]
+
+    program = jax.make_jaxpr(derivative)(argument, argument)
+    count = len(program.jaxpr.invars) // 2
+
+    def handle(site, reads):
+        return DESCEND if any(reads) and called_program(site.eqn, True) else [any(reads)] * len(site.eqn.outvars)
+
+    return not any(walk(program, [True] * count + [False] * count, handle, lambda _: False))
 
 
 _REVERSE_ONLY = frozenset({"custom_lin", "call_hi_primitive_linearized"})

@@ -6,6 +6,8 @@ from curvax.transforms.cubic_step import cubic_step_of_examples as cubic_step_of
 from curvax.transforms.cubic_step import cubic_step_size as cubic_step_size
 from curvax.transforms.cubic_step import scale_by_cubic_step as scale_by_cubic_step
 from curvax.transforms.curveball import curveball as curveball
+from curvax.transforms.ea_cg import ea_cg as ea_cg
+from curvax.transforms.ea_cg import scale_by_ea_cg as scale_by_ea_cg
 from curvax.transforms.hessian_free import RECIPE_A as RECIPE_A
 from curvax.transforms.hessian_free import RECIPE_B as RECIPE_B
 from curvax.transforms.hessian_free import RECIPE_C as RECIPE_C

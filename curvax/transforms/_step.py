@@ -141,6 +141,15 @@ class Given:
         """A number, or a schedule at this step, in that dtype."""
         return jnp.asarray(value(self.steps) if callable(value) else value).astype(self.dtype)
 
+    @property
+    def largest_penalty(self) -> Array:
+        """The strength of the penalty, the largest where leaves differ, for curvature that knows one alone (KF-18)."""
+        penalty = self.curvature_at.penalty
+        if not penalty:
+            return jnp.zeros((), self.dtype)
+        strengths = jax.tree.leaves(trees.extract(penalty.curvature(self.curvature_at.params), self.gradient))
+        return jnp.max(jnp.stack([eta.astype(self.dtype) for eta in strengths]))
+
 
 class Step(NamedTuple):
     """What a step comes to.

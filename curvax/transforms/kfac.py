@@ -345,12 +345,8 @@ def _stride(name, argument, value, at, *, most, least):
 
 
 def _gamma(given, damping):
-    """The square root of the damping and of the penalty's strength, the largest where leaves differ (KF-8, KF-18)."""
-    penalty = given.curvature_at.penalty
-    if penalty:
-        strengths = jax.tree.leaves(trees.extract(penalty.curvature(given.curvature_at.params), given.gradient))
-        damping = damping + jnp.max(jnp.stack([eta.astype(damping.dtype) for eta in strengths]))
-    return jnp.sqrt(damping)
+    """The square root of the damping and of the penalty's strength (KF-8)."""
+    return jnp.sqrt(damping + given.largest_penalty.astype(damping.dtype))
 
 
 class _Preconditioner:
