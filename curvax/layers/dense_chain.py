@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvax.layers.blocks import Block
-from curvax.layers.factors import sum_over_sweeps
+from curvax.layers.factors import sum_over_sweeps, without_cotangents
 from curvax.layers.geometry import Geometry
 from curvax.layers.taps import TappedPoint
 from curvax.matrices.curvature import OutputCurvature
@@ -145,25 +145,21 @@ class DenseChain:
 
     def inputs(self) -> list[Array]:
         """h_{t-1}, (examples, inputs)."""
-        return [self._inputs(t, raw) for t, raw in enumerate(self.pieces(self._zeros())[0])]
+        uses = self._uses(without_cotangents(self.tapped))
+        return [use.inputs[0, :, 0] for use in uses if use.inputs is not None]
 
-    def derivatives(self) -> tuple[list[Any], list[Any]]:
-        """phi' and phi'' of what comes before each layer, (examples, inputs), in the order of its inputs.
+    def first_derivatives(self) -> list[Any]:
+        """phi' of what comes before each layer, (examples, inputs), in the order of its inputs.
 
         By forward-mode differentiation along ones: the layers are cut apart, so that one sweep serves all of them. The
         first layer reads data, and has None.
         """
-        ones = [jnp.ones_like(zero) for zero in self._zeros()]
+        return self._arranged(self._along_ones(self._later_inputs)(self._zeros())[1])
 
-        def along_ones(function):
-            return lambda e: jax.jvp(function, (e,), (ones,))[1]
-
-        def later_inputs(e):
-            return self.pieces(e)[0][1:]
-
-        first = along_ones(later_inputs)
-        firsts, seconds = jax.jvp(first, (self._zeros(),), (ones,))
-        return tuple([None, *(self._inputs(t, raw) for t, raw in enumerate(raws, 1))] for raws in (firsts, seconds))  # pyright: ignore[reportReturnType]
+    def derivatives(self) -> tuple[list[Any], list[Any]]:
+        """(phi', phi'') of what comes before each layer, likewise."""
+        _, (first, second) = self._along_ones(self._along_ones(self._later_inputs))(self._zeros())
+        return self._arranged(first), self._arranged(second)
 
     def gradients(self, scaled: bool = True) -> list[Array]:
         """The gradient of each example's loss in s_t, (examples, outputs); times its factor or not."""
@@ -188,20 +184,18 @@ class DenseChain:
         """sum_i scale_i of the Hessians of the examples' losses in the results of the last layer; or each of them."""
 
         def loss(e):
-            values = self.piece.loss.value(self._outputs(e), self.piece.targets)
-            return weighted_sum(scale, values)
+            return weighted_sum(scale, self.piece.loss.value(self._outputs(e), self.piece.targets))
 
-        return self._columns(lambda e, v: jax.jvp(jax.grad(loss), (e,), (v,))[1], by_example)
+        _, product = jax.linearize(jax.grad(loss), self._zeros()[-1])
+        return self._columns(product, by_example)
 
     def last_gauss_newton(self, scale: Array) -> Array:
         """The same of J^T C J, with C what the loss has as its ``curvature`` on the outputs."""
         matrix = self.piece.loss.curvature(self.piece.outputs, self.piece.targets)
-
-        def product(e, v):
-            _, pull_back = jax.vjp(self._outputs, e)
-            return pull_back(scale_cases(scale, matrix.product(jax.jvp(self._outputs, (e,), (v,))[1])))[0]
-
-        return self._columns(product, False)
+        zero = self._zeros()[-1]
+        _, push = jax.linearize(self._outputs, zero)
+        pull = jax.linear_transpose(push, zero)
+        return self._columns(lambda v: pull(scale_cases(scale, matrix.product(push(v))))[0], False)
 
     def _columns(self, product, by_example):
         """A symmetric matrix for each example, or their sum, from its products with unit vectors."""
@@ -213,7 +207,7 @@ class DenseChain:
             unit = jnp.broadcast_to((jnp.arange(shape[-1]) == index).astype(zero.dtype), shape)
             # How cotangents are arranged is a permutation, so its transpose is its inverse.
             (direction,) = jax.linear_transpose(geometry.cotangents, zero)(unit)
-            own = geometry.cotangents(product(zero, direction))[0, :, 0]
+            own = geometry.cotangents(product(direction))[0, :, 0]
             return own if by_example else jnp.sum(own, axis=0)
 
         # Some columns at a time: each holds the outputs of all examples.
@@ -222,13 +216,25 @@ class DenseChain:
     def _outputs(self, last):
         return self.pieces([*self._zeros()[:-1], last])[1]
 
+    def _later_inputs(self, perturbations):
+        return self.pieces(perturbations)[0][1:]
+
+    def _along_ones(self, function):
+        """Perturbations -> (value, derivative along ones) of a function of them."""
+        ones = [jnp.ones_like(zero) for zero in self._zeros()]
+        return lambda e: jax.jvp(function, (e,), (ones,))
+
+    def _arranged(self, raws):
+        """What belongs to the inputs of all layers but the first, as (examples, inputs)."""
+        found: list[Any] = [None]
+        for geometry, raw in zip(self.geometries[1:], raws, strict=True):
+            arranged = geometry.inputs(raw)
+            assert arranged is not None
+            found.append(arranged[0, :, 0])
+        return found
+
     def _zeros(self):
         return [geometry.use.zeros() for geometry in self.geometries]
-
-    def _inputs(self, t, raw):
-        arranged = self.geometries[t].inputs(raw)
-        assert arranged is not None
-        return arranged[0, :, 0]
 
     def _by_layer(self, cotangents):
         return [use.cotangents[0, :, 0] for use in self._uses(self.tapped.pull_back(cotangents))]

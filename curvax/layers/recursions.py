@@ -179,12 +179,14 @@ def _mean_recursion(chain, shares, curvature):
     if not definite and curvature != "hessian":
         last = positive_part(last, _clipped if curvature == "gauss_newton" else jnp.abs)
     replace = {"pch1": jnp.abs, "pch2": _clipped, "hessian": lambda entries: entries}.get(curvature)
-    weights, (first, second) = chain.weights(), chain.derivatives()
-    gradients = chain.gradients() if replace is not None else None
-    found = [last]
+    if replace is None:
+        first, second, gradients = chain.first_derivatives(), None, None
+    else:
+        (first, second), gradients = chain.derivatives(), chain.gradients()
+    weights, found = chain.weights(), [last]
     for t in reversed(range(1, len(chain))):
         curved = (weights[t] @ found[0] @ weights[t].T) * _second_moment(first[t], shares)
-        if replace is not None and gradients is not None:
+        if replace is not None and second is not None and gradients is not None:
             bent = jnp.sum(second[t] * (gradients[t] @ weights[t].T), axis=0)
             curved = curved + jnp.diag(replace(bent))
         curved = chain.in_results(t, curved)

@@ -469,3 +469,13 @@ def static_count(name: str, argument: str, value: Any, default: int) -> int:
     if isinstance(value, bool) or int(value) != value or value < 1:
         raise ValueError(f"{name}: {argument} must be a positive integer, got {value!r}")
     return int(value)
+
+
+def stride_of(name, argument, value, at, *, most, least):
+    """The stride of a part of a batch: the one given, or the largest up to ``most`` that leaves ``least`` examples.
+
+    Of a point in chunks so large that the part is no more than one of them.
+    """
+    count = min(at.num_examples(index) for index in range(len(at.terms)))
+    chunks = 1 if at.chunk_size is None else -(-count // at.chunk_size)
+    return static_count(name, argument, value, max(1, min(most, count // least), chunks))

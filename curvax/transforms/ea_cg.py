@@ -15,8 +15,9 @@ from curvax.layers.kronecker import apply_on_blocks, to_block
 from curvax.layers.layerwise_solvers import EACG, KFI, Damped, KroneckerCG, LayerSystem, LayerwiseSolver, Limits
 from curvax.layers.recursions import LayerwiseCurvature, propagate
 from curvax.layers.taps import tap
+from curvax.matrices.curvature import GaussNewton
 from curvax.transforms._judge import NextBatch, begun
-from curvax.transforms._step import Given, Step, check_arguments, stepper
+from curvax.transforms._step import Given, Step, check_arguments, stepper, stride_of
 from curvax.types import Array, PyTree
 
 SolverName = Literal["ea_cg", "kronecker_cg", "kfi"]
@@ -31,9 +32,10 @@ def ea_cg(
     alpha: optax.ScalarOrSchedule | None = None,
     initial_alpha: float | None = None,
     rule: DampingRule | None = None,
-    learning_rate: optax.ScalarOrSchedule = 1.0,
+    learning_rate: optax.ScalarOrSchedule | None = None,
     max_iterations: optax.ScalarOrSchedule = 20,
     tolerance: optax.ScalarOrSchedule = 1e-2,
+    curvature_stride: int | None = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""EA-CG: delta = -eta ((1 - alpha) C + alpha I)^{-1} g, with C from a recursion along the layers.
@@ -60,9 +62,12 @@ def ea_cg(
         alpha: Between 0 and 1, a number or a schedule; None lets it adapt.
         initial_alpha: What adapting begins with; if None, from the curvature along the first gradient.
         rule: How lambda adapts, ``curvax.damping.next_batch_rule(period=1, base=0.9)`` if None.
-        learning_rate: eta.
+        learning_rate: eta, a number or a schedule; None for the best one by the exact Gauss-Newton matrix, which is
+            also the most that is taken where alpha adapts.
         max_iterations: The most iterations on each layer.
         tolerance: The relative residual at which a layer stops.
+        curvature_stride: Every so many-th example is for that exact matrix; if None, so that some 250 or more are, but
+            no more than every fourth.
         seed: Seed of what "fisher" draws.
 
     Returns:
@@ -95,22 +100,31 @@ def ea_cg(
         judge = NextBatch(rule, rule)
 
     def step(given: Given) -> Step:
+        systems = solve.systems(given)
         if alpha is not None:
             kept = strength = _odds(given.number(alpha))
         elif initial_alpha is not None:
             kept = strength = given.strength
         else:
-            kept, strength = begun(given.strength, lambda: solve.curvature_along_gradient(given))
-        solution, figures = solve(given, strength)
-        rate = given.number(learning_rate)
-        # x is orthogonal to the residual that a truncated solve leaves, so x^T A x = g^T x.
-        slope = trees.vdot(given.gradient, solution).astype(given.dtype)
-        figures |= {"predicted_change": -rate * slope + rate**2 * slope / 2, "step_ratio": given.info.step_ratio}
+            kept, strength = begun(given.strength, lambda: _curvature_along_gradient(systems))
+        solution, figures = solve(given, systems, strength)
+        rate = None if learning_rate is None else given.number(learning_rate)
+        if rate is None or judge is not None:
+            # C has no curvature orthogonal to E[h], so that it would promise many times what there is.
+            stride = stride_of("ea_cg", "curvature_stride", curvature_stride, given.curvature_at, most=4, least=250)
+            exact = GaussNewton().at(given.curvature_at.subset(stride, given.steps)).restrict(given.gradient)
+            slope = trees.vdot(given.gradient, solution).astype(given.dtype)
+            length = trees.norm(solution).astype(given.dtype)
+            bend = exact.quadratic(solution).astype(given.dtype) + strength * jnp.square(length)
+            best = jnp.where(bend > 0, slope / jnp.where(bend > 0, bend, 1), 0)
+            rate = best if rate is None else jnp.minimum(rate, best)
+            figures |= {"predicted_change": -rate * slope + rate**2 * bend / 2, "step_size": rate}
         update = trees.scale(-rate, solution)
         if judge is None:
             return Step(update, figures)
-        finite = trees.all_finite(given.at.loss, slope)
-        return Step(update, figures | {"loss": given.at.loss}, strength=kept, finite=finite)
+        figures |= {"loss": given.at.loss, "step_ratio": given.info.step_ratio}
+        finite = trees.all_finite(given.at.loss, figures["predicted_change"])
+        return Step(update, figures, strength=kept, finite=finite)
 
     return stepper(
         "ea_cg",
@@ -151,7 +165,7 @@ def scale_by_ea_cg(
     solve = _Solve("scale_by_ea_cg", layers, curvature, solver, max_iterations, tolerance)
 
     def step(given: Given) -> Step:
-        solution, figures = solve(given, _odds(given.number(alpha)))
+        solution, figures = solve(given, solve.systems(given), _odds(given.number(alpha)))
         return Step(solution, figures)
 
     points = ("at", "curvature_at")
@@ -173,41 +187,43 @@ class _Solve:
         self.layers, self.curvature, self.solver = layers, curvature, solver
         self.max_iterations, self.tolerance = max_iterations, tolerance
 
-    def __call__(self, given: Given, strength: Array) -> tuple[PyTree, dict[str, Array]]:
+    def systems(self, given: Given) -> list[LayerSystem]:
+        """The curvature of each layer with its part of the gradient."""
+        at = given.curvature_at.subset(1)  # a point in chunks is taken whole: means need all examples at once
+        seconds = self.solver.reads_seconds
+        propagated = propagate(tap(self.layers, at), self.curvature, given.key, seconds=seconds)
+        blocks, gradient = self.layers.treatment.kronecker, trees.embed(given.gradient, given.at.params)
+        parts = zip(
+            blocks, propagated.outputs, propagated.means, propagated.seconds or [None] * len(blocks), strict=True
+        )
+        return [_system(block, h, m, a, to_block(block, gradient)[0].astype(h.dtype)) for block, h, m, a in parts]
+
+    def __call__(self, given: Given, systems: list[LayerSystem], strength: Array) -> tuple[PyTree, dict[str, Array]]:
         """The solution and figures, for lambda = alpha / (1 - alpha)."""
         alpha = strength / (1 + strength)
         share = 1 - alpha
         damping = alpha + share * given.largest_penalty
         limits = Limits(jnp.asarray(given.number(self.max_iterations)).astype(jnp.int32), given.number(self.tolerance))
-        gradient = trees.embed(given.gradient, given.at.params)
-        solved = self.solver.solve(self._systems(given, gradient), Damped(share, damping), limits)
+        solved = self.solver.solve(systems, Damped(share, damping), limits)
         matrices = [_joined(*layer) for layer in solved.layers]
+        gradient = trees.embed(given.gradient, given.at.params)
         whole = apply_on_blocks(self.layers, (), gradient, lambda _: matrices, lambda zero: zero + 1 / damping)
         figures = {"damping": strength, "alpha": alpha, "inner_iterations": solved.iterations}
         return trees.extract(whole, given.gradient), figures
 
-    def curvature_along_gradient(self, given: Given) -> Array:
-        """g^T C g / g^T g: with it as lambda no step is longer than steepest descent's to the minimum of the model."""
-        curved, total = jnp.zeros((), given.dtype), jnp.zeros((), given.dtype)
-        for system in self._systems(given, trees.embed(given.gradient, given.at.params)):
-            along = system.mean @ system.weights
-            sides = [(along @ system.curvature @ along, system.weights)]
-            if system.bias is not None:
-                sides.append((system.bias @ system.bias_curvature @ system.bias, system.bias))
-            curved = curved + sum(form.astype(given.dtype) for form, _ in sides)
-            total = total + sum(jnp.sum(jnp.square(g)).astype(given.dtype) for _, g in sides)
-        return curved / jnp.where(total > 0, total, 1)
 
-    def _systems(self, given, gradient):
-        """The curvature of each layer with its part of the gradient."""
-        at = given.curvature_at.subset(1)  # a point in chunks is taken whole: means need all examples at once
-        seconds = self.solver.reads_seconds
-        propagated = propagate(tap(self.layers, at), self.curvature, given.key, seconds=seconds)
-        blocks = self.layers.treatment.kronecker
-        parts = zip(
-            blocks, propagated.outputs, propagated.means, propagated.seconds or [None] * len(blocks), strict=True
-        )
-        return [_system(block, h, m, a, to_block(block, gradient)[0].astype(h.dtype)) for block, h, m, a in parts]
+def _curvature_along_gradient(systems):
+    """g^T C g / g^T g: with it as lambda no step is longer than steepest descent's to the minimum of the model."""
+    curved, total = [], []
+    for system in systems:
+        along = system.mean @ system.weights
+        curved.append(along @ system.curvature @ along)
+        total.append(jnp.sum(jnp.square(system.weights)))
+        if system.bias is not None:
+            curved.append(system.bias @ system.bias_curvature @ system.bias)
+            total.append(jnp.sum(jnp.square(system.bias)))
+    curved, total = jnp.sum(jnp.stack(curved)), jnp.sum(jnp.stack(total))
+    return curved / jnp.where(total > 0, total, 1)
 
 
 def _system(block, curvature, mean, second, matrix):

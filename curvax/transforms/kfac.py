@@ -34,7 +34,7 @@ from curvax.matrices.plane import inner_products, minimum_in_plane, products_in_
 from curvax.matrices.quadratic_model import reduction_ratio
 from curvax.objectives.point import CurvaturePoint
 from curvax.transforms._judge import JudgedBy, judging
-from curvax.transforms._step import Given, Step, check_arguments, static_count, stepper
+from curvax.transforms._step import Given, Step, check_arguments, stepper, stride_of
 from curvax.types import Array, PyTree
 
 InverseName = Literal["block_diagonal", "block_tridiagonal", "exact_tikhonov", "eigen_corrected"]
@@ -146,7 +146,7 @@ def kfac(
         at, dtype = given.curvature_at, given.dtype
         statistics_key, curvature_key = jax.random.split(given.key)
         seen = preconditioner.seen(given, at, statistics_key)
-        part = at.subset(_stride("kfac", "curvature_stride", curvature_stride, at, most=4, least=250), given.steps)
+        part = at.subset(stride_of("kfac", "curvature_stride", curvature_stride, at, most=4, least=250), given.steps)
         damping, begun = given.strength, jnp.array(True)
         if initial_damping is None:
             first = jnp.maximum(mean_curvature(seen.layers, seen.factors).astype(dtype), rule.minimum)
@@ -337,13 +337,6 @@ def _inverse(name, inverse):
     return _INVERSES[inverse]()
 
 
-def _stride(name, argument, value, at, *, most, least):
-    """The stride that is given, or the largest up to ``most`` that leaves ``least`` examples, and of chunks one."""
-    count = min(at.num_examples(index) for index in range(len(at.terms)))
-    chunks = 1 if at.chunk_size is None else -(-count // at.chunk_size)
-    return static_count(name, argument, value, max(1, min(most, count // least), chunks))
-
-
 def _gamma(given, damping):
     """The square root of the damping and of the penalty's strength (KF-8)."""
     return jnp.sqrt(damping + given.largest_penalty.astype(damping.dtype))
@@ -374,7 +367,7 @@ class _Preconditioner:
     def seen(self, given: Given, at: CurvaturePoint, key: Array) -> Seen:
         """The running averages with the factors of this batch, or of its part for statistics (KF-3, KF-14)."""
         layers = self.own(given.gradient)
-        stride = _stride(self.name, "statistics_stride", self.stride, at, most=8, least=125)
+        stride = stride_of(self.name, "statistics_stride", self.stride, at, most=8, least=125)
         tapped = tap(layers, at.subset(stride, given.steps))
         pairs = self.inverse.pairs(layers)
         # Moments of two layers with one another go together only with moments of the same rows.
