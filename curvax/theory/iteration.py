@@ -127,7 +127,7 @@ def constant_rate_moments(
     """
     modes = modes_of(hessian, curvature, noise)
     rate = jnp.asarray(rate, modes.values.dtype)
-    factor = (1 - rate * modes.values) ** jnp.asarray(step)
+    factor = (1 - rate * modes.values) ** jnp.asarray(step, rate.dtype)
     limit = modes.stationary_entries(rate)
     if covariance is None:
         first = jnp.zeros_like(limit)
@@ -209,7 +209,7 @@ def constant_rate_bounds(
     modes = modes_of(hessian, curvature, noise)
     rate = jnp.asarray(rate, modes.values.dtype)
     factors = jnp.abs(1 - rate * modes.values)
-    least, most = (extreme(factors) ** (2 * jnp.asarray(step)) for extreme in (jnp.min, jnp.max))
+    least, most = (extreme(factors) ** (2 * jnp.asarray(step, rate.dtype)) for extreme in (jnp.min, jnp.max))
     floor, first = modes.noise_floor(rate), modes.start_loss(start)
     bounds = Bounds((1 - most) * floor + least * first, (1 - least) * floor + most * first)
     return Bounds(*(where_valid(modes.is_stable(rate), bound) for bound in bounds))
