@@ -12,6 +12,10 @@ from curvax.theory.modes import as_matrices, where_valid
 from curvax.types import Array, Scalar
 
 
+# (1 - eps)^(2^k) is below eps by then, in float64 too.
+_MOST_DOUBLINGS = 60
+
+
 class TraceBounds(NamedTuple):
     r"""Bounds on tr P for A^T P + P A + Q = 0, in terms of the eigenvalues of A + A^T and Q.
 
@@ -57,18 +61,19 @@ def solve_lyapunov(matrix: Array, right: Array) -> Array:
         # The geometric mean of the largest and the smallest singular value: for symmetric A the fastest shift.
         shift = jnp.sqrt(jnp.linalg.norm(matrix) / jnp.linalg.norm(jnp.linalg.inv(matrix)))
         resolvent = jnp.linalg.inv(shift * eye - matrix)
-        first = 2 * shift * resolvent.T @ right @ resolvent, (shift * eye + matrix) @ resolvent
+        first = 2 * shift * resolvent.T @ right @ resolvent, (shift * eye + matrix) @ resolvent, 0
 
         def goes_on(carry):
-            _, power = carry
-            size = jnp.linalg.norm(power)  # not a number, or large, where A is not stable
-            return (size > eps) & (size < 1 / eps)
+            _, power, count = carry
+            size = jnp.linalg.norm(power)
+            # Where A is not stable the powers grow, become nan, or stay as they are; all others have vanished by then.
+            return (size > eps) & (size < 1 / eps) & (count < _MOST_DOUBLINGS)
 
         def double(carry):
-            solution, power = carry
-            return solution + power.T @ solution @ power, power @ power
+            solution, power, count = carry
+            return solution + power.T @ solution @ power, power @ power, count + 1
 
-        solution, power = jax.lax.while_loop(goes_on, double, first)
+        solution, power, _ = jax.lax.while_loop(goes_on, double, first)
         return where_valid(jnp.linalg.norm(power) <= eps, (solution + solution.T) / 2)
 
 
