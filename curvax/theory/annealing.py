@@ -37,10 +37,10 @@ def annealed_loss(hessian: Array, curvature: Array, noise: Array) -> Expansion:
     with B = H = Sigma, as of the Fisher matrix of a model that can be true, c_1 is n / 2, which no unbiased estimator
     betters (Amari 1998); with Sigma / m for batches of m examples.
 
-    The c_2 of Martens 2016, -1/8 tr((I - 1/4 B^{1/2} H^{-1} B^{1/2})^{-1} B^{-1/2} Sigma B^{-1/2}), is wrong, -1/6
-    tr(H^{-1} Sigma) at B = H: its recursion lacks a term (see ``annealed_covariance``), and equation 5.38 halves H^{-1}
-    where it should double it. As c_2 >= 0 for lambda_n(K) >= 1, the upper bound c_1 / k + O(h_0 / k^2) of section 5.7.3
-    is false as well.
+    The c_2 of Martens 2016, -1/8 tr((I - 1/4 B^{1/2} H^{-1} B^{1/2})^{-1} B^{-1/2} Sigma B^{-1/2}), is wrong, at B = H
+    for one, where it is -1/6 tr(H^{-1} Sigma): its recursion lacks a term (see ``annealed_covariance``), and equation
+    5.38, which puts H / 2 for H, has 1/4 and 1/4 H^{-1} where that makes 1/2 and H^{-1}. As c_2 >= 0 for lambda_n(K) >=
+    1, the upper bound c_1 / k + O(h_0 / k^2) of section 5.7.3 is false as well.
 
     Example:
         >>> curvax.theory.annealed_loss(jnp.diag(jnp.array([4.0, 1.0])), jnp.eye(2), jnp.eye(2))

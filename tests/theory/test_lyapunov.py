@@ -117,7 +117,9 @@ def test_the_stationary_covariance_is_a_lyapunov_equation_with_another_b():
     assert np.all(2 * floor <= np.minimum(bounds.upper, bounds.sharp_upper) * ROUNDED)
     # Equation 5.28 as printed.
     inverse = np.linalg.solve(problems.curvature, root)
-    printed = trace(by_elimination(-root @ inverse, rate[:, None, None] * transposed(inverse) @ problems.noise @ inverse))
+    printed = trace(
+        by_elimination(-root @ inverse, rate[:, None, None] * transposed(inverse) @ problems.noise @ inverse)
+    )
     np.testing.assert_allclose(
         printed, rate / 2 * trace(np.linalg.solve(problems.curvature, problems.noise)), rtol=1e-9
     )
