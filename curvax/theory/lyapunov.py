@@ -11,7 +11,6 @@ from curvax.theory.iteration import Bounds
 from curvax.theory.modes import as_matrices, where_valid
 from curvax.types import Array, Scalar
 
-
 # (1 - eps)^(2^k) is below eps by then, in float64 too.
 _MOST_DOUBLINGS = 60
 

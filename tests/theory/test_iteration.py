@@ -108,7 +108,7 @@ def printed_covariance(problem, rate, steps):
 
 
 def test_the_printed_covariance_of_theorem_1_is_false_at_both_ends():
-    """It is d d^T and not 0 for k = 0, and its limit, alpha Xi_K^{-1}(B^{-1} Sigma B^{-1}), is of first order in alpha."""
+    """It is d d^T, not 0, for k = 0, and its limit alpha Xi_K^{-1}(B^{-1} Sigma B^{-1}) is of first order in alpha."""
     problem = quadratics.with_spectrum(np.eye(2), np.eye(2), np.eye(2), np.array([1.0, 2.0]))
     rate = 0.45
     exact = jax.jit(lambda: theory.constant_rate_moments(*problem.matrices, rate, problem.start, 0).covariance)()

@@ -63,7 +63,7 @@ def test_float32_and_ill_conditioned_matrices():
 
 
 def test_the_printed_equation_5_24_is_transposed():
-    """K V + V K^T = alpha B^{-1} Sigma B^{-1} is A^T P + P A + Q = 0 with A = -K^T; with A = -K it is another matrix."""
+    """K V + V K^T = alpha B^{-1} Sigma B^{-1} is A^T P + P A + Q = 0 with A = -K^T; A = -K gives another matrix."""
     problem = quadratics.random_problems(1, 3, 2)
     h, b, sigma = (matrix[0] for matrix in problem.matrices)
     contraction, inverse = np.linalg.solve(b, h), np.linalg.inv(b)
