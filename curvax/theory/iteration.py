@@ -217,8 +217,9 @@ def constant_rate_bounds(
 
 def drift_and_diffusion(hessian: Array, curvature: Array, noise: Array) -> tuple[Array, Array]:
     """K = B^{-1} H and B^{-1} Sigma B^{-1}."""
-    half = jnp.linalg.solve(curvature, noise)
-    return jnp.linalg.solve(curvature, hessian), jnp.linalg.solve(curvature, half.T)
+    # Not two solves side by side: under vmap LAPACK is batched, and jaxlib 0.10 can deadlock on batches at once.
+    contraction, half = jnp.split(jnp.linalg.solve(curvature, jnp.hstack([hessian, noise])), 2, axis=1)
+    return contraction, jnp.linalg.solve(curvature, half.T)
 
 
 def moments_from(hessian: Array, mean: Array, covariance: Array) -> Moments:

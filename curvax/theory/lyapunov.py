@@ -117,8 +117,9 @@ def lyapunov_trace_bounds(matrix: Array, right: Array) -> TraceBounds:
     Source: Wang, Kuo and Hsu 1986; Komaroff 1988, 1992; Martens 2016, equations 5.25, 5.26 and 5.27.
     """
     matrix, right = as_matrices(matrix=matrix, right=right)
-    # Descending and ascending, so that the largest eigenvalue of Q meets the slowest decay.
-    decay, q = -jnp.linalg.eigvalsh(matrix + matrix.T), jnp.linalg.eigvalsh(right)
+    # -lambda_i descends and lambda_i(Q) ascends, so that the largest eigenvalue of Q meets the slowest decay.
+    values, q = jnp.linalg.eigvalsh(jnp.stack([matrix + matrix.T, right]))
+    decay = -values
     trace = jnp.sum(q)
     bounds = TraceBounds(
         lower=trace / decay[0],
