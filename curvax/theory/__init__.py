@@ -18,8 +18,9 @@ dense symmetric matrices of one shape (n, n) that go by the same names throughou
 ============  ==============================================================================================
 
 K = B^{-1} H decides what converges, lambda_1(K) >= ... >= lambda_n(K) are its eigenvalues, and h_0 = h(theta_0) -
-h(theta*). Every function can be jitted, mapped by ``vmap`` and differentiated; it works in the widest dtype of its
-matrices, float32 at least. Outside of the validity that its docstring gives the result is nan.
+h(theta*). Every function can be jitted, mapped by ``vmap`` and differentiated, by H and B where the eigenvalues of K
+are simple; it works in the widest dtype of its matrices, float32 at least. Outside of the validity that its docstring
+gives the result is nan.
 
 The source of what has no other is Martens 2016, section 5.7 and appendix A. What is false there as printed stands here
 corrected, and its docstring says so; most of it comes from a covariance recursion without its term of second order in

@@ -123,9 +123,10 @@ def newton_noise_bounds(hessian: Array, noise: Array) -> Bounds:
 def gradient_noise_bounds(hessian: Array, noise: Array) -> Bounds:
     r"""tr(Sigma) / (4 lambda_n(H)) <= c_1 <= tr(Sigma) / (2 lambda_n(H)) for B = lambda_n(H) I.
 
-    That B has the highest rates of those whose start-dependent term falls as 1 / k^2, as it does with B = H. Its lower
-    bound is kappa / 2 times that of ``newton_noise_bounds``, the upper the same: an ill-conditioned H is necessary for
-    B = H to gain much, but not sufficient.
+    Of all B = beta I whose start-dependent term falls at least as 1 / k^2, as it does for B = H, this one has the
+    smallest c_1. They are those with beta <= lambda_n(H), which Martens 2016 calls the lowest of them; it is the
+    highest. The lower bound is kappa / 2 times that of ``newton_noise_bounds``, the upper the same: an ill-conditioned
+    H is necessary for B = H to gain much, but not sufficient.
 
     Example:
         >>> curvax.theory.gradient_noise_bounds(jnp.diag(jnp.array([4.0, 1.0])), jnp.eye(2))

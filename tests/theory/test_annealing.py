@@ -177,6 +177,10 @@ def test_bounds_on_the_first_coefficient_hold():
         assert np.all(bound.lower <= own * (1 + 1e-9))
         assert np.all(own <= bound.upper * (1 + 1e-9))
     assert np.all(newton <= gradient * (1 + 1e-9))
+    # lambda_n(H) is the best of all beta below it.
+    lower = (least * draw.uniform(0.1, 1, 3000))[:, None, None] * np.eye(4)
+    other, _ = jax.jit(jax.vmap(theory.annealed_loss))(problems.hessian, lower, problems.noise)
+    assert np.all(gradient <= other * (1 + 1e-9))
 
 
 def test_the_last_inequality_of_the_realisable_case_is_false_as_printed():
