@@ -24,11 +24,13 @@ gives the result is nan.
 
 The source of what has no other is Martens 2016, section 5.7 and appendix A. What is false there as printed stands here
 corrected, and its docstring says so; most of it comes from a covariance recursion without its term of second order in
-alpha (equation A.1). With a constant rate one substitution repairs all of it that speaks of large k: B - (alpha / 2) H
-in the place of B. The theory wants a constant Sigma, which least squares and networks do not have: theirs depends on
+alpha (equation A.1). With a constant rate one substitution repairs all that it says of large k: B - (alpha / 2) H in
+the place of B. The theory wants a constant Sigma, which least squares and networks do not have: theirs depends on
 theta.
 """
 
+from curvax.theory.annealing import Expansion as Expansion
+from curvax.theory.annealing import RealisableBounds as RealisableBounds
 from curvax.theory.annealing import annealed_covariance as annealed_covariance
 from curvax.theory.annealing import annealed_loss as annealed_loss
 from curvax.theory.annealing import bordes_bounds as bordes_bounds
