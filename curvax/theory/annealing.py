@@ -38,9 +38,9 @@ def annealed_loss(hessian: Array, curvature: Array, noise: Array) -> Expansion:
     betters (Amari 1998); with Sigma / m for batches of m examples.
 
     The c_2 of Martens 2016, -1/8 tr((I - 1/4 B^{1/2} H^{-1} B^{1/2})^{-1} B^{-1/2} Sigma B^{-1/2}), is wrong, at B = H
-    for one, where it is -1/6 tr(H^{-1} Sigma): its recursion lacks a term (see ``annealed_covariance``), and equation
-    5.38, which puts H / 2 for H, has 1/4 and 1/4 H^{-1} where that makes 1/2 and H^{-1}. As c_2 >= 0 for lambda_n(K) >=
-    1, the upper bound c_1 / k + O(h_0 / k^2) of section 5.7.3 is false as well.
+    for one, where it is -1/6 tr(H^{-1} Sigma). Its recursion lacks a term (see ``annealed_covariance``), and equation
+    5.38, which puts H / 2 for H, has 1/4 and 1/4 H^{-1} where that makes 1/2 and H^{-1}. The upper bound of section
+    5.7.3, c_1 / k + O(h_0 / k^2), is false as well, as c_2 is not negative for lambda_n(K) >= 1.
 
     Example:
         >>> curvax.theory.annealed_loss(jnp.diag(jnp.array([4.0, 1.0])), jnp.eye(2), jnp.eye(2))
@@ -61,9 +61,9 @@ def annealed_covariance(hessian: Array, curvature: Array, noise: Array) -> Expan
         (Xi_K - I)(C_1) = B^{-1} Sigma B^{-1}                               Xi_K(X) = K X + X K^T
         (Xi_K - 2 I)(C_2) = -B^{-1} Sigma B^{-1} + K C_1 K^T
 
-    C_1 is valid for lambda_n(K) > 1/2, C_2 for lambda_n(K) >= 1 (up to rounding), below which terms of order 1 /
-    k^{lambda_i(K) + lambda_j(K)} come before it. With B = H C_1 is H^{-1} Sigma H^{-1} and C_2 is 0, exactly so for
-    every k; with B = H = Sigma = F this is Fisher efficiency, V_k = F^{-1} / k.
+    C_1 is valid for lambda_n(K) > 1/2, C_2 for lambda_n(K) >= 1 (up to rounding), below which terms in
+    k^{-lambda_i(K) - lambda_j(K)} come before it. With B = H, V_k is H^{-1} Sigma H^{-1} / k for every k >= 1; with
+    B = H = Sigma = F that is Fisher efficiency, V_k = F^{-1} / k.
 
     Martens 2016 has lost K C_1 K^T (Theorem 1 and appendix A.1), as in its equation A.1.
 

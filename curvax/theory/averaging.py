@@ -27,13 +27,13 @@ def averaged_moments(
         C_{k+1} = (1 - w_k) M C_k + w_k V_{k+1}
         D_{k+1} = (1 - w_k)^2 D_k + w_k (1 - w_k) (M C_k + (M C_k)^T) + w_k^2 V_{k+1}
 
-    For the uniform average tbar_k = sum_i theta_i / (k + 1) that is the double sum over i and j <= k of cov(theta_i,
-    theta_j) = V_i ((I - alpha K)^{j-i})^T, j >= i, over (k + 1)^2. Two displays of the proof in Martens 2016, appendix
+    For the uniform average, tbar_k = sum_i theta_i / (k + 1), it is the sum over i, j <= k of cov(theta_i, theta_j),
+    which is V_i ((I - alpha K)^{j-i})^T for j >= i, over (k + 1)^2. Two displays of the proof in Martens 2016, appendix
     A.3, have lost this division, and the second a transpose.
 
-    ``curvax.average_iterates`` has the same averages. The forgetful one has beta_k = 1 - w_{k-1} = min(1 - 1/k,
-    beta_max); section 5.7.6 of Martens 2016 prints (1 - beta_k) theta_k + beta_{k-1} tbar_k for it, with which an
-    average of equal iterates is not these.
+    ``curvax.average_iterates`` has the same averages. The forgetful one has w_{k-1} = 1 - beta_k, with
+    beta_k = min(1 - 1/k, beta_max); section 5.7.6 of Martens 2016 prints (1 - beta_k) theta_k + beta_{k-1} tbar_k, by
+    which an average of equal iterates is another number.
 
     Args:
         rates: (K,).

@@ -110,8 +110,8 @@ def constant_rate_moments(
 
     with V_inf of ``stationary_covariance``. Valid unless (1 - alpha lambda_i) (1 - alpha lambda_j) is 1.
 
-    Martens 2016 prints the powers of I - Xi_{alpha K}, Xi_A(X) = A X + X A^T, for those of I - Xi_{alpha K} +
-    Omega_{alpha K}, Omega_A(X) = A X A^T; and (theta_0 - theta*) (theta_0 - theta*)^T for V_0. Both are wrong: see
+    With Xi_A(X) = A X + X A^T and Omega_A(X) = A X A^T, Martens 2016 prints the powers of I - Xi_{alpha K} for those of
+    I - Xi_{alpha K} + Omega_{alpha K}, and (theta_0 - theta*) (theta_0 - theta*)^T for V_0. Both are wrong: see
     ``moments``.
 
     Args:
@@ -145,11 +145,11 @@ def stationary_covariance(hessian: Array, curvature: Array, noise: Array, rate: 
 
         V_inf = (I - alpha K) V_inf (I - alpha K)^T + alpha^2 B^{-1} Sigma B^{-1}
 
-    With Xi_A(X) = A X + X A^T and Omega_A(X) = A X A^T it is alpha (Xi_K - alpha Omega_K)^{-1} (B^{-1} Sigma B^{-1});
-    valid for 0 < alpha lambda_1(K) < 2, beyond which there is none. Martens 2016 prints it without Omega (Theorem 1),
-    which is its first order in alpha. It solves the printed equation 5.23 with B - (alpha / 2) H in the place of B, so
-    that tr(H V_inf) = (alpha / 2) tr((B - (alpha / 2) H)^{-1} Sigma) and tr((B - (alpha / 2) H) V_inf) = (alpha / 2)
-    tr(H^{-1} Sigma).
+    Valid for 0 < alpha lambda_1(K) < 2, beyond which there is none. With Xi_A(X) = A X + X A^T, Omega_A(X) = A X A^T it
+    is alpha (Xi_K - alpha Omega_K)^{-1} (B^{-1} Sigma B^{-1}). Martens 2016 prints it without Omega (Theorem 1), its
+    first order in alpha. But it solves the printed equation 5.23 with B' = B - (alpha / 2) H in the place of B, so
+
+        tr(H V_inf) = (alpha / 2) tr(B'^{-1} Sigma)        tr(B' V_inf) = (alpha / 2) tr(H^{-1} Sigma)
 
     Example:
         >>> curvax.theory.stationary_covariance(jnp.eye(1), jnp.eye(1), jnp.eye(1), 0.5)
@@ -166,8 +166,7 @@ def stationary_loss(hessian: Array, curvature: Array, noise: Array, rate: Scalar
     r"""The noise floor of a constant rate: E h - h(theta*) tends to T = (alpha / 4) tr((B - (alpha / 2) H)^{-1} Sigma).
 
     Valid for 0 < alpha lambda_1(K) < 2. Martens 2016 has (alpha / 4) tr(B^{-1} Sigma) (equation 5.31), which is its
-    first order in alpha and too low: by up to a quarter where 2 alpha lambda_1(K) < 1, without bound towards alpha
-    lambda_1(K) = 2.
+    first order in alpha and too low: by up to a quarter where alpha lambda_1(K) < 1/2, and without bound towards 2.
 
     Example:
         >>> curvax.theory.stationary_loss(jnp.eye(1), jnp.eye(1), jnp.eye(1), 0.5)
@@ -187,8 +186,8 @@ def constant_rate_bounds(
 
         L(k) = (1 - r_max^{2k}) T + r_min^{2k} h_0        U(k) = (1 - r_min^{2k}) T + r_max^{2k} h_0
 
-    with T of ``stationary_loss`` and r_min, r_max the least and the largest |1 - alpha lambda_i(K)|: 1 - alpha
-    lambda_1(K) and 1 - alpha lambda_n(K) up to alpha lambda_1(K) = 1. Valid for 0 < alpha lambda_1(K) < 2.
+    with T of ``stationary_loss`` and r_min, r_max the least and the largest |1 - alpha lambda_i(K)|; up to
+    alpha lambda_1(K) = 1 they are those of lambda_1 and lambda_n. Valid for 0 < alpha lambda_1(K) < 2.
 
     Both bounds that Martens 2016 prints for 2 alpha lambda_1(K) < 1 are false. They begin at 2 h_0, as they count the
     start in the covariance too, so L fails for small k; and they end at (alpha / 4) tr(B^{-1} Sigma) < T, so U fails

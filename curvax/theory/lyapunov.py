@@ -34,13 +34,15 @@ class TraceBounds(NamedTuple):
 def solve_lyapunov(matrix: Array, right: Array) -> Array:
     r"""P of the continuous algebraic Lyapunov equation A^T P + P A + Q = 0.
 
-    Valid where all eigenvalues of A have negative real parts. With M = (s I + A) (s I - A)^{-1} it is the Stein
-    equation P = M^T P M + 2 s (s I - A)^{-T} Q (s I - A)^{-1}, whose series is summed by doublings: P <- P + M^T P M, M
-    <- M^2.
+    Valid where all eigenvalues of A have negative real parts. It is a Stein equation, with M = (s I + A) (s I - A)^{-1}
 
-    The covariance that a constant rate ends with solves K V + V K^T = alpha B^{-1} Sigma B^{-1} to first order in alpha
-    (equation 5.23 of Martens 2016), so that A is -K^T; equation 5.24 prints -K. Exactly it does with B - (alpha / 2) H
-    for B.
+        P = M^T P M + 2 s (s I - A)^{-T} Q (s I - A)^{-1}
+
+    whose series is summed by doublings, P <- P + M^T P M and M <- M^2.
+
+    To first order in alpha the covariance that a constant rate ends with solves K V + V K^T = alpha B^{-1} Sigma B^{-1}
+    (equation 5.23 of Martens 2016), so that A is -K^T; equation 5.24 prints -K. With B - (alpha / 2) H in the place of
+    B it does so exactly.
 
     Args:
         matrix: A, of any symmetry.
@@ -82,7 +84,7 @@ def stationary_lyapunov(hessian: Array, curvature: Array, noise: Array, rate: Sc
         A = -H^{1/2} B'^{-1} H^{1/2}      Q = alpha H^{1/2} B'^{-1} Sigma B'^{-1} H^{1/2}      B' = B - (alpha / 2) H
 
     tr P is tr(H V_inf). Martens 2016 has B for B', which is the first order in alpha. A is symmetric, so that bounds on
-    tr P apply as soon as V_inf exists: valid for 0 < alpha lambda_1(K) < 2.
+    tr P apply as soon as V_inf exists: valid for 0 < alpha lambda_1(K) < 2, beyond which A is not stable.
 
     Example:
         >>> A, Q = curvax.theory.stationary_lyapunov(jnp.eye(1), jnp.eye(1), jnp.eye(1), 0.5)
@@ -133,9 +135,13 @@ def lyapunov_trace_bounds(matrix: Array, right: Array) -> TraceBounds:
 def pseudo_lyapunov_trace(matrix: Array, right: Array) -> Array:
     r"""tr P = -1/2 tr(A^{-1} Q) for any P with A P + P^T A + Q = 0 and A invertible: Lemma 5.
 
-    It gives traces of stationary covariances without these: tr(H V_inf) from A = -B^{-1} and Q = alpha B^{-1} Sigma
-    B^{-1}, tr(B V_inf) from A = -H^{-1} and Q = alpha H^{-1} Sigma H^{-1}, to first order in alpha, and exactly with B
-    - (alpha / 2) H for B. The second is (alpha / 2) tr(H^{-1} Sigma); equation A.11 of Martens 2016 has lost the half.
+    It gives traces of stationary covariances without these:
+
+        tr(H V_inf) = (alpha / 2) tr(B^{-1} Sigma)        from A = -B^{-1}, Q = alpha B^{-1} Sigma B^{-1}
+        tr(B V_inf) = (alpha / 2) tr(H^{-1} Sigma)        from A = -H^{-1}, Q = alpha H^{-1} Sigma H^{-1}
+
+    to first order in alpha, and exactly with B - (alpha / 2) H in the place of B. Equation A.11 of Martens 2016 has
+    lost the half of the second.
 
     Args:
         matrix: A.

@@ -45,8 +45,8 @@ class Modes(NamedTuple):
         return jnp.sum(self.values * self.coordinates(start) ** 2) / 2
 
     def is_stable(self, rate: Array) -> Array:
-        """Whether the iteration forgets its start at this rate, 0 < alpha lambda_1(K) < 2."""
-        return (rate > 0) & (rate * self.values[-1] < 2)
+        """Whether the iteration forgets its start at this rate: H is definite and 0 < alpha lambda_1(K) < 2."""
+        return (rate > 0) & (self.values[0] > 0) & (rate * self.values[-1] < 2)
 
     def stationary_entries(self, rate: Array) -> Array:
         """The covariance of x that it ends with: alpha S_ij / (mu_i + mu_j - alpha mu_i mu_j)."""
