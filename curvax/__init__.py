@@ -8,6 +8,7 @@ from curvax import nnx as nnx
 from curvax import quasi_newton as quasi_newton
 from curvax import schedules as schedules
 from curvax import solvers as solvers
+from curvax import theory as theory
 from curvax import transforms as transforms
 from curvax import trees as trees
 from curvax._version import __version__ as __version__
