@@ -28,7 +28,7 @@ from curvax.checks import check_choice
 from curvax.layers.dense_chain import dense_chain
 from curvax.layers.factors import KroneckerFactors
 from curvax.layers.find import Layers
-from curvax.layers.kronecker import apply_on_blocks, kronecker_map
+from curvax.layers.kronecker import apply_on_blocks, kronecker_map, root_of
 from curvax.layers.taps import TappedPoint, tap
 from curvax.matrices.curvature import EmpiricalFisher, Fisher, with_penalty
 from curvax.matrices.linear_map import LinearMap
@@ -256,7 +256,12 @@ class BlockHessian(LinearMap):
         return apply_on_blocks(self.layers, (), vector, on_blocks, lambda values: values)
 
     def _product(self, block, inputs, curvatures, matrix):
-        matrix, scale = matrix[0], self.scale.astype(curvatures.dtype)
+        root, scale = root_of(block, matrix.dtype), self.scale.astype(curvatures.dtype)
+        if root is not None:
+            return root * self._on_matrices(block, inputs, curvatures, scale, (root * matrix)[0])
+        return self._on_matrices(block, inputs, curvatures, scale, matrix[0])
+
+    def _on_matrices(self, block, inputs, curvatures, scale, matrix):
         weights, bias = (matrix[:-1], matrix[-1:]) if block.bias is not None else (matrix, None)
         scaled = curvatures * scale[:, None, None]
         curved = inputs.T @ jnp.einsum("nop,np->no", scaled, inputs @ weights)

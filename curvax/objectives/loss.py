@@ -162,3 +162,8 @@ def check_targets(loss, targets, shape, what="targets", floating=False):
 def described(tree):
     """The tree with each leaf replaced by its dtype and shape as text."""
     return jax.tree.map(lambda x: f"{jnp.result_type(x)}{jnp.shape(x)}", tree)
+
+
+def times_exp(factor, exponent):
+    """factor * exp(exponent), zero where the factor is zero even if the exponential overflows."""
+    return factor * jnp.exp(jnp.where(factor == 0, 0, exponent))
