@@ -60,8 +60,9 @@ def ea_cg(
             Kronecker-factored inverses of the damped factors; or a value that holds more choices, such as
             ``curvax.layers.KFI("rank_one")``.
         alpha: Between 0 and 1, a number or a schedule; None lets it adapt.
-        initial_alpha: What adapting begins with; if None, from the curvature along the first gradient.
-        rule: How lambda adapts, ``curvax.damping.next_batch_rule(period=1, base=0.9)`` if None.
+        initial_alpha: What adapting begins with; if None, lambda_0 is the mean curvature of a layer, the trace of its
+            part of C over its size.
+        rule: How lambda adapts, ``curvax.damping.next_batch_rule()`` if None.
         learning_rate: eta, a number or a schedule; None for the best one by the exact Gauss-Newton matrix, which is
             also the most that is taken where alpha adapts.
         max_iterations: The most iterations on each layer.
@@ -96,7 +97,7 @@ def ea_cg(
         raise ValueError("ea_cg: alpha= is one that stays; initial_alpha= and rule= are for one that adapts")
     judge = None
     if alpha is None:
-        rule = next_batch_rule(period=1, base=0.9) if rule is None else rule
+        rule = next_batch_rule() if rule is None else rule
         judge = NextBatch(rule, rule)
 
     def step(given: Given) -> Step:
@@ -106,7 +107,7 @@ def ea_cg(
         elif initial_alpha is not None:
             kept = strength = given.strength
         else:
-            kept, strength = begun(given.strength, lambda: _curvature_along_gradient(systems))
+            kept, strength = begun(given.strength, lambda: _mean_curvature(systems))
         solution, figures = solve(given, systems, strength)
         rate = None if learning_rate is None else given.number(learning_rate)
         if rate is None or judge is not None:
@@ -212,18 +213,20 @@ class _Solve:
         return trees.extract(whole, given.gradient), figures
 
 
-def _curvature_along_gradient(systems):
-    """g^T C g / g^T g: with it as lambda no step is longer than steepest descent's to the minimum of the model."""
-    curved, total = [], []
+def _mean_curvature(systems):
+    """The mean over the layers of the trace of C over its size, which follows the scale of the loss.
+
+    Layers count alike: by their sizes the first one, which has nearly all parameters and no curvature to speak of,
+    would decide for all.
+    """
+    means = []
     for system in systems:
-        along = system.mean @ system.weights
-        curved.append(along @ system.curvature @ along)
-        total.append(jnp.sum(jnp.square(system.weights)))
-        if system.bias is not None:
-            curved.append(system.bias @ system.bias_curvature @ system.bias)
-            total.append(jnp.sum(jnp.square(system.bias)))
-    curved, total = jnp.sum(jnp.stack(curved)), jnp.sum(jnp.stack(total))
-    return curved / jnp.where(total > 0, total, 1)
+        trace, size = jnp.trace(system.curvature), jnp.sum(jnp.square(system.mean))
+        if system.bias is None:
+            means.append(size * trace / system.weights.size)
+        else:
+            means.append((size + system.bias_size) * trace / (system.weights.size + system.bias.size))
+    return jnp.mean(jnp.stack(means))
 
 
 def _system(block, curvature, mean, second, matrix):
