@@ -24,7 +24,7 @@ DiagonalOf = Callable[[CurvaturePoint, Array], PyTree]
 
 
 def diagonal_newton(
-    learning_rate: optax.ScalarOrSchedule = 1.0,
+    learning_rate: optax.ScalarOrSchedule | None = None,
     *,
     initial_damping: float | None = None,
     rule: DampingRule | None = None,
@@ -36,10 +36,11 @@ def diagonal_newton(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Diagonal Newton: delta_j = -alpha g_j / (d_j + lambda), with lambda adapted by the loss of the next batch.
 
-    d is a diagonal of the curvature averaged over the steps, and lambda Tikhonov's damping of the model of which this
-    is the minimum: no one value suits a whole run (Martens 2016, section 3.4.4). It begins with the mean curvature
-    along the first gradient, and a step that raises the loss of the next batch far beyond what noise explains is
-    undone. The diagonal is
+    d is a diagonal of the curvature averaged over the steps, and lambda Tikhonov's damping of the model: no one value
+    suits a whole run (Martens 2016, section 3.4.4). It begins with the mean curvature along the first gradient, and a
+    step that raises the loss of the next batch far beyond what noise explains is undone. The model is g^T delta + 1/2
+    delta^T (G + lambda I) delta with the whole matrix G, one push forward, and alpha by default its minimum along the
+    direction: a diagonal promises too much wherever parameters work together. The diagonal is
 
     - ``diagonal=None``: an unbiased estimate of that of the Gauss-Newton matrix, a sweep at every step,
     - LeCun et al. 1998: ``lambda at, key: curvax.estimators.becker_lecun_diagonal(at)``,
@@ -52,7 +53,8 @@ def diagonal_newton(
     optionally ``curvature_at=``, a point on another batch for the diagonal.
 
     Args:
-        learning_rate: alpha, a number or a schedule.
+        learning_rate: A bound on alpha, a number or a schedule, which the papers tune; without, and where that is
+            smaller, alpha is the best one by the model.
         initial_damping: The lambda that adapting begins with; if None sum_j d_j g_j^2 / g^T g for the first gradient.
         rule: How it adapts, ``curvax.damping.next_batch_rule(period=1, base=0.9)`` if None.
         diagonal: (point, key) -> d; under ``optax.inject_hyperparams`` name it in ``static_args``.
@@ -80,7 +82,7 @@ def diagonal_newton(
 
     def step(given: Given) -> Step:
         d, total = average(given)
-        gradient, rate = trees.widened(given.gradient), given.number(learning_rate)
+        gradient = trees.widened(given.gradient)
 
         def along_gradient():
             size = trees.norm(gradient).astype(given.dtype)
@@ -91,17 +93,22 @@ def diagonal_newton(
             kept, strength = begun(given.strength, along_gradient)
         else:
             kept = strength = given.strength
-        solution = _divided(gradient, d, strength, 1.0)
-        slope = trees.vdot(gradient, solution).astype(given.dtype)
+        direction = trees.cast_like(_divided(gradient, d, strength, 1.0), given.gradient)
+        slope = trees.vdot(given.gradient, direction).astype(given.dtype)
+        bend = ggn(given.curvature_at).restrict(given.gradient).quadratic(direction).astype(given.dtype)
+        bend = bend + strength * trees.vdot(direction, direction).astype(given.dtype)
+        rate = jnp.where(bend > 0, slope / jnp.where(bend > 0, bend, 1), 0)
+        if learning_rate is not None:
+            rate = jnp.minimum(rate, given.number(learning_rate))
         figures = {
             "loss": given.at.loss,
             "damping": strength,
-            # Of the damped model, whose slope and curvature along the solution are the same.
-            "predicted_change": (rate**2 / 2 - rate) * slope,
+            "step_size": rate,
+            "predicted_change": rate**2 * bend / 2 - rate * slope,
             "step_ratio": given.info.step_ratio,
         }
-        finite = trees.all_finite(given.at.loss, total)
-        return Step(trees.scale(-rate, solution), figures, memory=total, strength=kept, finite=finite)
+        finite = trees.all_finite(given.at.loss, total, rate)
+        return Step(trees.scale(-rate, direction), figures, memory=total, strength=kept, finite=finite)
 
     return stepper(
         "diagonal_newton",

@@ -50,10 +50,10 @@ class Method(NamedTuple):
         return tx if self.learning_rate is None else optax.chain(tx, optax.scale(-self.learning_rate))
 
 
-def becker_lecun(at, key):
+def exact_diagonal(at, key):
     """A diagonal without draws, which depend on the dtype."""
     del key
-    return curvax.estimators.becker_lecun_diagonal(at)
+    return curvax.ggn(at).diagonal()
 
 
 METHODS = [
@@ -112,8 +112,8 @@ METHODS = [
         by_layers=True,
     ),
     Method("scale_by_sample_space", 0.3, {}, {"damping": 0.5}, "damping"),
-    Method("diagonal_newton", None, {"diagonal": becker_lecun}, {"initial_damping": 0.5}, "learning_rate"),
-    Method("scale_by_diagonal_curvature", 0.3, {"diagonal": becker_lecun}, {"damping": 0.5}, "damping"),
+    Method("diagonal_newton", None, {"diagonal": exact_diagonal}, {"initial_damping": 0.5}, "decay"),
+    Method("scale_by_diagonal_curvature", 0.3, {"diagonal": exact_diagonal}, {"damping": 0.5}, "damping"),
     Method("scale_by_matrix_momentum", 0.3, {}, {"inner_rate": 0.5, "damping": 0.5}, "inner_rate", coasts=True),
     Method("scale_by_stochastic_meta_descent", 1.0, {}, {"initial_scale": 0.3}, "meta_rate"),
     Method("scale_by_sgd_qn", 1.0, {}, {"initial_curvature": 2.0, "min_curvature": 1e-3}, "max_curvature"),

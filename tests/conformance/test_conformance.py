@@ -386,7 +386,7 @@ FIRST_VALUES = {
     "acceptance": 1e-4,
     "sufficient_decrease": 0.2,
     "max_divergence": 0.1,
-    "learning_rate": 1.0,
+    "decay": 0.9,
     "meta_rate": 0.05,
     "max_curvature": 100.0,
     "up": 1.5,

@@ -75,16 +75,20 @@ def test_by_default_the_diagonal_is_estimated_without_bias():
     np.testing.assert_allclose(1 / flat(held(PARAMS)) - 0.1, d, rtol=0.1, atol=0.01 * d.max())
 
 
-def test_the_whole_method_begins_with_the_curvature_along_the_gradient_and_promises_what_its_model_does():
-    tx = curvax.diagonal_newton(0.7, diagonal=exact)
-    first, second = run(tx, GOAL, PARAMS, DATA, 2)
-    d, g = np.diag(dense_ggn(GOAL, PARAMS, DATA)), gradient(GOAL, PARAMS, DATA)
+@pytest.mark.parametrize("rate", [None, 0.1])
+def test_the_whole_method_begins_with_the_curvature_along_the_gradient_and_promises_what_the_matrix_does(rate):
+    first, second = run(curvax.diagonal_newton(rate, diagonal=exact), GOAL, PARAMS, DATA, 2)
+    matrix, g = np.asarray(dense_ggn(GOAL, PARAMS, DATA)), gradient(GOAL, PARAMS, DATA)
+    d = np.diag(matrix)
     damping = d @ g**2 / (g @ g)
-    delta = -0.7 * g / (d + damping)
+    damped, direction = matrix + damping * np.eye(len(g)), g / (d + damping)
+    alpha = min(g @ direction / (direction @ damped @ direction), np.inf if rate is None else rate)
+    delta = -alpha * direction
     np.testing.assert_allclose(flat(first.updates), delta, rtol=1e-9)
     info = first.state.info
     np.testing.assert_allclose(info.damping, damping, rtol=1e-9)
-    np.testing.assert_allclose(info.predicted_change, g @ delta + delta @ ((d + damping) * delta) / 2, rtol=1e-9)
+    np.testing.assert_allclose(info.step_size, alpha, rtol=1e-9)
+    np.testing.assert_allclose(info.predicted_change, g @ delta + delta @ damped @ delta / 2, rtol=1e-9)
     ratio = (loss(GOAL, first.after, DATA) - loss(GOAL, PARAMS, DATA)) / info.predicted_change
     np.testing.assert_allclose(second.state.info.step_ratio, ratio, rtol=1e-6)
 
