@@ -16,7 +16,7 @@ from curvax.transforms._step import Given, Step, check_arguments, stepper
 def scale_by_matrix_momentum(
     inner_rate: optax.ScalarOrSchedule | None = None,
     *,
-    damping: optax.ScalarOrSchedule = 1e-3,
+    damping: optax.ScalarOrSchedule = 0.1,
     moved_by: Literal["new", "old"] = "new",
     curvature: Curvature | None = None,
     seed: int = 0,
@@ -38,7 +38,7 @@ def scale_by_matrix_momentum(
     Args:
         inner_rate: eta, a number or a schedule, below 1 / (lambda_max(B) + lambda); None for the best one along the
             residual r = g - B m - lambda m, r^T r / r^T (B + lambda I) r, with which the model never grows.
-        damping: lambda; 0 is the method as published.
+        damping: lambda; 0 is the method as published, which networks that learn from mini-batches leave for infinity.
         moved_by: The m that is handed on: the "new" one, as in CurveBall, or the "old" one, as the equation reads.
         curvature: B, ``curvax.GaussNewton()`` by default, ``curvax.Fisher()`` (Scarpetta et al. 1999) or
             ``curvax.Hessian()``.

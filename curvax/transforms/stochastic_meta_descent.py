@@ -14,7 +14,7 @@ from curvax.transforms._step import Given, Step, check_arguments, stepper
 def scale_by_stochastic_meta_descent(
     initial_scale: float,
     *,
-    meta_rate: optax.ScalarOrSchedule = 0.05,
+    meta_rate: optax.ScalarOrSchedule = 1.0,
     memory_decay: optax.ScalarOrSchedule = 0.95,
     exponential: bool = False,
     min_factor: optax.ScalarOrSchedule = 0.5,
