@@ -56,6 +56,12 @@ def exact_diagonal(at, key):
     return curvax.ggn(at).diagonal()
 
 
+def becker_lecun_diagonal(at, key):
+    """Another."""
+    del key
+    return curvax.estimators.becker_lecun_diagonal(at)
+
+
 METHODS = [
     Method("levenberg_marquardt", None, {}, {"initial_damping": 0.5}, None),
     Method("scale_by_dense_curvature", 0.3, {}, {"damping": 0.5}, "damping"),
@@ -113,7 +119,7 @@ METHODS = [
     ),
     Method("scale_by_sample_space", 0.3, {}, {"damping": 0.5}, "damping"),
     Method("diagonal_newton", None, {"diagonal": exact_diagonal}, {"initial_damping": 0.5}, "decay"),
-    Method("scale_by_diagonal_curvature", 0.3, {"diagonal": exact_diagonal}, {"damping": 0.5}, "damping"),
+    Method("scale_by_diagonal_curvature", 0.3, {"diagonal": becker_lecun_diagonal}, {"damping": 0.5}, "damping"),
     Method("scale_by_matrix_momentum", 0.3, {}, {"inner_rate": 0.5, "damping": 0.5}, "inner_rate", coasts=True),
     Method("scale_by_stochastic_meta_descent", 1.0, {}, {"initial_scale": 0.3}, "meta_rate"),
     Method("scale_by_sgd_qn", 1.0, {}, {"initial_curvature": 2.0, "min_curvature": 1e-3}, "max_curvature"),
