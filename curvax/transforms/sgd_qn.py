@@ -41,9 +41,8 @@ def scale_by_sgd_qn(
     Args:
         rule: "sum" or "average".
         initial_curvature: 1 / P_0.
-        min_curvature: The least that a pair may say of the curvature: y / s, and 1 / (s / y), within these bounds. The
-            papers clip as well, and the thesis has no values: for l2-regularised losses Bordes et al. take the l2 and
-            a hundred times that.
+        min_curvature: The least that a pair may say of the curvature: y / s and 1 / (s / y) are kept within these
+            bounds, as in the papers.
         max_curvature: The most.
         weight: gamma_k of "average", a number or a schedule of k from 0 on.
 
