@@ -38,7 +38,7 @@ def scale_by_matrix_momentum(
     Args:
         inner_rate: eta, a number or a schedule, below 1 / (lambda_max(B) + lambda); None for the best one along the
             residual r = g - B m - lambda m, r^T r / r^T (B + lambda I) r, with which the model never grows.
-        damping: lambda; 0 is the method as published, which networks that learn from mini-batches leave for infinity.
+        damping: lambda; 0 is the method as published, with which runs on mini-batches often diverge.
         moved_by: The m that is handed on: the "new" one, as in CurveBall, or the "old" one, as the equation reads.
         curvature: B, ``curvax.GaussNewton()`` by default, ``curvax.Fisher()`` (Scarpetta et al. 1999) or
             ``curvax.Hessian()``.
