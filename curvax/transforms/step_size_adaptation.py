@@ -89,7 +89,8 @@ def scale_by_almeida(
     gradients are of independent data, as those of successive mini-batches; on one batch they favour large steps.
 
     The average v is divided by 1 minus what it still has of its first value, zero, without which the first factors
-    would be 1 / (1 - gamma^2) times too far from 1. Source: Almeida, Langlois, Amaral and Plakhov 1998; Martens 2016, eq. 3.2.
+    would be 1 / (1 - gamma^2) times too far from 1. Source: Almeida, Langlois, Amaral and Plakhov 1998; Martens 2016,
+    eq. 3.2.
 
     Args:
         meta_rate: alpha, a number or a schedule.

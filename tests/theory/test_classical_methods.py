@@ -62,6 +62,38 @@ def test_the_best_rates_of_gradient_descent_and_momentum(condition):
     assert spectral_radius(behind) > 1
 
 
+def test_momentum_adds_up_all_gradients_again_at_every_step():
+    """theta_{k+1} = theta_0 - alpha sum_i sum_{j <= i} mu^(i-j) g_j: the sum over i is missing in print (E10)."""
+    draw, rate, momentum = np.random.default_rng(0), 0.1, 0.8
+    gradients, w, v = draw.normal(size=12), 1.0, 0.0
+    for g in gradients:
+        v = momentum * v - g
+        w = w + rate * v
+    single = [sum(momentum ** (i - j) * gradients[j] for j in range(i + 1)) for i in range(12)]
+    np.testing.assert_allclose(w, 1 - rate * sum(single), rtol=1e-12)
+    assert abs(w - (1 - rate * single[-1])) > 0.1
+
+
+@pytest.mark.parametrize("c", [0.01, 1.0])
+def test_slow_momentum_has_the_noise_of_gradient_descent_and_its_speed_only_where_it_is_overdamped(c):
+    """Of the limit alpha -> 0, mu -> 1 with c = alpha h / (1 - mu)^2 held (Wiegerinck et al. 1994; curvature h = 1).
+
+    The stationary variance is that of gradient descent with the rate alpha / (1 - mu) whatever c is. The speed is so
+    for small c alone: theta'' + theta' + c theta = 0 in the time k (1 - mu) decays like exp(-t / 2) from c = 1/4 on.
+    """
+    slow = 1e-3
+    rate, momentum = c * slow**2, 1 - slow
+    ball = heavy_ball(np.ones(1), rate, momentum)
+    # P = M P M^T + rate^2 e e^T.
+    noise = np.array([rate**2, 0, 0, 0])
+    variance = np.linalg.solve(np.eye(4) - np.kron(ball, ball), noise)[0]
+    effective = rate / slow
+    np.testing.assert_allclose(variance, effective / (2 - effective), rtol=2 * slow)
+    speed = -np.log(spectral_radius(ball)) / -np.log(1 - effective)
+    expected = (1 - np.sqrt(1 - 4 * c)) / (2 * c) if c < 0.25 else 1 / (2 * c)
+    np.testing.assert_allclose(speed, expected, rtol=2 * slow)
+
+
 def test_conjugate_gradients_are_never_behind():
     """In the norm of B, in which they are optimal among methods of first order, on many spectra (CL-2)."""
     draw, size, steps = np.random.default_rng(0), 12, 8
