@@ -41,6 +41,7 @@ bench-rnn: .venv/ready
 	$(BIN)/python -m benchmarks.rnn_tasks --table --minutes 60
 
 bench-papers: .venv/ready
+	$(BIN)/python -m benchmarks.ravine
 	$(BIN)/python -m benchmarks.curveball_toys
 	$(BIN)/python -m benchmarks.cubic_plateau
 	$(BIN)/python -m benchmarks.image_tables

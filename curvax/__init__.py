@@ -44,6 +44,7 @@ from curvax.objectives.term import Term as Term
 from curvax.transforms import average_iterates as average_iterates
 from curvax.transforms import averaged_params as averaged_params
 from curvax.transforms import curveball as curveball
+from curvax.transforms import diagonal_newton as diagonal_newton
 from curvax.transforms import ea_cg as ea_cg
 from curvax.transforms import hessian_free as hessian_free
 from curvax.transforms import kfac as kfac
@@ -53,9 +54,16 @@ from curvax.transforms import lsr1 as lsr1
 from curvax.transforms import lsr1_linesearch as lsr1_linesearch
 from curvax.transforms import natural_gradient as natural_gradient
 from curvax.transforms import newton_cg as newton_cg
+from curvax.transforms import scale_by_almeida as scale_by_almeida
 from curvax.transforms import scale_by_cubic_step as scale_by_cubic_step
 from curvax.transforms import scale_by_dense_curvature as scale_by_dense_curvature
+from curvax.transforms import scale_by_diagonal_curvature as scale_by_diagonal_curvature
 from curvax.transforms import scale_by_ea_cg as scale_by_ea_cg
+from curvax.transforms import scale_by_empirical_fisher_diagonal as scale_by_empirical_fisher_diagonal
 from curvax.transforms import scale_by_kfac as scale_by_kfac
+from curvax.transforms import scale_by_matrix_momentum as scale_by_matrix_momentum
 from curvax.transforms import scale_by_natural_gradient as scale_by_natural_gradient
 from curvax.transforms import scale_by_sample_space as scale_by_sample_space
+from curvax.transforms import scale_by_sgd_qn as scale_by_sgd_qn
+from curvax.transforms import scale_by_silva_almeida as scale_by_silva_almeida
+from curvax.transforms import scale_by_stochastic_meta_descent as scale_by_stochastic_meta_descent

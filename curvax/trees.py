@@ -111,6 +111,16 @@ def wide_structure(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, wide_dtype(leaf)), tree)
 
 
+def wide_full(tree: PyTree, value: Scalar) -> PyTree:
+    """One value everywhere, with the shapes of ``tree``, which may hold ShapeDtypeStructs, in float32 or wider."""
+    return jax.tree.map(lambda leaf: jnp.full(leaf.shape, value, leaf.dtype), wide_structure(tree))
+
+
+def clip(tree: PyTree, least: Scalar, largest: Scalar) -> PyTree:
+    """Every entry brought within the bounds, in the dtypes of ``tree``."""
+    return jax.tree.map(lambda x: jnp.clip(x, jnp.asarray(least, x.dtype), jnp.asarray(largest, x.dtype)), tree)
+
+
 def cast_like(tree: PyTree, like: PyTree) -> PyTree:
     """``tree`` with every leaf cast to the dtype of the same leaf of ``like``."""
     return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)

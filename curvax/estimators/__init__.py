@@ -7,6 +7,7 @@ from curvax.estimators.curvature_propagation import sampled_hessian_diagonal as 
 from curvax.estimators.diagonals import hutchinson_diagonal as hutchinson_diagonal
 from curvax.estimators.diagonals import secant_ratios as secant_ratios
 from curvax.estimators.eigenpairs import top_eigenpairs as top_eigenpairs
+from curvax.estimators.gradient_flow import gradient_norms_by_lag as gradient_norms_by_lag
 from curvax.estimators.gradient_flow import jacobian_norms_by_lag as jacobian_norms_by_lag
 from curvax.estimators.gradient_flow import layer_norms as layer_norms
 from curvax.estimators.gradient_flow import newton_boosts as newton_boosts

@@ -50,6 +50,7 @@ def becker_lecun_diagonal(at: CurvaturePoint, *, hessian: bool = False) -> PyTre
             cotangents = recorded.program.sweep(recorded.at_outputs(gradient), pull_back)
         matrix = piece.loss.hessian if hessian else piece.loss.curvature
         diagonal = scale_cases(cases.scale, _diagonal(matrix(piece.outputs, piece.targets), piece.outputs))
+        diagonal = trees.cast_like(diagonal, piece.outputs)
 
         def rule(step, at_results, cotangents=cotangents):
             return _squares_backwards(step, at_results, cotangents)
@@ -86,7 +87,11 @@ def _through_elementwise(step, index, at_results, cotangents):
     slope, bend = bending.value, bending.jvp(jnp.ones_like(arrays[index]))
     results = zip(step.moving, slope, bend, at_results, strict=True)
     parts = [d * d * q + dd * cotangents.get(id(out), 0) for out, d, dd, q in results]
-    return jax.linear_transpose(lambda x: jnp.broadcast_to(x, parts[0].shape), arrays[index])(sum(parts))[0]
+    total, shape = jnp.asarray(sum(parts)), arrays[index].shape
+    added = range(total.ndim - len(shape))  # where it was broadcast
+    total = jnp.sum(total, axis=tuple(added))
+    ones = [axis for axis, length in enumerate(shape) if length != total.shape[axis]]
+    return jnp.sum(total, axis=tuple(ones), keepdims=True).astype(arrays[index].dtype)
 
 
 def _through_product(step, index, at_results):

@@ -50,6 +50,44 @@ def jacobian_norms_by_lag(step: Callable[[Array, PyTree], Array], state: Array, 
     return jnp.concatenate([jnp.ones(1, norms.dtype), norms[::-1]])
 
 
+def gradient_norms_by_lag(
+    loss: Callable[[Array], Array], step: Callable[[Array, PyTree], Array], state: Array, inputs: PyTree
+) -> Array:
+    r"""The norms ||dL / dh_{T-l}|| of a loss of the states of a recurrence h_{t+1} = step(h_t, x_t), for the lags l.
+
+    Derivatives are total, by all that a state does later, from one backward sweep at any size. They decay like
+    ``jacobian_norms_by_lag`` along the one direction that the loss asks for, where that is of the last state alone.
+
+    Args:
+        loss: The states h_0 ... h_T along axis 0 -> a scalar.
+        step: (h, x) -> h.
+        state: h_0, an array of any shape, as for a batch of sequences.
+        inputs: x_0 ... x_{T-1} along axis 0 of every leaf.
+
+    Returns:
+        The norms for l = 0 ... T, of shape (T + 1,).
+
+    Example:
+        >>> halve = lambda h, x: h / 2 + x
+        >>> last = lambda states: jnp.sum(states[-1])
+        >>> curvax.estimators.gradient_norms_by_lag(last, halve, jnp.zeros(1), jnp.ones((3, 1))).round(3)
+        Array([1.   , 0.5  , 0.25 , 0.125], dtype=float...)
+    """
+    length = jax.tree.leaves(inputs)[0].shape[0]
+
+    def run(shifts):
+        def body(h, given):
+            x, shift = given
+            h = step(h, x) + shift
+            return h, h
+
+        start = state + shifts[0]
+        return loss(jnp.concatenate([start[None], jax.lax.scan(body, start, (inputs, shifts[1:]))[1]]))
+
+    gradient = jax.grad(run)(jnp.zeros((length + 1, *state.shape), state.dtype))
+    return jnp.linalg.norm(gradient.reshape(length + 1, -1), axis=1)[::-1]
+
+
 class LayerNorms(NamedTuple):
     """For each layer, by name: the norms of Jacobian and gradient with respect to its outputs."""
 

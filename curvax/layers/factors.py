@@ -279,7 +279,7 @@ def factors_over_batches(
     return total
 
 
-def damped_factors(inputs: Array, outputs: Array, gamma: Scalar) -> tuple[Array, Array]:
+def damped_factors(inputs: Array, outputs: Array, gamma: Scalar, *, balanced: bool = True) -> tuple[Array, Array]:
     r"""(A + pi gamma I, G + gamma / pi I) with pi^2 the ratio of the mean eigenvalues of A and G; factored Tikhonov.
 
     Their product is A (x) G + gamma^2 I and two cross terms, which this pi keeps smallest in the trace norm. Factors
@@ -287,6 +287,7 @@ def damped_factors(inputs: Array, outputs: Array, gamma: Scalar) -> tuple[Array,
 
     Args:
         gamma: The square root of the damping, of lambda and the penalty's strength.
+        balanced: False for pi = 1, as in Heskes 2000.
 
     Example:
         >>> A, G = curvax.layers.damped_factors(jnp.full((1, 1, 1), 4.0), jnp.full((1, 1, 1), 1.0), 1.0)
@@ -296,6 +297,7 @@ def damped_factors(inputs: Array, outputs: Array, gamma: Scalar) -> tuple[Array,
     Source: Martens 2016, eq. 6.7.
     """
     pi = damping_ratio(inputs, outputs)
+    pi = pi if balanced else jnp.ones_like(pi)
     gamma = jnp.asarray(gamma).astype(pi.dtype)
     return add_to_diagonal(inputs, pi * gamma), add_to_diagonal(outputs, gamma / pi)
 

@@ -96,18 +96,25 @@ class Inverse(abc.ABC):
 class BlockDiagonal(Inverse):
     r"""The inverse of diag(A_1 (x) G_1, A_2 (x) G_2, ...), with factored damping (Martens 2016, section 6.4.2).
 
+    Heskes 2000 is ``curvax.scale_by_kfac(layers, damping=gamma**2, inverse=curvax.layers.BlockDiagonal(balanced=False),
+    statistics=curvax.Fisher())`` with a learning rate behind it: gamma is added to both factors alike, stays, and no
+    step is rescaled by the exact curvature, which Martens (section 6.11) finds crucial.
+
     Attributes:
         method: How the damped factors are inverted, see ``curvax.matrices.inverses``.
+        balanced: Whether each factor has its share of the damping, pi gamma and gamma / pi; else both have gamma.
     """
 
     method: InverseMethod = "cholesky"
+    balanced: bool = True
     has_two_sides: ClassVar[bool] = True
 
     def __post_init__(self):
         check_choice("method", self.method, get_args(InverseMethod))
 
     def prepare(self, layers: Layers, factors: KroneckerFactors, gamma: Scalar, previous: Any) -> Any:
-        damped = tuple(damped_factors(a, g, gamma) for a, g in zip(factors.inputs, factors.outputs, strict=True))
+        sides = zip(factors.inputs, factors.outputs, strict=True)
+        damped = tuple(damped_factors(a, g, gamma, balanced=self.balanced) for a, g in sides)
         return inverses_of(damped, self.method, previous)
 
     def apply(self, layers: Layers, prepared: Any, matrices: Matrices) -> Matrices:

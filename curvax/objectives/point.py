@@ -67,6 +67,11 @@ class CurvaturePoint:
         """The loss at other parameters on the same batch, by one forward pass."""
         return trees.add(self.accumulate(lambda piece: piece.value_at(params)), self.penalty.value(params))
 
+    def gradient_at(self, params: PyTree) -> PyTree:
+        """The gradient at other parameters on the same batch, by one forward and one backward pass."""
+        data = self.accumulate(lambda piece: piece.gradient_at(params))
+        return trees.add(data, self.penalty.gradient(params)) if self.penalty else data
+
     def loss_along(self, step: PyTree) -> jax.Array:
         """h(theta + delta) for a delta that has all or some of the leaves of the parameters."""
         return self.loss_at(trees.add(self.params, trees.embed(step, self.params)))

@@ -21,7 +21,6 @@ from typing import Literal, TypeVar
 import jax
 import jax.numpy as jnp
 
-from curvax import trees
 from curvax.checks import check_choice
 from curvax.damping.rules import Rule
 from curvax.matrices.quadratic_model import reduction_ratio
@@ -119,7 +118,7 @@ class NextBatch:
         due = (periodic | alarming) & taken & ~unchanged
 
         def look_back() -> tuple[Array, Array]:
-            there = given.at.loss_at(_began(last, given)).astype(given.dtype)
+            there = given.at.loss_at(given.last_params).astype(given.dtype)
             # Where the loss is not finite at the old parameters either, it is the batch that is bad.
             known = jnp.isfinite(there)
             ratio = reduction_ratio(there, here, last.predicted_change).astype(given.dtype)
@@ -137,10 +136,3 @@ class NextBatch:
         strength = jnp.where(due, adapted(self.rule), given.strength)
         strength = jnp.where(unchanged & taken, adapted(self.same), strength)
         return Verdict(jnp.where(absurd, self.rule.retreat(given.strength), strength), absurd, ratio)
-
-
-def _began(last, given):
-    """The parameters where the last step began; leaves that are hidden from the method are as they are."""
-    now = given.at.params
-    hidden = trees.sub(now, trees.embed(trees.extract(now, given.gradient), now))
-    return trees.add(hidden, trees.embed(last.params, now))

@@ -7,13 +7,14 @@ not accepted, and asks a judge about the last step where there is one.
 **The contract of all methods.** The incoming updates are read as the gradient of the objective at the point (methods
 ``scale_by_...`` take any vector), so whatever stands in front in an ``optax.chain`` has its effect. ``update`` takes
 ``at=``, the third result of ``objective.value_and_grad``, and the further points that a method names; what else it is
-given raises at trace time, unless it may be for another transformation of the chain. The updates of a whole method are
-ready for ``optax.apply_updates``, and ``state.info`` holds the figures of the step. Inside ``optax.masked`` and
-``optax.partition`` a method acts on the leaves it is given, by path. Under ``optax.MultiSteps`` the gradient is the
-mean over the mini-batches, and curvature and losses are those of the last point. A step in which anything is not
-finite is skipped and counted: updates are zero and the state stays. Numbers may be traced, or a schedule of the step
-unless they name where something begins; ``optax.inject_hyperparams`` works on every method as it is. Under ``vmap`` a
-``lax.cond`` becomes a ``select``, so periodic work is then done at every step.
+given raises at trace time, unless it may be for another transformation of the chain. Methods without a point are made
+of gradients alone, and work in any loop of optax. The updates of a whole method are ready for ``optax.apply_updates``,
+and ``state.info`` holds the figures of the step. Inside ``optax.masked`` and ``optax.partition`` a method acts on the
+leaves it is given, by path. Under ``optax.MultiSteps`` the gradient is the mean over the mini-batches, and curvature
+and losses are those of the last point. A step in which anything is not finite is skipped and counted: updates are zero
+and the state stays. Numbers may be traced, or a schedule of the step unless they name where something begins;
+``optax.inject_hyperparams`` works on every method as it is. Under ``vmap`` a ``lax.cond`` becomes a ``select``, so
+periodic work is then done at every step.
 
 A line search of optax behind a method is told of the point: ``tx.update(grads, state, params, at=at, value=loss,
 grad=grads, value_fn=lambda params, at: at.loss_at(params))``. Data-parallel steps are taken under plain ``jax.jit``
@@ -102,6 +103,7 @@ class Given:
 
     Attributes:
         gradient: The incoming updates g.
+        at: The point; there is none for methods that take gradients alone.
         curvature_at: The point of the curvature, and of the losses that judge the step; ``at`` unless given.
         held_out_at: A point on data that the step was not computed from; None unless given.
         last: The step before; None where the method does not keep it.
@@ -131,6 +133,14 @@ class Given:
         assert self.last is not None
         change = trees.sub(trees.extract(self.at.params, self.gradient), self.last.params)
         return trees.where(self.steps > 0, change, trees.zeros_like(change))
+
+    @property
+    def last_params(self) -> PyTree:
+        """All parameters where the step before began; leaves that are hidden from the method are as they are now."""
+        assert self.last is not None
+        now = self.at.params
+        hidden = trees.sub(now, trees.embed(trees.extract(now, self.gradient), now))
+        return trees.add(hidden, trees.embed(self.last.params, now))
 
     @property
     def dtype(self) -> Any:
@@ -184,7 +194,7 @@ class LastStep(NamedTuple):
 
     Attributes:
         params: Where it began; not how long it was, as what stands behind the method in a chain may change the update.
-        predicted_change: What the model promised, 0 if the step was not taken.
+        predicted_change: What the model promised, 0 if the step was not taken, NaN without a model.
         loss: The loss of its batch where it ended, NaN where that was not measured.
     """
 
@@ -232,6 +242,7 @@ def stepper(
         start: params -> what the method carries; parameters may be ShapeDtypeStructs.
         strength: lambda_0, the first radius or sigma.
         extra: The names of the figures that the method adds, with their dtypes (None for that of the losses).
+        points: The names of the points that ``update`` takes; () for a method of gradients alone.
         judge: What judges the last step before a new one is computed. One that it undoes is taken back by the
             update, in place of a new step.
         forget: What the method carries on from a step that was undone, given what it carried: a direction or a warm
@@ -255,7 +266,8 @@ def stepper(
 
     def update(updates: PyTree, state: StepState, params: PyTree = None, **arguments: Any) -> tuple[PyTree, StepState]:
         given = _given(name, points, updates, state, params, arguments)
-        undo, here = jnp.array(False), trees.extract(given.at.params, updates)
+        undo = jnp.array(False)
+        here = trees.extract(given.at.params, updates) if keeps_last else ()
         if judge is not None:
             verdict = judge(state.last, given)
             undo = verdict.undo & (state.steps > 0)
@@ -301,7 +313,7 @@ def stepper(
 
 def _last_step(began, taken, accepted, given):
     figures = taken.figures
-    change = figures["predicted_change"] if taken.change is None else taken.change
+    change = figures.get("predicted_change", jnp.nan) if taken.change is None else taken.change
     behind = figures.get("new_loss", jnp.nan) if taken.loss_behind is None else taken.loss_behind
     return LastStep(began, jnp.where(accepted, change, 0).astype(given.dtype), jnp.asarray(behind).astype(given.dtype))
 
@@ -337,25 +349,16 @@ def _given(name, points, updates, state, params, arguments):
             f"{name}: update takes (grads, state, params, at=at) in this order; the second argument is a"
             f" {type(state).__name__}, not the state of init"
         )
-    own = {point: arguments.pop(point, None) for point in points}
-    _check_arguments(name, points, arguments)
-    at = own["at"]
-    if at is None:
-        raise ValueError(
-            f"{name}: update takes at=. Write\n"
-            "    loss, grads, at = objective.value_and_grad(params, batch)\n"
-            "    updates, state = tx.update(grads, state, params, at=at)\n"
-            "or, with gradients of your own, at=objective.linearize(params, batch)"
-        )
-    for point, value in own.items():
-        _check_point(name, point, value)
-    _check_whole_batch(name)
+    own = _points(name, points, arguments) if points else {}
+    at = own.get("at")
     trees.check_floating(updates, "updates")
-    trees.check_like(trees.embed(updates, at.params), at.params, "updates")
+    whole = params if at is None else at.params
+    if whole is not None:
+        trees.check_like(trees.embed(updates, whole), whole, "updates")
     return Given(
         gradient=updates,
-        at=at,
-        curvature_at=at if own.get("curvature_at") is None else own["curvature_at"],
+        at=cast(CurvaturePoint, at),
+        curvature_at=cast(CurvaturePoint, at if own.get("curvature_at") is None else own["curvature_at"]),
         held_out_at=own.get("held_out_at"),
         strength=state.strength,
         memory=state.memory,
@@ -367,6 +370,23 @@ def _given(name, points, updates, state, params, arguments):
         last=state.last if isinstance(state.last, LastStep) else None,
         undo=jnp.array(False),
     )
+
+
+def _points(name, points, arguments):
+    """Takes the points out of the arguments of ``update``."""
+    own = {point: arguments.pop(point, None) for point in points}
+    _check_arguments(name, points, arguments)
+    if own["at"] is None:
+        raise ValueError(
+            f"{name}: update takes at=. Write\n"
+            "    loss, grads, at = objective.value_and_grad(params, batch)\n"
+            "    updates, state = tx.update(grads, state, params, at=at)\n"
+            "or, with gradients of your own, at=objective.linearize(params, batch)"
+        )
+    for point, value in own.items():
+        _check_point(name, point, value)
+    _check_whole_batch(name)
+    return own
 
 
 def _check_point(name, argument, value):

@@ -20,6 +20,8 @@ class Method(NamedTuple):
         numbers: Its further settings, which are traced under ``inject_hyperparams``.
         scheduled: The argument that is given as a schedule there; None for a method that takes none.
         by_layers: Whether its first argument is the layers of the model.
+        takes_point: Whether ``update`` takes ``at=``; methods of gradients alone ignore it.
+        coasts: Whether it moves on without a gradient, by what it remembers of others.
     """
 
     name: str
@@ -28,6 +30,8 @@ class Method(NamedTuple):
     numbers: dict[str, float]
     scheduled: str | None
     by_layers: bool = False
+    takes_point: bool = True
+    coasts: bool = False
 
     def __call__(self, goal=None, params=None):
         """The transformation, for the plain network or for another objective and its parameters."""
@@ -44,6 +48,18 @@ class Method(NamedTuple):
 
     def as_step(self, tx):
         return tx if self.learning_rate is None else optax.chain(tx, optax.scale(-self.learning_rate))
+
+
+def exact_diagonal(at, key):
+    """A diagonal without draws, which depend on the dtype."""
+    del key
+    return curvax.ggn(at).diagonal()
+
+
+def becker_lecun_diagonal(at, key):
+    """Another."""
+    del key
+    return curvax.estimators.becker_lecun_diagonal(at)
 
 
 METHODS = [
@@ -102,4 +118,12 @@ METHODS = [
         by_layers=True,
     ),
     Method("scale_by_sample_space", 0.3, {}, {"damping": 0.5}, "damping"),
+    Method("diagonal_newton", None, {"diagonal": exact_diagonal}, {"initial_damping": 0.5}, "decay"),
+    Method("scale_by_diagonal_curvature", 0.3, {"diagonal": becker_lecun_diagonal}, {"damping": 0.5}, "damping"),
+    Method("scale_by_matrix_momentum", 0.3, {}, {"inner_rate": 0.5, "damping": 0.5}, "inner_rate", coasts=True),
+    Method("scale_by_stochastic_meta_descent", 1.0, {}, {"initial_scale": 0.3}, "meta_rate"),
+    Method("scale_by_sgd_qn", 1.0, {}, {"initial_curvature": 2.0, "min_curvature": 1e-3}, "max_curvature"),
+    Method("scale_by_silva_almeida", 0.3, {}, {}, "up", takes_point=False),
+    Method("scale_by_almeida", 0.3, {}, {}, "meta_rate", takes_point=False),
+    Method("scale_by_empirical_fisher_diagonal", 0.03, {}, {"damping": 1e-3}, "exponent", takes_point=False),
 ]

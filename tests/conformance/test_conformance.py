@@ -380,14 +380,26 @@ def test_multi_steps_uses_the_mean_gradient_and_the_last_curvature(method):
     assert_close(params, expected(start), 1e-5)
 
 
+# Of the scheduled arguments that are not among the numbers of a method.
+FIRST_VALUES = {
+    "momentum": 0.9,
+    "acceptance": 1e-4,
+    "sufficient_decrease": 0.2,
+    "max_divergence": 0.1,
+    "decay": 0.9,
+    "meta_rate": 0.05,
+    "max_curvature": 100.0,
+    "up": 1.5,
+    "exponent": 0.5,
+}
+
+
 @every_method
 def test_inject_hyperparams_traces_numbers_and_schedules_without_static_args(method):
     """All arguments but those that decide shapes, as the method takes them itself."""
     goal, settings = objective(plain()), method.numbers
     if method.scheduled is not None:
-        first = {"momentum": 0.9, "acceptance": 1e-4, "sufficient_decrease": 0.2, "max_divergence": 0.1}.get(
-            method.scheduled
-        )
+        first = FIRST_VALUES.get(method.scheduled)
         first = settings.get(method.scheduled, first)
         settings = settings | {method.scheduled: lambda count: first * 0.5**count}
     made = method.make(), optax.inject_hyperparams(method.make())
@@ -475,7 +487,8 @@ def test_zero_gradient_and_a_batch_of_one_example(method):
         return tx.update(jax.tree.map(jnp.zeros_like, params), state, params, at=at)
 
     updates, after = still(params, state, batch())
-    assert_equal(updates, jax.tree.map(np.zeros_like, updates))
+    if not method.coasts:
+        assert_equal(updates, jax.tree.map(np.zeros_like, updates))
     after = step_state(after)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((after.memory, after.strength)))
 
@@ -486,15 +499,16 @@ def test_misuse_is_an_error_that_says_what_to_do(method):
     state, params = tx.init(weights()), weights()
     with pytest.raises(ValueError, match="empty"):
         goal.value_and_grad(params, (jnp.zeros((0, 3)), jnp.zeros((0,), jnp.int32)))
-    with pytest.raises(ValueError, match="update takes at="):
-        tx.update(grads, state, params)
-    with pytest.raises(TypeError, match="not batch="):
-        tx.update(grads, state, params, at=at, batch=batch())
+    if method.takes_point:
+        with pytest.raises(ValueError, match="update takes at="):
+            tx.update(grads, state, params)
+        with pytest.raises(TypeError, match="not batch="):
+            tx.update(grads, state, params, at=at, batch=batch())
+        with pytest.raises(TypeError, match="value_and_grad"):
+            tx.update(grads, state, params, at=batch())
     with pytest.raises(ValueError, match="'surplus'"):
         tx.update({**grads, "surplus": jnp.ones(3)}, state, params, at=at)
     with pytest.raises(ValueError, match=r"updates\['w1'\] has shape \(4, 3\)"):
         tx.update({**grads, "w1": grads["w1"].T}, state, params, at=at)
     with pytest.raises(TypeError, match="updates\\['b1'\\] has dtype int32"):
         tx.update({**grads, "b1": jnp.ones(4, jnp.int32)}, state, params, at=at)
-    with pytest.raises(TypeError, match="value_and_grad"):
-        tx.update(grads, state, params, at=batch())

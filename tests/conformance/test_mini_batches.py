@@ -88,6 +88,7 @@ def plain(method, **options):
 METHODS = {
     "hessian_free": plain(curvax.hessian_free),
     "natural_gradient": plain(curvax.natural_gradient),
+    "diagonal_newton": plain(curvax.diagonal_newton),
     "newton_cg": plain(curvax.newton_cg),
     "krylov_subspace_descent": plain(curvax.krylov_subspace_descent),
     "curveball": plain(curvax.curveball),

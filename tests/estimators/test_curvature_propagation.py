@@ -269,6 +269,32 @@ def test_becker_lecun_takes_other_networks(name, by_hand):
 
 
 @pytest.mark.many_compilations("an error ends the trace, so nothing is compiled as a whole")
+@pytest.mark.parametrize("hessian", [False, True])
+@pytest.mark.parametrize("dtypes", [("bfloat16", "bfloat16"), ("float32", "bfloat16"), ("float16", "float32")])
+def test_becker_lecun_in_narrow_and_in_mixed_precision(dtypes, hessian):
+    """Parameters of one dtype, a network that works in another: as in float64, up to the rounding of the narrower."""
+    draw = np.random.default_rng(0)
+    params = {"w": draw.normal(size=(3, 4)), "b": draw.normal(size=4), "v": draw.normal(size=(4, 2))}
+    batch = draw.normal(size=(8, 3)), np.arange(8) % 2
+
+    def diagonal(own, within):
+        def model(p, x):
+            p, x = jax.tree.map(lambda leaf: leaf.astype(within), (p, x))
+            return jnp.tanh(x @ p["w"] + p["b"]) @ p["v"]
+
+        objective = curvax.Objective(model, curvax.losses.softmax_cross_entropy())
+        cast = jax.tree.map(lambda leaf: jnp.asarray(leaf, own), params)
+        data = jnp.asarray(batch[0], own), jnp.asarray(batch[1])
+        found = jax.jit(lambda p, b: estimators.becker_lecun_diagonal(objective.linearize(p, b), hessian=hessian))
+        return found(cast, data)
+
+    expected = diagonal("float64", "float64")
+    for name, leaf in diagonal(*dtypes).items():
+        assert leaf.dtype == dtypes[0]
+        largest = np.abs(expected[name]).max()
+        np.testing.assert_allclose(leaf.astype("float64"), expected[name], atol=0.05 * largest)
+
+
 def test_becker_lecun_names_an_operation_without_a_rule():
     objective = curvax.Objective(lambda w, x: jnp.linalg.inv(w + x), curvax.losses.squared_error())
     batch = (jnp.ones((1, 2, 2)), jnp.ones((1, 2, 2)))

@@ -1,5 +1,6 @@
 """Kronecker factors against dense curvature matrices and explicit second moments, wherever they are exact."""
 
+import functools
 import itertools
 
 import jax
@@ -467,6 +468,23 @@ def test_factored_damping_and_factors_without_trace():
     A, G = jax.jit(curvax.layers.damped_factors)(jnp.zeros((1, 2)), jnp.asarray(g)[None], 0.3)
     np.testing.assert_allclose(A, np.full((1, 2), 0.3))
     np.testing.assert_allclose(G[0], g + 0.3 * np.eye(3), rtol=1e-12)
+
+
+def test_shares_of_the_damping_keep_the_product_nearest_to_a_damped_one():
+    """Against gamma for both, Heskes 2000 (KF-26), in the trace norm: the more so the more the factors differ."""
+    draw, gamma = np.random.default_rng(0), 0.3
+    for ratio in (1.0, 100.0):
+        a, g = (x @ x.T for x in draw.normal(size=(2, 3, 3)))
+        a, g = a * ratio * 3 / np.trace(a), g * 3 / np.trace(g)
+        errors = {}
+        for balanced in (True, False):
+            function = jax.jit(functools.partial(curvax.layers.damped_factors, balanced=balanced))
+            A, G = function(jnp.asarray(a)[None], jnp.asarray(g)[None], gamma)
+            off = np.kron(A[0], G[0]) - np.kron(a, g) - gamma**2 * np.eye(9)
+            errors[balanced] = np.linalg.norm(off, "nuc")
+        # 9 gamma (mean eigenvalue of A / pi + pi mean eigenvalue of G).
+        np.testing.assert_allclose(errors[True], 9 * gamma * 2 * np.sqrt(ratio), rtol=1e-9)
+        np.testing.assert_allclose(errors[False], 9 * gamma * (ratio + 1), rtol=1e-9)
 
 
 def test_curvature_is_a_value_and_sharing_has_two():

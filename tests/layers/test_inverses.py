@@ -63,20 +63,20 @@ def full(factor):
     return [np.diag(x) if x.ndim == 1 else np.asarray(x) for x in factor]
 
 
-def damped(a, g, gamma):
-    """Martens 2016, eq. 6.7, for one matrix."""
-    pi = np.sqrt((np.trace(a) / len(a)) / (np.trace(g) / len(g)))
+def damped(a, g, gamma, balanced=True):
+    """Martens 2016, eq. 6.7, for one matrix; else Heskes 2000."""
+    pi = np.sqrt((np.trace(a) / len(a)) / (np.trace(g) / len(g))) if balanced else 1.0
     return a + pi * gamma * np.eye(len(a)), g + gamma / pi * np.eye(len(g))
 
 
-def dense_solution(a, g, v, exact):
+def dense_solution(a, g, v, exact, balanced=True):
     """By the matrix on the rows of V one behind another, A (x) G."""
-    matrix = np.kron(a, g) + GAMMA**2 * np.eye(v.size) if exact else np.kron(*damped(a, g, GAMMA))
+    matrix = np.kron(a, g) + GAMMA**2 * np.eye(v.size) if exact else np.kron(*damped(a, g, GAMMA, balanced))
     return np.linalg.solve(matrix, np.ravel(v)).reshape(v.shape)
 
 
 @pytest.mark.many_compilations("biases and maps are looked at while tracing, one equation at a time")
-@pytest.mark.parametrize("inverse", [BlockDiagonal(), ExactTikhonov()])
+@pytest.mark.parametrize("inverse", [BlockDiagonal(), BlockDiagonal(balanced=False), ExactTikhonov()])
 def test_every_leaf_is_solved_with_its_own_matrix(inverse):
     layers, params = every_kind()
     factors, gradient = random_factors(layers, 0), jax.tree.map(lambda x: normal(7, *x.shape), params)
@@ -97,7 +97,7 @@ def test_every_leaf_is_solved_with_its_own_matrix(inverse):
     }
     solved = {
         name: [
-            dense_solution(a, g, v, exact)
+            dense_solution(a, g, v, exact, getattr(inverse, "balanced", True))
             for a, g, v in zip(full(factors.inputs[i]), full(factors.outputs[i]), gradients[name], strict=True)
         ]
         for name, i in blocks.items()

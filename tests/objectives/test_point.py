@@ -315,3 +315,21 @@ def test_a_point_can_be_given_another_penalty():
     penalised = dataclasses.replace(at, penalty=Penalty.of(2.0, None))
     losses = jax.jit(lambda *points: [point.loss for point in points])(at, penalised)
     np.testing.assert_allclose(losses[1] - losses[0], np.sum(flat(PARAMS) ** 2), rtol=1e-12)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+@pytest.mark.parametrize("l2", [None, 0.3])
+def test_the_gradient_at_other_parameters_is_that_of_a_point_there(l2, chunk_size):
+    objective = curvax.Objective.from_terms(*TERMS, l2=l2)
+    moved = {"w": PARAMS["w"], "v": PARAMS["v"] + 1}
+
+    @jax.jit
+    def compute(params, moved, batch):
+        at = objective.linearize(params, batch, chunk_size=chunk_size)
+        return at.gradient_at(moved), at.loss_at(moved)
+
+    gradient, loss = compute(PARAMS, moved, BATCH)
+    value, expected = jax.jit(jax.value_and_grad(lambda p: oracles.value(objective, p, BATCH)))(moved)
+    np.testing.assert_allclose(loss, value, rtol=1e-12)
+    for name, leaf in gradient.items():
+        np.testing.assert_allclose(leaf, expected[name], rtol=1e-12, atol=1e-14)

@@ -135,6 +135,31 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(guarded):
     assert_same_bits(after._replace(info=expected.info), expected)
 
 
+def test_a_method_without_a_point_takes_gradients_from_any_loop():
+    """Without parameters, with whatever else a chain is given, and of a device's own part of the data."""
+    tx = stepper("method", lambda given: Step(trees.scale(-0.1, given.gradient), {}), points=())
+
+    @jax.jit
+    def compute(params, at, x):
+        others = {"batch": batch(), "value": 1.0, "at": at}
+        given = [((), {}), ((params,), others), ((None,), {})]
+        mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        spec = jax.sharding.PartitionSpec("data")
+        own = jax.shard_map(
+            lambda x: tx.update(x, tx.init(x))[0], mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
+        )
+        return [tx.update(params, tx.init(params), *args, **further)[0] for args, further in given], own(x)
+
+    seen, parts = compute(PARAMS, POINT, jnp.arange(4.0))
+    for updates in seen:
+        np.testing.assert_allclose(flat(updates), -0.1 * flat(PARAMS))
+    np.testing.assert_allclose(parts, -0.1 * np.arange(4.0))
+    with pytest.raises(ValueError, match="'surplus'"):
+        tx.update({**PARAMS, "surplus": jnp.ones(2)}, tx.init(PARAMS), PARAMS)
+    with pytest.raises(TypeError, match="the second argument is a dict"):
+        tx.update(PARAMS, PARAMS)
+
+
 def test_a_step_that_is_not_accepted_is_not_taken_but_remembered():
     step = jitted(method(accepts=lambda given: given.steps == 1))
     updates, state = step(PARAMS, method().init(PARAMS), batch())
