@@ -90,10 +90,11 @@ def _order(before: Geometry, own: Geometry, link: Link, names: Sequence[str]) ->
         ValueError: They are not the same for every example, or not each of them.
     """
     assert link.codes is not None
+    # NumPy's arrays are arranged by NumPy, and nothing is compiled for it.
     shape = before.use.output_shape
-    with jax.ensure_compile_time_eval():
-        results = np.asarray(before.cotangents(jnp.arange(np.prod(shape), dtype=jnp.int32).reshape(shape)))[0, :, 0]
-        inputs = np.asarray(own.inputs(jnp.asarray(link.codes)))[0, :, 0]  # pyright: ignore[reportOptionalSubscript]
+    numbers: Any = np.arange(np.prod(shape)).reshape(shape)
+    codes: Any = link.codes
+    results, inputs = (np.asarray(x)[0, :, 0] for x in (before.cotangents(numbers), own.inputs(codes)))
     if np.array_equal(results, inputs):
         return None
     places = np.argsort(results[0])

@@ -189,7 +189,8 @@ class KFI(LayerwiseSolver):
 
         def weights(system):
             h, v = system.curvature[None], system.weights
-            if system.second is not None:
+            if self.reads_seconds:
+                assert system.second is not None
                 left, right = (inverse_of(x)[0] for x in damped_factors(system.second[None], h, gamma))
                 return left @ v @ right
             # Of a factor pi takes the mean eigenvalue alone, which of m m^T is |m|^2 / n.

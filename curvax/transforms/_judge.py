@@ -106,10 +106,12 @@ class NextBatch:
 
         nonnegative = all(term.loss.nonnegative for term in given.at.terms)
 
-        def bound(loss):
+        def possible(loss):
             # A model may promise many times the loss that there is.
-            possible = jnp.minimum(promised, loss) if nonnegative else promised
-            return ABSURD * (possible + rounding)
+            return jnp.minimum(promised, loss) if nonnegative else promised
+
+        def bound(loss):
+            return ABSURD * (possible(loss) + rounding)
 
         # Another batch has another loss: only a rise that no noise explains is worth a forward pass by itself.
         alarming = ~(here - info.loss <= bound(info.loss) + jnp.abs(info.loss) / 4)
@@ -121,7 +123,9 @@ class NextBatch:
             there = given.at.loss_at(given.last_params).astype(given.dtype)
             # Where the loss is not finite at the old parameters either, it is the batch that is bad.
             known = jnp.isfinite(there)
-            ratio = reduction_ratio(there, here, last.predicted_change).astype(given.dtype)
+            # A rise counts against what there was to promise, or a model without any sense would look harmless.
+            promise = jnp.where(here > there, -possible(there), last.predicted_change)
+            ratio = reduction_ratio(there, here, promise).astype(given.dtype)
             # Of NaN no rule makes anything.
             return jnp.where(known, ratio, jnp.nan), known & ~(here - there <= bound(there))
 

@@ -16,6 +16,7 @@ from curvax.layers.layerwise_solvers import EACG, KFI, Damped, KroneckerCG, Laye
 from curvax.layers.recursions import LayerwiseCurvature, propagate
 from curvax.layers.taps import tap
 from curvax.matrices.curvature import GaussNewton
+from curvax.objectives.point import CurvaturePoint
 from curvax.transforms._judge import NextBatch, begun
 from curvax.transforms._step import Given, Step, check_arguments, stepper, stride_of
 from curvax.types import Array, PyTree
@@ -60,11 +61,11 @@ def ea_cg(
             Kronecker-factored inverses of the damped factors; or a value that holds more choices, such as
             ``curvax.layers.KFI("rank_one")``.
         alpha: Between 0 and 1, a number or a schedule; None lets it adapt.
-        initial_alpha: What adapting begins with; if None, lambda_0 is the mean curvature of a layer, the trace of its
-            part of C over its size.
+        initial_alpha: What adapting begins with; if None, lambda_0 is the geometric mean over the layers of their mean
+            curvatures, the trace of C over its size.
         rule: How lambda adapts, ``curvax.damping.next_batch_rule()`` if None.
-        learning_rate: eta, a number or a schedule; None for the best one by the exact Gauss-Newton matrix, which is
-            also the most that is taken where alpha adapts.
+        learning_rate: eta, a number or a schedule; None for the best one by the exact Gauss-Newton matrix, or a
+            shorter one where that promises more than the whole loss; also the most that is taken where alpha adapts.
         max_iterations: The most iterations on each layer.
         tolerance: The relative residual at which a layer stops.
         curvature_stride: Every so many-th example is for that exact matrix; if None, so that some 250 or more are, but
@@ -114,10 +115,10 @@ def ea_cg(
             # C has no curvature orthogonal to E[h], so that it would promise many times what there is.
             stride = stride_of("ea_cg", "curvature_stride", curvature_stride, given.curvature_at, most=4, least=250)
             exact = GaussNewton().at(given.curvature_at.subset(stride, given.steps)).restrict(given.gradient)
-            slope = trees.vdot(given.gradient, solution).astype(given.dtype)
-            length = trees.norm(solution).astype(given.dtype)
+            slope, length = trees.vdot(given.gradient, solution), trees.norm(solution).astype(given.dtype)
+            slope = slope.astype(given.dtype)
             bend = exact.quadratic(solution).astype(given.dtype) + strength * jnp.square(length)
-            best = jnp.where(bend > 0, slope / jnp.where(bend > 0, bend, 1), 0)
+            best = _best_rate(slope, bend, given.at)
             rate = best if rate is None else jnp.minimum(rate, best)
             figures |= {"predicted_change": -rate * slope + rate**2 * bend / 2, "step_size": rate}
         update = trees.scale(-rate, solution)
@@ -173,6 +174,17 @@ def scale_by_ea_cg(
     return stepper("scale_by_ea_cg", step, seed=seed, extra={"alpha": None}, points=points)
 
 
+def _best_rate(slope: Array, bend: Array, at: CurvaturePoint) -> Array:
+    """Where -eta s + eta^2 b / 2 is least; before it says more than all of a loss that is not below zero would go."""
+    best = jnp.where(bend > 0, slope / jnp.where(bend > 0, bend, 1), 0)
+    if not all(term.loss.nonnegative and term.loss.has_value for term in at.terms):
+        return best
+    promised = best * slope / 2
+    share = at.loss.astype(promised.dtype) / jnp.where(promised > 0, promised, 1)
+    # 1 - sqrt(1 - share) without cancellation.
+    return jnp.where(share < 1, best * share / (1 + jnp.sqrt(jnp.maximum(1 - share, 0))), best)
+
+
 class _Solve:
     """((1 - alpha) C + alpha I)^{-1} g, which both transformations have in common."""
 
@@ -214,10 +226,10 @@ class _Solve:
 
 
 def _mean_curvature(systems):
-    """The mean over the layers of the trace of C over its size, which follows the scale of the loss.
+    """The geometric mean over the layers of the mean curvature of each, which follows the scale of the loss.
 
-    Layers count alike: by their sizes the first one, which has nearly all parameters and no curvature to speak of,
-    would decide for all.
+    Layers differ by many powers of ten: of all parameters nearly all are in the first layer, which has next to no
+    curvature, and of all curvature nearly all is in the last.
     """
     means = []
     for system in systems:
@@ -226,7 +238,10 @@ def _mean_curvature(systems):
             means.append(size * trace / system.weights.size)
         else:
             means.append((size + system.bias_size) * trace / (system.weights.size + system.bias.size))
-    return jnp.mean(jnp.stack(means))
+    each = jnp.stack(means)
+    some = each > 0  # a layer that no example wakes says nothing
+    logarithm = jnp.mean(jnp.log(jnp.where(some, each, 1)), where=some)
+    return jnp.where(jnp.any(some), jnp.exp(logarithm), 0)
 
 
 def _system(block, curvature, mean, second, matrix):

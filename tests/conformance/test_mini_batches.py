@@ -99,6 +99,7 @@ METHODS = {
     "levenberg_marquardt": plain(curvax.levenberg_marquardt),
     "scale_by_cubic_step": plain(curvax.scale_by_cubic_step, inner=optax.sgd(1.0)),
     "kfac": lambda objective, params: curvax.kfac(curvax.find_layers(objective, params, DATA)),
+    "ea_cg": lambda objective, params: curvax.ea_cg(curvax.find_layers(objective, params, DATA)),
 }
 
 
