@@ -42,6 +42,7 @@ bench-rnn: .venv/ready
 
 bench-papers: .venv/ready
 	$(BIN)/python -m benchmarks.ravine
+	$(BIN)/python -m benchmarks.pch_study
 	$(BIN)/python -m benchmarks.curveball_toys
 	$(BIN)/python -m benchmarks.cubic_plateau
 	$(BIN)/python -m benchmarks.image_tables

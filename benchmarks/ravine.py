@@ -133,6 +133,8 @@ MATRIX = {
     "scale_by_kfac, damping 1e-6": Solver(
         lambda n, layers: optax.chain(curvax.scale_by_kfac(layers, damping=1e-6), optax.scale(-1.0))
     ),
+    "ea_cg": Solver(lambda n, layers: curvax.ea_cg(layers)),
+    "ea_cg, solver kronecker_cg": Solver(lambda n, layers: curvax.ea_cg(layers, solver="kronecker_cg")),
     "scale_by_natural_gradient, damping 1e-6": scaled(curvax.scale_by_natural_gradient, damping=1e-6),
     "scale_by_sample_space, damping 1e-6": scaled(curvax.scale_by_sample_space, damping=1e-6),
     "scale_by_dense_curvature, damping 1e-6": scaled(curvax.scale_by_dense_curvature, damping=1e-6),

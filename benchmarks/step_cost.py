@@ -8,6 +8,7 @@ all is the mean over a whole cycle of a method's steps, after its first, and the
 from __future__ import annotations
 
 import argparse
+import functools
 import pathlib
 import statistics
 import time
@@ -66,6 +67,16 @@ KRONECKER = {
     ),
     "kfac, EKFAC": Entry(lambda layers: curvax.kfac(layers, inverse="eigen_corrected"), cycle=CYCLE),
 }
+LAYER_WISE = {
+    # As in the paper, alpha and the learning rate fixed; conjugate gradients for as many iterations as there may be.
+    f"ea_cg, {curvature}": Entry(
+        functools.partial(curvax.ea_cg, curvature=curvature, alpha=0.05, learning_rate=0.1, tolerance=0.0), 20
+    )
+    for curvature in ("pch1", "gauss_newton", "fisher")
+} | {
+    "ea_cg, defaults": Entry(functools.partial(curvax.ea_cg, tolerance=0.0), 20, CYCLE),
+    "ea_cg, pch1, kfi": Entry(lambda layers: curvax.ea_cg(layers, solver="kfi", alpha=0.05, learning_rate=0.1)),
+}
 BY_PRODUCTS = {
     "curveball": Entry(lambda _: curvax.curveball(), cycle=5),
     "curveball, fixed damping": Entry(lambda _: curvax.curveball(rule=KEEP)),
@@ -115,6 +126,15 @@ def convolutions(batch_size):
     return objective, network.init(keys[1]), (images, jax.random.randint(keys[2], (batch_size,), 0, 10))
 
 
+def sigmoids(batch_size):
+    """The deep sigmoid classifier of the positive-curvature Hessian's experiments, on noise."""
+    from benchmarks.pch_study import CRITERIA, SIZES, initial, network
+
+    images = jax.random.normal(jax.random.key(0), (batch_size, SIZES[0]))
+    labels = jax.random.randint(jax.random.key(1), (batch_size,), 0, SIZES[-1])
+    return curvax.Objective(network, CRITERIA["cross-entropy"]), initial(), (images, labels)
+
+
 LAYERED = FIRST_ORDER | KRONECKER
 NETWORKS = {
     "small": Network(
@@ -124,6 +144,9 @@ NETWORKS = {
         "784-600-600-320-10, batch 512",
         lambda: dense((784, 600, 600, 320, 10), 512),
         {**FIRST_ORDER, **KRONECKER, **BY_PRODUCTS},
+    ),
+    "sigmoid": Network(
+        "3072-1024-512-256-128-64-32-16-10, sigmoid, batch 500", lambda: sigmoids(500), FIRST_ORDER | LAYER_WISE
     ),
     "autoencoder_1000": Network(
         "autoencoder 784-1000-500-250-30 mirrored, batch 1000", lambda: autoencoder(1000), LAYERED
