@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from curvax import trees
 from curvax.layers.blocks import Block
 from curvax.layers.factors import sum_over_sweeps, without_cotangents
 from curvax.layers.geometry import Geometry
@@ -209,6 +210,7 @@ class DenseChain:
             # How cotangents are arranged is a permutation, so its transpose is its inverse.
             (direction,) = jax.linear_transpose(geometry.cotangents, zero)(unit)
             own = geometry.cotangents(product(direction))[0, :, 0]
+            own = own.astype(trees.wide_dtype(own))
             return own if by_example else jnp.sum(own, axis=0)
 
         # Some columns at a time: each holds the outputs of all examples.
@@ -231,7 +233,7 @@ class DenseChain:
         for geometry, raw in zip(self.geometries[1:], raws, strict=True):
             arranged = geometry.inputs(raw)
             assert arranged is not None
-            found.append(arranged[0, :, 0])
+            found.append(arranged[0, :, 0].astype(trees.wide_dtype(arranged)))
         return found
 
     def _zeros(self):

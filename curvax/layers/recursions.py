@@ -30,6 +30,7 @@ from curvax.layers.factors import KroneckerFactors
 from curvax.layers.find import Layers
 from curvax.layers.kronecker import apply_on_blocks, kronecker_map, root_of
 from curvax.layers.taps import TappedPoint, tap
+from curvax.layers.use import sum_over_examples
 from curvax.matrices.curvature import EmpiricalFisher, Fisher, with_penalty
 from curvax.matrices.linear_map import LinearMap
 from curvax.objectives.objective import compiled_if_eager
@@ -166,7 +167,7 @@ def _propagated(point, key, *, layers, curvature, seconds):
         outputs = chain.second_moments(chosen, key)
     else:
         outputs = _mean_recursion(chain, shares, curvature)
-    means = chain.by_block([shares.astype(h.dtype) @ h for h in inputs])
+    means = chain.by_block([_mean(h, shares) for h in inputs])
     moments = chain.by_block([_second_moment(h, shares) for h in inputs]) if seconds else ()
     return Propagated(chain.by_block(outputs), means, moments)
 
@@ -217,9 +218,14 @@ def _clipped(values):
     return jnp.maximum(values, 0)
 
 
+def _mean(rows, shares):
+    """sum_n w_n h_n."""
+    return sum_over_examples("bni,bn->bi", rows[None], shares[None].astype(rows.dtype))[0]
+
+
 def _second_moment(rows, shares):
     """sum_n w_n h_n h_n^T."""
-    return (rows * shares[:, None].astype(rows.dtype)).T @ rows
+    return sum_over_examples("bni,bnj->bij", (rows * shares[:, None].astype(rows.dtype))[None], rows[None])[0]
 
 
 def _outer(rows):

@@ -24,7 +24,13 @@ CASES = {
     "poisson": (losses.poisson(), Z, np.array([[0, 3], [2, 0], [0, 1]])),
     "gaussian": (losses.gaussian(), (Z, Z[::-1]), Z + 1),
     "gaussian_exact": (losses.gaussian("exact"), (Z, Z[::-1]), Z + 1),
+    "tukey": (losses.tukey_biweight(1.3), STEPS, STEPS[::-1]),
+    "welsch": (losses.welsch(0.8), STEPS, STEPS[::-1]),
+    "geman_mcclure": (losses.geman_mcclure(0.8), STEPS, STEPS[::-1]),
+    "bounded_labels": (losses.bounded_softmax(), Z, LABELS),
+    "bounded": (losses.bounded_softmax(), STEPS, PROBABILITIES),
 }
+BOUNDED = ("tukey", "welsch", "geman_mcclure", "bounded_labels", "bounded")  # no negative log-densities
 every_loss = pytest.mark.parametrize("name", CASES)
 
 
@@ -207,6 +213,8 @@ def test_results_have_the_dtype_of_the_outputs(name, dtype):
         products = [matrix.product(outputs), matrix.pinv_product(outputs), loss.gradient(outputs, targets)]
         if name != "gaussian_exact":
             products.append(matrix.sqrt_transpose_product(matrix.sqrt_product(outputs)))
+        if name in BOUNDED:
+            return products, loss.value(outputs, targets)
         values = loss.value(outputs, targets), loss.negative_log_density(outputs, targets)
         sample = loss.sample(jax.random.key(0), jax.tree.map(lambda z: z[0], outputs))
         return products, values, loss.squared_newton_decrement(outputs, targets), sample
@@ -271,6 +279,8 @@ def test_no_rank_is_promoted(name):
         @jax.jit
         def others(outputs, targets, key):
             loss.curvature(outputs, targets).pinv_product(outputs)
+            if name in BOUNDED:
+                return None
             if name != "gaussian_exact":
                 loss.fisher(outputs).sqrt_product(outputs)
             return loss.sample(key, jax.tree.map(lambda z: z[0], outputs))
@@ -377,3 +387,50 @@ def test_gaussian_takes_named_tuples_and_lists():
     for outputs in (Output(Z, Z), [Z, Z]):
         GAUSSIAN.check(outputs, Z)
         assert jax.tree.structure(GAUSSIAN.fisher(outputs).product(outputs)) == jax.tree.structure(outputs)
+
+
+# Bounded losses
+
+
+@pytest.mark.many_compilations("the outputs of each test are arrays of their own")
+@pytest.mark.parametrize("name", BOUNDED)
+def test_bounded_losses_are_what_they_say(name):
+    """Value against the printed formula, derivatives against differentiation, and curvature without negative values."""
+    loss, outputs, targets = CASES[name]
+    if name in ("bounded_labels", "bounded"):
+        p = special.softmax(outputs, axis=-1)
+        if name == "bounded":
+            mass, right = 1.0, np.sum(p * targets, axis=-1)
+        else:  # the last one has no label
+            mass, right = np.array([1.0, 1.0, 0.0]), np.r_[p[[0, 1], [1, 0]], 0]
+        expected = mass / (1 + np.exp(5.0 * (right - 0.2)))
+    else:
+        c, r = loss.scale, outputs - targets
+        expected = {
+            "tukey": np.where(np.abs(r) <= c, c**2 / 6 * (1 - (1 - (r / c) ** 2) ** 3), c**2 / 6),
+            "welsch": c**2 / 2 * (1 - np.exp(-((r / c) ** 2))),
+            "geman_mcclure": r**2 / 2 / (1 + (r / c) ** 2),
+        }[name]
+    measured = measure(loss, outputs, targets)
+    close(measured["value"], expected)
+
+    @jax.jit
+    def derivatives(outputs):
+        def total(z):
+            return jnp.sum(loss.value(z.reshape(outputs.shape), targets))
+
+        return jax.grad(total)(outputs.reshape(-1)), jax.hessian(total)(outputs.reshape(-1))
+
+    gradient, hessian = derivatives(jnp.asarray(outputs))
+    close(measured["gradient"].reshape(-1), gradient)
+    close(measured["hessian"], hessian)
+    if name != "bounded_labels":  # of which both labels are likely, where the loss is convex
+        assert np.linalg.eigvalsh(hessian).min() < -1e-3
+    assert np.linalg.eigvalsh(measured["curvature"]).min() > -1e-12
+    if name not in ("bounded_labels", "bounded"):  # the quadratic of the weights touches the loss and lies above it
+        for step in np.linspace(-3, 3, 25):
+            r, w = outputs - targets, np.diag(measured["curvature"]).reshape(outputs.shape)
+            above = measured["value"] + w * ((r + step) ** 2 - r**2) / 2
+            assert np.all(np.asarray(loss.value(outputs + step, targets)) <= above + 1e-12)
+    with pytest.raises(ValueError, match="no negative log-density"):
+        loss.fisher(outputs)
