@@ -231,11 +231,12 @@ def report(case, arguments, grid, tried, long) -> list[str]:
     return [*lines, ""]
 
 
-def errors(case: Problem, steps: int, every: int, examples: int) -> list[str]:
-    """|| H_t - |E[H_t]| ||_F for each layer and curvature, a mean over iterates of a run (PC-10)."""
+def errors(case: Problem, along: str, steps: int, every: int, examples: int) -> list[str]:
+    """|| H_t - |E[H_t]| ||_F for each layer and curvature, a mean over iterates of a run (Chen et al., table 2)."""
     kinds: tuple[Any, ...] = ("fisher", "gauss_newton", "pch1", "pch2")
     kinds = tuple(k for k in kinds if case.criterion == "cross-entropy" or k != "gauss_newton")
-    tx = curvax.ea_cg(case.layers)
+    tx: Any = {"ea_cg": curvax.ea_cg(case.layers), "adam": optax.adam(1e-3), "momentum sgd": optax.sgd(0.1, 0.9)}[along]
+    tx = optax.with_extra_args_support(tx)
     batches = _batches(case)
     criterion_kind: dict[str, Any] = {"fisher": "fisher" if case.criterion == "cross-entropy" else "empirical_fisher"}
 
@@ -275,7 +276,7 @@ def errors(case: Problem, steps: int, every: int, examples: int) -> list[str]:
         f"## Errors of the curvature of biases, {case.criterion}",
         "",
         f"|| H_t - abs(E[H_t]) ||_F over {examples} examples, the mean over {len(found)} iterates of {steps} steps of"
-        " `curvax.ea_cg` (the paper: over those of its own runs).",
+        f" {along} (the paper: over those of its own runs).",
         "",
         "| layer | " + " | ".join(kinds) + " |",
         "| --- |" + " --- |" * len(kinds),
@@ -308,6 +309,8 @@ def main(argv=None):
     parser.add_argument("--minutes", type=float, default=60.0, help="what is begun after that waits for the next call")
     parser.add_argument("--errors", action="store_true", help="make the table of errors alone")
     parser.add_argument("--error-steps", type=int, default=200)
+    choices = ["ea_cg", "adam", "momentum sgd"]
+    parser.add_argument("--error-along", nargs="+", choices=choices, default=choices[:2], help="whose iterates")
     parser.add_argument("--examples", type=int, default=100, help="of the exact Hessians in the table of errors")
     parser.add_argument("--records", type=Path, default=RESULTS / "pch_study")
     arguments = parser.parse_args(argv)
@@ -318,9 +321,9 @@ def main(argv=None):
         if not arguments.errors:
             _write(f"{name}_runs", study(case, arguments, over))
         if arguments.errors or time.perf_counter() < over:
-            _write(
-                f"{name}_errors", errors(case, arguments.error_steps, arguments.error_steps // 5, arguments.examples)
-            )
+            steps, by = arguments.error_steps, arguments.error_along
+            found = [errors(case, along, steps, steps // 5, arguments.examples) for along in by]
+            _write(f"{name}_errors", [line for lines in found for line in lines])
     parts = [f"{c.replace('-', '_')}_{part}.md" for c in CRITERIA for part in ("runs", "errors")]
     head = [
         "# The positive-curvature Hessian",
