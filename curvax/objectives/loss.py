@@ -84,6 +84,26 @@ class OutputLoss(abc.ABC):
         """
         raise ValueError(f"{self} has no normalised density")
 
+    def divergence(self, outputs: PyTree, others: PyTree, targets: PyTree = None) -> jax.Array:
+        """KL(R_z || R_z') of the predictive distributions at z = ``outputs``, z' = ``others``; shaped like ``value``.
+
+        As of the Fisher matrix, targets only say which cases have one.
+
+        Raises:
+            ValueError: It has no closed form.
+        """
+        raise ValueError(f"{self} has no divergence in closed form; pass key= and num_samples= for an estimate")
+
+    def draw_divergence(self, keys: jax.Array, outputs: PyTree, others: PyTree, targets: PyTree) -> jax.Array:
+        """An unbiased estimate of ``divergence``, L(y, z') - L(y, z) - grad_z L(y, z)^T (z' - z) at a drawn target y.
+
+        The last term has no expectation. With it the estimate is of second order in z' - z, like what it estimates, and
+        where z are natural parameters it does not depend on y. L is to be -log r up to what depends on y alone.
+        """
+        drawn = self.draw(keys, outputs, targets)
+        value, slope = jax.jvp(lambda z: self.value(z, drawn), (outputs,), (trees.sub(others, outputs),))
+        return self.value(others, drawn) - value - slope
+
     def squared_newton_decrement(self, outputs: PyTree, targets: PyTree) -> jax.Array:
         """g^T C^+ g with g the gradient and C the ``curvature``; twice the most the quadratic model can fall by.
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from curvax import trees
 from curvax.checks import check_choice
 from curvax.objectives.loss import OutputLoss, check_array, check_targets, described
-from curvax.objectives.output_matrix import AutodiffOutputs, DiagonalOutputs, SoftmaxOutputs
+from curvax.objectives.output_matrix import AutodiffOutputs, DiagonalOutputs, RankOneOutputs, SoftmaxOutputs
 from curvax.types import PyTree
 
 
@@ -82,6 +82,9 @@ class SquaredError(Elementwise):
     def negative_log_density(self, outputs, targets):
         return self.value(outputs, targets) + len(jax.tree.leaves(outputs)) * math.log(2 * math.pi) / 2
 
+    def divergence(self, outputs, others, targets=None):
+        return self.value(outputs, trees.join_complex(others))
+
     def squared_newton_decrement(self, outputs, targets):
         return 2 * self.value(outputs, targets)
 
@@ -111,6 +114,10 @@ class SigmoidBinaryCrossEntropy(Elementwise):
 
     def sample(self, key, output):
         return jax.random.bernoulli(key, jax.nn.sigmoid(output)).astype(output.dtype)
+
+    def divergence(self, outputs, others, targets=None):
+        log = jax.nn.log_sigmoid
+        return _relative_entropy(log(outputs), log(others)) + _relative_entropy(log(-outputs), log(-others))
 
     def squared_newton_decrement(self, outputs, targets):
         # (p - y)^2 / (p (1 - p)) with the odds exp(z) of p, so that a saturated unit does not divide zero by zero.
@@ -181,6 +188,10 @@ class SoftmaxCrossEntropy(OutputLoss):
     def negative_log_density(self, outputs, targets):
         return self.value(outputs, targets)
 
+    def divergence(self, outputs, others, targets=None):
+        entropies = jnp.sum(_relative_entropy(_log_softmax(outputs), _log_softmax(others)), axis=-1)
+        return jnp.where(self.fisher(outputs, targets).mass > 0, entropies, 0)
+
     def squared_newton_decrement(self, outputs, targets):
         # sum_i (a p_i - y_i)^2 / (a p_i) with a the mass, in a form that neither cancels nor divides zero by zero.
         y, log_p = self._distribution(outputs, targets), _log_softmax(outputs)
@@ -238,6 +249,9 @@ class Poisson(Elementwise):
 
     def sample(self, key, output):
         return jax.random.poisson(key, jnp.exp(output)).astype(output.dtype)
+
+    def divergence(self, outputs, others, targets=None):
+        return _relative_entropy(outputs, others)
 
     def negative_log_density(self, outputs, targets):
         return self.value(outputs, targets) + jax.scipy.special.gammaln(targets.astype(outputs.dtype) + 1)
@@ -304,6 +318,11 @@ class Gaussian(OutputLoss):
     def negative_log_density(self, outputs, targets):
         return self.value(outputs, targets) + math.log(2 * math.pi) / 2
 
+    def divergence(self, outputs, others, targets=None):
+        (mean, log_variance), (other_mean, other_log_variance) = outputs, others
+        squares = _times_exp(mean - other_mean, -other_log_variance / 2) ** 2
+        return (_relative_entropy(jnp.zeros_like(mean), log_variance - other_log_variance) + squares) / 2
+
     def squared_newton_decrement(self, outputs, targets):
         mean, log_variance = outputs
         if self.exact:  # indefinite for r != 0; for r = 0 a slope along s without curvature
@@ -327,28 +346,41 @@ def from_function(
     function: Callable[[PyTree, PyTree], jax.Array],
     *,
     convex: bool,
-    curvature: Literal["exact", "absolute", "clipped"] = "exact",
+    curvature: Literal["exact", "absolute", "clipped", "fisher"] = "exact",
     natural: bool = False,
     sample: Callable[[jax.Array, PyTree], PyTree] | None = None,
+    support: Callable[[PyTree], tuple[PyTree, jax.Array]] | None = None,
 ) -> FunctionLoss:
     r"""A loss from a plain function of one example's output and target; its curvature comes from differentiation.
 
     Products with the Hessian cost one differentiation; square root and pseudo-inverse form the m x m Hessian of each
     example.
 
+    If Z(z), the integral of exp(-L(y, z)) over y, is finite and does not depend on z, L is up to a constant the
+    negative log-density of r(y|z) = exp(-L(y, z)) / Z. Then r has a Fisher matrix on the outputs, which is positive
+    semi-definite also where the Hessian of L is not, and may take its place (Martens 2016, sections 5.1 and 5.4).
+    ``support`` says how to integrate; ``log_normaliser(outputs)`` of the loss is log Z(z) for each example, for you to
+    see whether it depends on z.
+
     Args:
         function: (output, target) -> L, the scalar loss of one example, twice differentiable in the output: in its
             real and imaginary part if the output is complex.
         convex: Whether L is convex in the output.
         curvature: The matrix that the Gauss-Newton products use for a non-convex loss: the Hessian as it is ("exact",
-            indefinite), with its eigenvalues' absolute values, or with the negative ones dropped ("clipped").
+            indefinite), with its eigenvalues' absolute values, with the negative ones dropped ("clipped"), or the
+            Fisher matrix in its place, for which ``support`` is needed.
         natural: Whether L is, up to a constant, the negative log-density of an exponential family with natural
             parameters z: then the Fisher matrix is the Hessian.
         sample: (key, output) -> target, a draw from the predictive distribution of one example; for the Monte-Carlo
             Fisher matrix.
+        support: output -> (targets y_k, weights w_k), stacked on axis 0, with sum_k w_k f(y_k) for the integral of f
+            over the targets of that example: all targets and ones if they can be listed, otherwise a quadrature rule
+            that covers the distributions at this output and, for divergences, the other. It gives exact Fisher
+            matrices, divergences, densities, and draws unless ``sample`` does.
 
     Raises:
-        ValueError: ``curvature`` is none of the three, or ``natural`` is set for a non-convex loss.
+        ValueError: ``curvature`` is none of the four, or "fisher" without ``support``, or ``natural`` is set for a
+            non-convex loss.
 
     Example:
         >>> def pseudo_huber(z, y):
@@ -356,11 +388,26 @@ def from_function(
         >>> loss = curvax.losses.from_function(pseudo_huber, convex=True)
         >>> loss.value(jnp.zeros((2, 1)), jnp.zeros((2, 1)))
         Array([0., 0.], dtype=float...)
+
+        Of the non-convex L = log(1 + (y - z)^2), r(y|z) is Cauchy's distribution, with 1/2 for Fisher matrix:
+
+        >>> def line(z):                                      # y = z + tan(t), with t on the midpoints of (-pi/2, pi/2)
+        ...     t = (jnp.arange(64.0) + 0.5) * jnp.pi / 64 - jnp.pi / 2
+        ...     return z + jnp.tan(t), jnp.pi / 64 / jnp.cos(t) ** 2
+        >>> loss = curvax.losses.from_function(
+        ...     lambda z, y: jnp.log1p((y - z) ** 2), convex=False, curvature="fisher", support=line
+        ... )
+        >>> z, y, one = jnp.array([0.0, 1.0]), jnp.array([3.0, 0.5]), jnp.ones(2)
+        >>> loss.log_normaliser(z), loss.hessian(z, y).product(one), loss.curvature(z, y).product(one)
+        (Array([1.1447..., 1.1447...], dtype=float...), Array([-0.16,  0.96], dtype=float...),
+         Array([0.5, 0.5], dtype=float...))
     """
-    check_choice("curvature", curvature, ("exact", "absolute", "clipped"))
+    check_choice("curvature", curvature, ("exact", "absolute", "clipped", "fisher"))
     if natural and not convex:
         raise ValueError("natural=True needs convex=True: a negative log-density is convex in natural parameters")
-    return FunctionLoss(function, convex, curvature, natural, sample)
+    if curvature == "fisher" and support is None:
+        raise ValueError("curvature='fisher' needs support=: the targets, and weights to integrate over them with")
+    return FunctionLoss(function, convex, curvature, natural, sample, support)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -372,6 +419,7 @@ class FunctionLoss(OutputLoss):
     treatment: str = "exact"
     natural: bool = False
     sampler: Callable[[jax.Array, PyTree], PyTree] | None = None
+    support: Callable[[PyTree], tuple[PyTree, jax.Array]] | None = None
     takes_complex = True
 
     def value(self, outputs, targets):
@@ -382,13 +430,58 @@ class FunctionLoss(OutputLoss):
 
     def curvature(self, outputs, targets):
         treatment = "exact" if self.convex else self.treatment
+        if treatment == "fisher":
+            return self.fisher(outputs)
         return dataclasses.replace(self.hessian(outputs, targets), treatment=treatment)
 
     def fisher(self, outputs, targets=None):
-        return self.hessian(outputs, targets) if self.natural else super().fisher(outputs)
+        if self.natural:
+            return self.hessian(outputs, targets)
+        if self.support is None:
+            return super().fisher(outputs)
+
+        def vectors(output):
+            log_measures = self._log_measures(output)
+            root = jnp.exp(jax.nn.log_softmax(log_measures(output)) / 2)
+            scores = jax.jacrev(lambda z: jax.nn.log_softmax(log_measures(z)))(output)
+            return trees.scale_rows(math.sqrt(root.size) * root, scores)
+
+        return RankOneOutputs(jax.vmap(vectors)(outputs))
 
     def sample(self, key, output):
-        return super().sample(key, output) if self.sampler is None else self.sampler(key, trees.join_complex(output))
+        if self.sampler is not None:
+            return self.sampler(key, trees.join_complex(output))
+        if self.support is None:
+            return super().sample(key, output)
+        index = jax.random.categorical(key, self._log_measures(output)(output))
+        return jax.tree.map(lambda y: y[index], self.support(trees.join_complex(output))[0])
+
+    def log_normaliser(self, outputs: PyTree) -> jax.Array:
+        """log Z(z) of each example: the same for all z if exp(-L) is a density up to a constant, as it is to be."""
+        return jax.vmap(lambda z: jax.nn.logsumexp(self._log_measures(z)(z)))(outputs)
+
+    def negative_log_density(self, outputs, targets):
+        if self.support is None:
+            return super().negative_log_density(outputs, targets)
+        return self.value(outputs, targets) + self.log_normaliser(outputs)
+
+    def divergence(self, outputs, others, targets=None):
+        if self.support is None:
+            return super().divergence(outputs, others)
+
+        def one(output, other):
+            log_measures = self._log_measures(output)
+            return jnp.sum(_relative_entropy(*(jax.nn.log_softmax(log_measures(z)) for z in (output, other))))
+
+        return jax.vmap(one)(outputs, others)
+
+    def _log_measures(self, output):
+        """The function z -> log w_k - L(y_k, z) on the support of one output."""
+        if self.support is None:
+            raise ValueError(f"{self} does not know what to integrate over; make it with support=")
+        targets, weights = self.support(jax.lax.stop_gradient(trees.join_complex(output)))
+        function = _OnComplex(self.function)
+        return lambda z: jnp.log(weights) - jax.vmap(lambda y: function(z, y))(targets)
 
     def check(self, outputs, targets):
         loss = jax.eval_shape(_OnComplex(self.function), *trees.example_structure((outputs, targets)))
@@ -474,6 +567,12 @@ class CurvatureOnly(OutputLoss):
     def draw(self, keys, outputs, targets):
         return self.loss.draw(keys, outputs, targets)
 
+    def divergence(self, outputs, others, targets=None):
+        return self.loss.divergence(outputs, others, targets)
+
+    def draw_divergence(self, keys, outputs, others, targets):
+        return self.loss.draw_divergence(keys, outputs, others, targets)
+
     def gradient(self, outputs, targets):
         # Monte-Carlo Fisher vectors are gradients at sampled targets, not of the missing value.
         return self.loss.gradient(outputs, targets)
@@ -513,6 +612,17 @@ def _log_softmax(logits):
     shifted = jnp.where(is_largest, 0, logits - largest)
     others = jnp.sum(jnp.where(is_largest, 0, jnp.exp(shifted)), axis=-1, keepdims=True)
     return shifted - jnp.log1p(others)
+
+
+def _relative_entropy(log_p, log_q):
+    """q - p - p log(q / p), which is not negative and sums up to the divergence of p from q; accurate where they meet.
+
+    For a Poisson distribution it is that of the rates, which need not sum to one.
+    """
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    change = jnp.where(p > 0, log_q - log_p, 0)
+    near = (p > 0) & (change < 1)
+    return jnp.where(near, p * (jnp.expm1(jnp.where(near, change, 0)) - change), q - p - p * change)
 
 
 def _classes(logits, dtype):
