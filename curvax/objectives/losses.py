@@ -320,7 +320,7 @@ class Gaussian(OutputLoss):
 
     def divergence(self, outputs, others, targets=None):
         (mean, log_variance), (other_mean, other_log_variance) = outputs, others
-        squares = _times_exp(mean - other_mean, -other_log_variance / 2) ** 2
+        squares = ((mean - other_mean) * jnp.exp(-other_log_variance / 2)) ** 2
         return (_relative_entropy(jnp.zeros_like(mean), log_variance - other_log_variance) + squares) / 2
 
     def squared_newton_decrement(self, outputs, targets):
@@ -443,7 +443,7 @@ class FunctionLoss(OutputLoss):
         def vectors(output):
             log_measures = self._log_measures(output)
             root = jnp.exp(jax.nn.log_softmax(log_measures(output)) / 2)
-            scores = jax.jacrev(lambda z: jax.nn.log_softmax(log_measures(z)))(output)
+            scores = jax.jacfwd(lambda z: jax.nn.log_softmax(log_measures(z)))(output)
             return trees.scale_rows(math.sqrt(root.size) * root, scores)
 
         return RankOneOutputs(jax.vmap(vectors)(outputs))
