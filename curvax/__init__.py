@@ -30,6 +30,8 @@ from curvax.matrices.curvature import fisher as fisher
 from curvax.matrices.curvature import ggn as ggn
 from curvax.matrices.curvature import hessian as hessian
 from curvax.matrices.curvature import over_batches as over_batches
+from curvax.matrices.divergence import kl_divergence as kl_divergence
+from curvax.matrices.divergence import quadratic_divergence as quadratic_divergence
 from curvax.matrices.linear_map import Diagonal as Diagonal
 from curvax.matrices.linear_map import LinearMap as LinearMap
 from curvax.matrices.linear_map import from_matvec as from_matvec

@@ -113,6 +113,34 @@ def dense_empirical_fisher(objective: Any, params: PyTree, batch: PyTree) -> jax
 
 
 @jax.jit
+def divergence(objective: Any, first: PyTree, second: PyTree, batch: PyTree) -> jax.Array:
+    """KL(P(first) || P(second)) of the predictions, sum_i factor_i sum_y p(y|z_i) (L(y, z_i') - L(y, z_i)).
+
+    Args:
+        objective: The objective, whose losses are -log p up to what depends on y alone.
+        first: The parameters that the expectation is over.
+        second: The others.
+        batch: The batch.
+
+    Returns:
+        The scalar, without the penalty.
+    """
+
+    def one(loss, z, other, c):
+        targets, probabilities = TARGETS[_name(loss)](z)
+        gaps = jax.vmap(lambda y: _loss(loss, other, y) - _loss(loss, z, y))(targets)
+        expected = jnp.sum(probabilities * gaps, axis=0)
+        return jnp.sum(_expand(c, expected) * expected)
+
+    total = jnp.zeros(())
+    for term in objective.terms:
+        outputs, _, factors = _forward(term, first, batch)
+        others = _forward(term, second, batch)[0]
+        total = total + jnp.sum(jax.vmap(lambda z, o, c, t=term: one(t.loss, z, o, c))(outputs, others, factors))
+    return total
+
+
+@jax.jit
 def case_gradients(term: Any, params: PyTree, batch: PyTree) -> tuple[jax.Array, jax.Array]:
     """The gradient of the loss of every case of a term, and the factor of each case.
 

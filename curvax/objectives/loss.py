@@ -84,6 +84,26 @@ class OutputLoss(abc.ABC):
         """
         raise ValueError(f"{self} has no normalised density")
 
+    def divergence(self, outputs: PyTree, others: PyTree, targets: PyTree = None) -> jax.Array:
+        """KL(R_z || R_z') of the predictive distributions at z = ``outputs``, z' = ``others``; shaped like ``value``.
+
+        As of the Fisher matrix, targets only say which cases have one.
+
+        Raises:
+            ValueError: It has no closed form.
+        """
+        raise ValueError(f"{self} has no divergence in closed form; pass key= and num_samples= for an estimate")
+
+    def draw_divergence(self, keys: jax.Array, outputs: PyTree, others: PyTree, targets: PyTree) -> jax.Array:
+        """An unbiased estimate of ``divergence``, L(y, z') - L(y, z) - grad_z L(y, z)^T (z' - z) at a drawn target y.
+
+        The last term has no expectation. With it the estimate is of second order in z' - z, like what it estimates, and
+        where z are natural parameters it does not depend on y. L is to be -log r up to what depends on y alone.
+        """
+        drawn = self.draw(keys, outputs, targets)
+        value, slope = jax.jvp(lambda z: self.value(z, drawn), (outputs,), (trees.sub(others, outputs),))
+        return self.value(others, drawn) - value - slope
+
     def squared_newton_decrement(self, outputs: PyTree, targets: PyTree) -> jax.Array:
         """g^T C^+ g with g the gradient and C the ``curvature``; twice the most the quadratic model can fall by.
 
@@ -167,3 +187,14 @@ def described(tree):
 def times_exp(factor, exponent):
     """factor * exp(exponent), zero where the factor is zero even if the exponential overflows."""
     return factor * jnp.exp(jnp.where(factor == 0, 0, exponent))
+
+
+def relative_entropy(log_p, log_q):
+    """q - p - p log(q / p), which is not negative and sums up to the divergence of p from q; accurate where they meet.
+
+    For a Poisson distribution it is that of the rates, which need not sum to one.
+    """
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    change = jnp.where(p > 0, log_q - log_p, 0)
+    near = (p > 0) & (change < 1)
+    return jnp.where(near, p * (jnp.expm1(jnp.where(near, change, 0)) - change), q - p - p * change)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -21,15 +20,16 @@ import jax.numpy as jnp
 
 from curvax import trees
 from curvax.checks import check_choice
-from curvax.objectives.loss import OutputLoss, check_array, check_targets, described, times_exp
-from curvax.objectives.output_matrix import AutodiffOutputs, DiagonalOutputs
+from curvax.objectives.function_loss import FunctionLoss as FunctionLoss
+from curvax.objectives.function_loss import from_function as from_function
+from curvax.objectives.loss import OutputLoss, check_array, check_targets, described, relative_entropy, times_exp
+from curvax.objectives.output_matrix import DiagonalOutputs
 from curvax.objectives.robust import geman_mcclure as geman_mcclure
 from curvax.objectives.robust import tukey_biweight as tukey_biweight
 from curvax.objectives.robust import welsch as welsch
 from curvax.objectives.softmax import SoftmaxCrossEntropy as SoftmaxCrossEntropy
 from curvax.objectives.softmax import bounded_softmax as bounded_softmax
 from curvax.objectives.softmax import softmax_cross_entropy as softmax_cross_entropy
-from curvax.types import PyTree
 
 
 class Elementwise(OutputLoss):
@@ -88,6 +88,9 @@ class SquaredError(Elementwise):
     def negative_log_density(self, outputs, targets):
         return self.value(outputs, targets) + len(jax.tree.leaves(outputs)) * math.log(2 * math.pi) / 2
 
+    def divergence(self, outputs, others, targets=None):
+        return self.value(outputs, trees.join_complex(others))
+
     def squared_newton_decrement(self, outputs, targets):
         return 2 * self.value(outputs, targets)
 
@@ -118,6 +121,10 @@ class SigmoidBinaryCrossEntropy(Elementwise):
     def sample(self, key, output):
         return jax.random.bernoulli(key, jax.nn.sigmoid(output)).astype(output.dtype)
 
+    def divergence(self, outputs, others, targets=None):
+        log = jax.nn.log_sigmoid
+        return relative_entropy(log(outputs), log(others)) + relative_entropy(log(-outputs), log(-others))
+
     def squared_newton_decrement(self, outputs, targets):
         # (p - y)^2 / (p (1 - p)) with the odds exp(z) of p, so that a saturated unit does not divide zero by zero.
         y = targets.astype(outputs.dtype)
@@ -143,6 +150,9 @@ class Poisson(Elementwise):
 
     def sample(self, key, output):
         return jax.random.poisson(key, jnp.exp(output)).astype(output.dtype)
+
+    def divergence(self, outputs, others, targets=None):
+        return relative_entropy(outputs, others)
 
     def negative_log_density(self, outputs, targets):
         return self.value(outputs, targets) + jax.scipy.special.gammaln(targets.astype(outputs.dtype) + 1)
@@ -209,6 +219,11 @@ class Gaussian(OutputLoss):
     def negative_log_density(self, outputs, targets):
         return self.value(outputs, targets) + math.log(2 * math.pi) / 2
 
+    def divergence(self, outputs, others, targets=None):
+        (mean, log_variance), (other_mean, other_log_variance) = outputs, others
+        squares = ((mean - other_mean) * jnp.exp(-other_log_variance / 2)) ** 2
+        return (relative_entropy(jnp.zeros_like(mean), log_variance - other_log_variance) + squares) / 2
+
     def squared_newton_decrement(self, outputs, targets):
         mean, log_variance = outputs
         if self.exact:  # indefinite for r != 0; for r = 0 a slope along s without curvature
@@ -226,96 +241,6 @@ class Gaussian(OutputLoss):
             raise TypeError(f"{self}: the model must return the pair (mean, log variance), got {described(outputs)}")
         if outputs[0].shape != outputs[1].shape:
             raise ValueError(f"{self}: mean {outputs[0].shape} and log variance {outputs[1].shape} differ in shape")
-
-
-def from_function(
-    function: Callable[[PyTree, PyTree], jax.Array],
-    *,
-    convex: bool,
-    curvature: Literal["exact", "absolute", "clipped"] = "exact",
-    natural: bool = False,
-    sample: Callable[[jax.Array, PyTree], PyTree] | None = None,
-) -> FunctionLoss:
-    r"""A loss from a plain function of one example's output and target; its curvature comes from differentiation.
-
-    Products with the Hessian cost one differentiation; square root and pseudo-inverse form the m x m Hessian of each
-    example.
-
-    Args:
-        function: (output, target) -> L, the scalar loss of one example, twice differentiable in the output: in its
-            real and imaginary part if the output is complex.
-        convex: Whether L is convex in the output.
-        curvature: The matrix that the Gauss-Newton products use for a non-convex loss: the Hessian as it is ("exact",
-            indefinite), with its eigenvalues' absolute values, or with the negative ones dropped ("clipped").
-        natural: Whether L is, up to a constant, the negative log-density of an exponential family with natural
-            parameters z: then the Fisher matrix is the Hessian.
-        sample: (key, output) -> target, a draw from the predictive distribution of one example; for the Monte-Carlo
-            Fisher matrix.
-
-    Raises:
-        ValueError: ``curvature`` is none of the three, or ``natural`` is set for a non-convex loss.
-
-    Example:
-        >>> def pseudo_huber(z, y):
-        ...     return jnp.sum(jnp.sqrt(1 + (z - y) ** 2) - 1)
-        >>> loss = curvax.losses.from_function(pseudo_huber, convex=True)
-        >>> loss.value(jnp.zeros((2, 1)), jnp.zeros((2, 1)))
-        Array([0., 0.], dtype=float...)
-    """
-    check_choice("curvature", curvature, ("exact", "absolute", "clipped"))
-    if natural and not convex:
-        raise ValueError("natural=True needs convex=True: a negative log-density is convex in natural parameters")
-    return FunctionLoss(function, convex, curvature, natural, sample)
-
-
-@dataclasses.dataclass(frozen=True)
-class FunctionLoss(OutputLoss):
-    """What ``from_function`` makes."""
-
-    function: Callable[[PyTree, PyTree], jax.Array]
-    convex: bool
-    treatment: str = "exact"
-    natural: bool = False
-    sampler: Callable[[jax.Array, PyTree], PyTree] | None = None
-    takes_complex = True
-
-    def value(self, outputs, targets):
-        return jax.vmap(_OnComplex(self.function))(outputs, targets)
-
-    def hessian(self, outputs, targets):
-        return AutodiffOutputs(_OnComplex(self.function), outputs, targets, convex=self.convex)
-
-    def curvature(self, outputs, targets):
-        treatment = "exact" if self.convex else self.treatment
-        return dataclasses.replace(self.hessian(outputs, targets), treatment=treatment)
-
-    def fisher(self, outputs, targets=None):
-        return self.hessian(outputs, targets) if self.natural else super().fisher(outputs)
-
-    def sample(self, key, output):
-        return super().sample(key, output) if self.sampler is None else self.sampler(key, trees.join_complex(output))
-
-    def check(self, outputs, targets):
-        loss = jax.eval_shape(_OnComplex(self.function), *trees.example_structure((outputs, targets)))
-        if not isinstance(loss, jax.ShapeDtypeStruct) or loss.shape:
-            raise ValueError(
-                f"{self}: function(output, target) must return one scalar for one example, got {described(loss)}"
-            )
-        if not jnp.issubdtype(loss.dtype, jnp.floating):
-            raise TypeError(
-                f"{self}: function(output, target) must return a real floating-point number, got {loss.dtype}; take the"
-                " real part of a complex one"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class _OnComplex:
-    """A function of complex outputs as one of their real and imaginary parts; equal to that of an equal function."""
-
-    function: Callable[[PyTree, PyTree], jax.Array]
-
-    def __call__(self, output, target):
-        return self.function(trees.join_complex(output), target)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -378,6 +303,12 @@ class CurvatureOnly(OutputLoss):
 
     def draw(self, keys, outputs, targets):
         return self.loss.draw(keys, outputs, targets)
+
+    def divergence(self, outputs, others, targets=None):
+        return self.loss.divergence(outputs, others, targets)
+
+    def draw_divergence(self, keys, outputs, others, targets):
+        return self.loss.draw_divergence(keys, outputs, others, targets)
 
     def gradient(self, outputs, targets):
         # Monte-Carlo Fisher vectors are gradients at sampled targets, not of the missing value.

@@ -336,6 +336,7 @@ class Piece(NamedTuple):
     scale: jax.Array
     jvp: Callable[[PyTree], PyTree]
     transpose: Callable[[PyTree], PyTree]
+    outputs_at: Callable[[PyTree], PyTree]
     value_at: Callable[[PyTree], jax.Array]
     gradient_at: Callable[[PyTree], PyTree]
     forward: bool
@@ -375,13 +376,15 @@ def linearize_term(term: Term, params: Packed, inputs: PyTree) -> tuple[Lineariz
 
 
 def _piece(term, packed, inputs, targets, scale, linearization, extra):
+    def outputs_at(params):
+        return term.apply(params, inputs)[0]
+
     def value_at(params):
-        outputs, _ = term.apply(params, inputs)
-        return weighted_sum(scale, term.loss.value(outputs, targets))
+        return weighted_sum(scale, term.loss.value(outputs_at(params), targets))
 
     def gradient_at(params):
         # Not by differentiating ``value_at``: the loss of a case that is left out may be infinite.
-        outputs, transpose = jax.vjp(lambda p: term.apply(p, inputs)[0], params)
+        outputs, transpose = jax.vjp(outputs_at, params)
         return transpose(scale_cases(scale, term.loss.gradient(outputs, targets)))[0]
 
     def along(vector):
@@ -391,7 +394,7 @@ def _piece(term, packed, inputs, targets, scale, linearization, extra):
         return packed.unpack(linearization.transpose(cotangent)[0])
 
     outputs, forward = linearization.outputs, linearization.forward
-    return Piece(term.loss, outputs, targets, scale, along, back, value_at, gradient_at, forward, extra)
+    return Piece(term.loss, outputs, targets, scale, along, back, outputs_at, value_at, gradient_at, forward, extra)
 
 
 def _stride_of_shards(stride, located):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax.checks import check_choice
-from curvax.objectives.loss import OutputLoss, check_array, check_targets, times_exp
+from curvax.objectives.loss import OutputLoss, check_array, check_targets, relative_entropy, times_exp
 from curvax.objectives.output_matrix import AutodiffOutputs, SoftmaxOutputs
 
 
@@ -115,6 +115,10 @@ class SoftmaxCrossEntropy(Classes):
 
     def negative_log_density(self, outputs, targets):
         return self.value(outputs, targets)
+
+    def divergence(self, outputs, others, targets=None):
+        entropies = jnp.sum(relative_entropy(_log_softmax(outputs), _log_softmax(others)), axis=-1)
+        return jnp.where(self.fisher(outputs, targets).mass > 0, entropies, 0)
 
     def squared_newton_decrement(self, outputs, targets):
         # sum_i (a p_i - y_i)^2 / (a p_i) with a the mass, in a form that neither cancels nor divides zero by zero.

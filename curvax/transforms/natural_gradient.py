@@ -36,7 +36,8 @@ def natural_gradient(
 
     With ``max_divergence`` the step is shortened where needed so that 1/2 delta^T F delta, the divergence KL(p_new ||
     p_old) of the predictions to second order, stays within it: alpha is multiplied by min(1, sqrt(2 c / delta^T F
-    delta)). Martens 2016 (section 5.5) finds an adapted damping far better than rescaling the undamped step.
+    delta)). ``curvax.kl_divergence(at, new_params)`` is what it comes to. Martens 2016 (section 5.5) finds an adapted
+    damping far better than rescaling the undamped step.
     ``update`` takes ``at=`` and optionally ``curvature_at=``, a point on another batch for F.
 
     Args:

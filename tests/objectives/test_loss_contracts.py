@@ -217,7 +217,8 @@ def test_results_have_the_dtype_of_the_outputs(name, dtype):
             return products, loss.value(outputs, targets)
         values = loss.value(outputs, targets), loss.negative_log_density(outputs, targets)
         sample = loss.sample(jax.random.key(0), jax.tree.map(lambda z: z[0], outputs))
-        return products, values, loss.squared_newton_decrement(outputs, targets), sample
+        divergence = loss.divergence(outputs, outputs, targets)
+        return products, values, divergence, loss.squared_newton_decrement(outputs, targets), sample
 
     *results, sample = jax.tree.leaves(jax.jit(everything).lower(outputs, targets).out_info)
     assert {result.dtype for result in results} == {jnp.dtype(dtype)}
@@ -367,7 +368,7 @@ def test_check_says_what_is_expected(loss, outputs, targets, error, message):
         (lambda: losses.gaussian("hessian"), "curvature must be one of 'fisher', 'exact', got 'hessian'"),
         (
             lambda: losses.from_function(tanh_of_one, convex=False, curvature="clip"),
-            "curvature must be one of 'exact', 'absolute', 'clipped', got 'clip'",
+            "curvature must be one of 'exact', 'absolute', 'clipped', 'fisher', got 'clip'",
         ),
         (lambda: losses.from_function(tanh_of_one, convex=False, natural=True), "natural=True needs convex=True"),
         (lambda: losses.from_function(tanh_of_one, convex=True).sample(jax.random.key(0), Z), "make it with sample="),

@@ -384,6 +384,98 @@ def test_fisher_is_the_covariance_of_gradients_and_the_mean_hessian_at_sampled_t
     within_error(hessians, fisher)
 
 
+def divergence_of(name, z, other):
+    """KL(R_z || R_z') by decimal arithmetic, of single entries or of one distribution over classes."""
+    with decimal.localcontext() as context:
+        context.prec = 60
+        z, other = ([Decimal(float(x)) for x in row] for row in (z, other))
+        if name == "squared_error":
+            return [float((a - b) ** 2 / 2) for a, b in zip(z, other, strict=True)]
+        if name == "gaussian":
+            (m, s), (n, t) = z, other
+            return [float(((s - t).exp() - 1 - (s - t) + (m - n) ** 2 * (-t).exp()) / 2)]
+        if name == "poisson":
+            return [float(b.exp() - a.exp() - a.exp() * (b - a)) for a, b in zip(z, other, strict=True)]
+        if name == "sigmoid":  # a distribution over two classes for each entry
+            pairs = [([a, Decimal(0)], [b, Decimal(0)]) for a, b in zip(z, other, strict=True)]
+        else:
+            pairs = [(z, other)]
+        result = []
+        for a, b in pairs:
+            log_p, log_q = ([x - sum(y.exp() for y in row).ln() for x in row] for row in (a, b))
+            result.append(float(sum(p.exp() * (p - q) for p, q in zip(log_p, log_q, strict=True))))
+        return result
+
+
+@pytest.mark.parametrize("name", ["squared_error", "sigmoid", "softmax", "poisson", "gaussian"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_divergences_are_accurate_however_near_or_far_the_distributions_are(name, dtype):
+    """Where they nearly meet the naive formulas are nothing but rounding; where one is certain they overflow."""
+    rng, loss = np.random.default_rng(0), BUILT_IN[name][0]
+    z, sizes = 2 * rng.normal(size=(40, 2)), np.tile([1e-3, 1e-2, 0.1, 1.0, 5.0], 8)
+    others = z + sizes[:, None] * rng.normal(size=(40, 2))
+    certain = np.array([[40.0, -40.0], [-40.0, 40.0], [12.0, 0.0], [39.0, -39.5]])
+    z, others = np.concatenate([z, certain]).astype(dtype), np.concatenate([others, certain[::-1]]).astype(dtype)
+
+    @jax.jit
+    def compute(z, others):
+        if name == "gaussian":
+            z, others = ((x[:, :1], x[:, 1:]) for x in (z, others))
+        return loss.divergence(z, others)
+
+    got = np.asarray(compute(z, others)).reshape(len(z), -1)
+    assert got.dtype == dtype
+    eps = float(np.finfo(dtype).eps)
+    for row, one, other in zip(got, z, others, strict=True):
+        # A logarithm of a probability of size s is off by eps s, and a divergence is its square or itself.
+        size = 1 + np.abs(one).max() + np.abs(other).max()
+        gaps = np.abs(one - other) if len(row) == 2 else np.abs(one - other).max(keepdims=True)
+        expected = np.array(divergence_of(name, one, other))
+        assert np.all(np.abs(row - expected) <= 30 * eps * size / np.minimum(gaps, 1) * expected)
+
+
+@every_loss
+def test_the_divergence_is_zero_where_the_distributions_meet_and_its_hessian_is_the_fisher_matrix(name):
+    loss, make = BUILT_IN[name]
+    example = make(np.random.default_rng(1), False)
+    flat, unravel = ravel_pytree(example.outputs)
+
+    @jax.jit
+    def compute(flat):
+        def of(first, second):
+            return jnp.sum(loss.divergence(unravel(first), unravel(second), example.targets))
+
+        ways = [lambda x: of(x, flat), lambda x: of(flat, x)]
+        return of(flat, flat), [(jax.grad(way)(flat), jax.hessian(way)(flat)) for way in ways]
+
+    value, ways = compute(flat)
+    assert value == 0
+    for gradient, hessian in ways:
+        close(gradient, np.zeros(flat.size))
+        close(hessian, example.fisher)
+
+
+def test_divergences_of_what_is_impossible():
+    """A class that the first distribution excludes costs what the second gives to it; the other way round, infinity."""
+    loss = losses.softmax_cross_entropy()
+    z, excluded = np.array([[0.0, 0.0]]), np.array([[0.0, -np.inf]])
+    compute = jax.jit(lambda a, b: (loss.divergence(a, b), jax.grad(lambda a: jnp.sum(loss.divergence(a, b)))(a)))
+    value, gradient = compute(excluded, z)
+    close(value, np.log(2))
+    assert np.all(np.isfinite(gradient))
+    assert compute(z, excluded)[0] == np.inf
+    close(compute(excluded, excluded)[0], [0.0])
+
+
+def test_cases_without_a_target_have_no_divergence():
+    loss, z = losses.softmax_cross_entropy(ignore_label=-100), np.array([[0.5, 1.0], [0.3, 2.0]])
+    value = jax.jit(loss.divergence)(z, z[::-1], np.array([1, -100]))
+    assert value[0] > 0
+    assert value[1] == 0
+    drawn = jax.jit(loss.draw_divergence)(jax.random.split(jax.random.key(0), 2), z, z[::-1], np.array([1, -100]))
+    close(drawn, value)
+
+
 def test_densities_are_normalised():
     z = np.array([0.3, -2.0, 1.4])
     sigmoid_loss, poisson_loss, softmax_loss = (BUILT_IN[name][0] for name in ("sigmoid", "poisson", "softmax"))

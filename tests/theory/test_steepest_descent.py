@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import curvax
 from tests import oracles
@@ -14,15 +15,15 @@ def problem():
     return chains.problem("bernoulli", examples=30)
 
 
-def divergence(own, weights, new, x):
-    """KL(P(theta + d) || P(theta)) of the predictions, mean over x."""
+def divergence(own, weights, new, x, reverse=False):
+    """KL(P(theta + d) || P(theta)) of the predictions, mean over x; or KL(P(theta) || P(theta + d))."""
     targets = jnp.asarray(own.family.targets)
 
     def log(w):
         outputs = chains.network(w, x)
         return jax.vmap(lambda y: -own.family.negative_log(outputs, y))(targets)
 
-    first, second = log(new), log(weights)
+    first, second = (log(weights), log(new)) if reverse else (log(new), log(weights))
     return jnp.mean(jnp.sum(jnp.exp(first) * (first - second), axis=0))
 
 
@@ -33,7 +34,8 @@ def natural_step(own):
     return fisher, gradient, np.linalg.solve(fisher, gradient)
 
 
-def test_the_best_step_within_a_divergence_tends_to_the_scaled_natural_gradient():
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_best_step_within_a_divergence_tends_to_the_scaled_natural_gradient(reverse):
     r"""argmin h(theta + d) with KL <= eps^2 is d = -eps sqrt(2) F^{-1} g / ||g||_{F^{-1}} up to O(eps^2)."""
     own = problem()
     start = oracles.ravel(own.weights)
@@ -49,7 +51,7 @@ def test_the_best_step_within_a_divergence_tends_to_the_scaled_natural_gradient(
 
         def lagrangian(unknowns):
             u, multiplier = unknowns[:-1], unknowns[-1]
-            bound = divergence(own, own.weights, at(u), own.batch[0]) / eps**2 - 1
+            bound = divergence(own, own.weights, at(u), own.batch[0], reverse) / eps**2 - 1
             return own.objective(at(u), own.batch) / eps + multiplier * bound
 
         return jax.grad(lagrangian)(unknowns)
