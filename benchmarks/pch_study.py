@@ -166,7 +166,9 @@ def run(case: Problem, setting: Setting, seconds: float, folder: Path) -> list[d
         for record in records:
             record["epoch"] = record["step"] * case.batch_size / len(case.dataset.train_inputs)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"machine": machine(), "records": records}) + "\n")
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps({"machine": machine(), "records": records}) + "\n")
+        part.replace(path)
     return json.loads(path.read_text())["records"]
 
 
@@ -262,7 +264,8 @@ def errors(case: Problem, along: str, steps: int, every: int, examples: int) -> 
         if count % every == 0:
             batch = tuple(x[:examples] for x in batches.at(count))
             parts = [exact(params, tuple(x[i : i + part] for x in batch)) for i in range(0, examples, part)]
-            means = [np.mean(layer, axis=0) for layer in zip(*parts, strict=True)]
+            lengths = [len(batch[0][i : i + part]) for i in range(0, examples, part)]
+            means = [np.average(np.stack(layer), axis=0, weights=lengths) for layer in zip(*parts, strict=True)]
             absolute = [_absolute(mean) for mean in means]
             ours = approximate(params, batch, jax.random.key(count))
             found.append(
@@ -322,7 +325,7 @@ def main(argv=None):
             _write(f"{name}_runs", study(case, arguments, over))
         if arguments.errors or time.perf_counter() < over:
             steps, by = arguments.error_steps, arguments.error_along
-            found = [errors(case, along, steps, steps // 5, arguments.examples) for along in by]
+            found = [errors(case, along, steps, max(1, steps // 5), arguments.examples) for along in by]
             _write(f"{name}_errors", [line for lines in found for line in lines])
     parts = [f"{c.replace('-', '_')}_{part}.md" for c in CRITERIA for part in ("runs", "errors")]
     head = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -39,7 +40,10 @@ def dense_chain(tapped: TappedPoint, name: str) -> DenseChain:
     others = [*layers.treatment.diagonal, *layers.unstructured]
     if others:
         paths = ", ".join(layers.paths[i] for i in sorted(set(others)))
-        raise ValueError(f"{name}: {paths} is neither the weights of a dense layer nor the bias of one")
+        raise ValueError(
+            f"{name}: {paths} is neither the weights of a dense layer nor a bias that is added to the results of one,"
+            f" a number for each of them; {_ADVICE}"
+        )
     for block in layers.treatment.kronecker:
         _check_dense(block, tapped, name)
     inputs = point.cases[0].inputs
@@ -53,7 +57,7 @@ def dense_chain(tapped: TappedPoint, name: str) -> DenseChain:
         pairs = zip(geometries, geometries[1:], links[1:], strict=False)
         orders = [None, *(_order(before, own, link, names) for before, own, link in pairs)]
     except ValueError as error:
-        raise ValueError(f"{name}: the layers are no chain of dense ones: {error}") from None
+        raise ValueError(f"{name}: the layers are no chain of dense ones: {error}; {_ADVICE}") from None
 
     def pieces(perturbations: list[Array]) -> tuple[list[Array], PyTree]:
         """(inputs of all layers, outputs) as functions of what is added to the results of the layer before."""
@@ -81,7 +85,13 @@ def _check_dense(block: Block, tapped: TappedPoint, name: str) -> None:
         what = "is multiplied by another parameter or by data"
     else:
         return
-    raise ValueError(f"{name}: the layers are no chain of dense ones: {layer.name!r} {what}")
+    raise ValueError(f"{name}: the layers are no chain of dense ones: {layer.name!r} {what}; {_ADVICE}")
+
+
+_ADVICE = (
+    "curvax.kfac and curvax.kronecker_map take any layers, and a function between two layers that is elementwise in"
+    " truth can be written with elementwise operations"
+)
 
 
 def _order(before: Geometry, own: Geometry, link: Link, names: Sequence[str]) -> np.ndarray | None:
@@ -156,12 +166,14 @@ class DenseChain:
         By forward-mode differentiation along ones: the layers are cut apart, so that one sweep serves all of them. The
         first layer reads data, and has None.
         """
-        return self._arranged(self._along_ones(self._later_inputs)(self._zeros())[1])
+        with _forward_rules():
+            return self._arranged(self._along_ones(self._later_inputs)(self._zeros())[1])
 
     def derivatives(self) -> tuple[list[Any], list[Any]]:
         """(phi', phi'') of what comes before each layer, likewise."""
-        _, (first, second) = self._along_ones(self._along_ones(self._later_inputs))(self._zeros())
-        return self._arranged(first), self._arranged(second)
+        with _forward_rules():
+            _, (first, second) = self._along_ones(self._along_ones(self._later_inputs))(self._zeros())
+            return self._arranged(first), self._arranged(second)
 
     def gradients(self, scaled: bool = True) -> list[Array]:
         """The gradient of each example's loss in s_t, (examples, outputs); times its factor or not."""
@@ -180,7 +192,8 @@ class DenseChain:
     @property
     def is_convex(self) -> bool:
         """Whether the loss is convex in the results of the last layer: in the outputs, which are affine in them."""
-        return self.piece.loss.convex and is_affine(self._outputs, self.geometries[-1].use.zeros())
+        with _forward_rules():
+            return self.piece.loss.convex and is_affine(self._outputs, self.geometries[-1].use.zeros())
 
     def last_hessian(self, scale: Array, by_example: bool = False) -> Array:
         """sum_i scale_i of the Hessians of the examples' losses in the results of the last layer; or each of them."""
@@ -188,16 +201,18 @@ class DenseChain:
         def loss(e):
             return weighted_sum(scale, self.piece.loss.value(self._outputs(e), self.piece.targets))
 
-        _, product = jax.linearize(jax.grad(loss), self._zeros()[-1])
-        return self._columns(product, by_example)
+        with _forward_rules():
+            _, product = jax.linearize(jax.grad(loss), self._zeros()[-1])
+            return self._columns(product, by_example)
 
     def last_gauss_newton(self, scale: Array) -> Array:
         """The same of J^T C J, with C what the loss has as its ``curvature`` on the outputs."""
         matrix = self.piece.loss.curvature(self.piece.outputs, self.piece.targets)
         zero = self._zeros()[-1]
-        _, push = jax.linearize(self._outputs, zero)
-        pull = jax.linear_transpose(push, zero)
-        return self._columns(lambda v: pull(scale_cases(scale, matrix.product(push(v))))[0], False)
+        with _forward_rules():
+            _, push = jax.linearize(self._outputs, zero)
+            pull = jax.linear_transpose(push, zero)
+            return self._columns(lambda v: pull(scale_cases(scale, matrix.product(push(v))))[0], False)
 
     def _columns(self, product, by_example):
         """A symmetric matrix for each example, or their sum, from its products with unit vectors."""
@@ -246,3 +261,18 @@ class DenseChain:
         groups = self.tapped.by_layer(uses)
         blocks = self.tapped.layers.treatment.kronecker
         return [groups[blocks[link.use].weights.name][0] for link in self.links]
+
+
+@contextlib.contextmanager
+def _forward_rules():
+    """Says what to do where JAX cannot differentiate what stands between the layers forwards."""
+    try:
+        yield
+    except (TypeError, NotImplementedError) as error:
+        text = str(error)
+        if "custom_vjp" in text or "custom_lin" in text or "forward-mode" in text:
+            raise ValueError(
+                "the recursion takes derivatives of activations forwards, and one of them has a custom_vjp, which is a"
+                " rule for reverse mode alone; give it a custom_jvp, or take curvature='fisher'"
+            ) from error
+        raise

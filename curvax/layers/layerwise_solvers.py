@@ -165,9 +165,11 @@ class KroneckerCG(LayerwiseSolver):
 
 @dataclasses.dataclass(frozen=True)
 class KFI(LayerwiseSolver):
-    r"""Kronecker-factored inverses, x = (A + pi gamma I)^{-1} V (H_t + gamma / pi I)^{-1} with gamma^2 the damping.
+    r"""Kronecker-factored inverses, x = (A + pi gamma I)^{-1} V (H_t + gamma / pi I)^{-1} / (1 - alpha).
 
-    As K-FAC and KFRA have them (Chen et al. 2018, eq. 12); pi as in ``damped_factors``. Biases are solved for exactly.
+    As K-FAC and KFRA have them (Chen et al. 2018, eq. 12); pi as in ``damped_factors``, and gamma^2 = alpha / (1 -
+    alpha), so that the system is that of the other solvers for large alpha too, where the paper has gamma^2 = alpha and
+    no factor in front. Biases are solved for exactly.
 
     Attributes:
         inputs: A: "second" for E[h h^T], or "rank_one" for E[h] E[h]^T, by the formula of Sherman and Morrison (eq.
@@ -185,20 +187,20 @@ class KFI(LayerwiseSolver):
 
     def solve(self, systems: Sequence[LayerSystem], damped: Damped, limits: Limits) -> Solution:
         del limits
-        gamma = jnp.sqrt(damped.damping)
+        gamma = jnp.sqrt(damped.damping / damped.share)
 
         def weights(system):
             h, v = system.curvature[None], system.weights
             if self.reads_seconds:
                 assert system.second is not None
                 left, right = (inverse_of(x)[0] for x in damped_factors(system.second[None], h, gamma))
-                return left @ v @ right
+                return left @ v @ right / damped.share
             # Of a factor pi takes the mean eigenvalue alone, which of m m^T is |m|^2 / n.
             m, size = system.mean, jnp.sum(jnp.square(system.mean))
             mean = jnp.full((1, 1), size / len(m), m.dtype)
             shifted, right = damped_factors(mean, h, gamma)
             shift = (shifted - mean)[0, 0]
-            return (v - m[:, None] * (m @ v) / (shift + size)) / shift @ inverse_of(right)[0]
+            return (v - m[:, None] * (m @ v) / (shift + size)) / (shift * damped.share) @ inverse_of(right)[0]
 
         layers = [
             (weights(s), None if s.bias is None else _solve_dense(s.bias_curvature, s.bias, damped)) for s in systems

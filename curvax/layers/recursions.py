@@ -158,7 +158,9 @@ def propagate(
 
 
 def _propagated(point, key, *, layers, curvature, seconds):
-    chain = dense_chain(tap(layers, point).definite(), "layerwise_curvature")
+    tapped = tap(layers, point)
+    # Negative weights have a Hessian, but no matrix that is positive semi-definite.
+    chain = dense_chain(tapped if curvature == "hessian" else tapped.definite(), "layerwise_curvature")
     mass = jnp.sum(chain.scale)
     shares = chain.scale / jnp.where(mass == 0, 1, mass)
     inputs = chain.inputs()

@@ -78,7 +78,9 @@ class TukeyBiweight(Robust):
     scale: float = 4.685
 
     def rho(self, square):
-        return (1 - (1 - jnp.minimum(square, 1)) ** 3) / 6
+        # Not 1 - (1 - s)^3, of which small residuals cancel away.
+        s = jnp.minimum(square, 1)
+        return s * (3 - 3 * s + s**2) / 6
 
     def weight(self, square):
         return (1 - jnp.minimum(square, 1)) ** 2
@@ -116,7 +118,11 @@ class GemanMcClure(Robust):
     """
 
     def rho(self, square):
-        return square / (2 * (1 + square))
+        # Not s / (1 + s) of large residuals, whose squares overflow: both quotients are taken where they are finite.
+        large = square > 1
+        inverse = 1 / jnp.where(large, square, 1)
+        small = jnp.where(large, 1, square)
+        return jnp.where(large, 1 / (2 * (1 + inverse)), small / (2 * (1 + small)))
 
     def weight(self, square):
         return 1 / (1 + square) ** 2

@@ -135,20 +135,23 @@ class _Walk:
 
 
 def _is_elementwise(site: Site, shape: tuple[int, ...]) -> bool:
-    """Whether the equation acts on each entry by itself: it then keeps the shape, and runs on scalars as well.
+    """Whether the equation acts on each entry by itself: it then keeps the shape, and makes scalars of scalars.
 
-    What works along an axis names it among its parameters, or a shape, and scalars have neither.
+    What works along an axis names it among its parameters, and scalars have none; what calls back has a shape there.
     """
     eqn = site.eqn
-    if any(atom.aval.shape != shape for atom in eqn.outvars) or any(  # pyright: ignore[reportAttributeAccessIssue]
-        isinstance(part, (Jaxpr, ClosedJaxpr))
-        for entry in eqn.params.values()
-        for part in (entry if isinstance(entry, (tuple, list)) else (entry,))
-    ):
+    entries = [part for x in eqn.params.values() for part in (x if isinstance(x, (tuple, list)) else (x,))]
+    calls = any(isinstance(part, (Jaxpr, ClosedJaxpr)) for part in entries)
+    moved = any(getattr(atom.aval, "shape", None) != shape for atom in eqn.outvars)
+    if calls or moved or _ALONG_AXES & eqn.params.keys():
         return False
     scalars = [jax.ShapeDtypeStruct((), atom.aval.dtype) for atom in eqn.invars]  # pyright: ignore
     try:
-        jax.eval_shape(lambda *xs: eqn.primitive.bind(*xs, **eqn.params), *scalars)
+        results = jax.eval_shape(lambda *xs: eqn.primitive.bind(*xs, **eqn.params), *scalars)
     except Exception:  # each primitive refuses in its own way
         return False
-    return True
+    return all(result.shape == () for result in jax.tree.leaves(results))
+
+
+_ALONG_AXES = frozenset({"dimension", "dimensions", "axis", "axes", "axis_name", "callback", "target_name"})
+"""Parameters of equations that act along an axis, whether or not they look if it exists, or outside of JAX."""

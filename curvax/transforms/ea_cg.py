@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from curvax import trees
@@ -51,7 +52,8 @@ def ea_cg(
     ``undone_steps``. The paper has ``alpha`` fixed, from 0.01 to 0.1, with ``learning_rate`` from 0.05 to 0.2: nothing
     is then undone, and as the weights have curvature along E[h] alone, alpha is a learning rate for all the rest.
 
-    ``update`` takes ``at=`` and optionally ``curvature_at=``, a point on another batch for C.
+    The penalty of the objective is added to C, by the largest of its strengths where leaves differ. ``update`` takes
+    ``at=`` and optionally ``curvature_at=``, a point on another batch for C.
 
     Args:
         layers: From ``curvax.find_layers``.
@@ -94,6 +96,7 @@ def ea_cg(
     """
     check_arguments(ea_cg, locals())
     solve = _Solve("ea_cg", layers, curvature, solver, max_iterations, tolerance)
+    _check_alpha("ea_cg", alpha=alpha, initial_alpha=initial_alpha)
     if alpha is not None and not (initial_alpha is None and rule is None):
         raise ValueError("ea_cg: alpha= is one that stays; initial_alpha= and rule= are for one that adapts")
     judge = None
@@ -123,7 +126,7 @@ def ea_cg(
             figures |= {"predicted_change": -rate * slope + rate**2 * bend / 2, "step_size": rate}
         update = trees.scale(-rate, solution)
         if judge is None:
-            return Step(update, figures)
+            return Step(update, figures, finite=jnp.isfinite(strength))
         figures |= {"loss": given.at.loss, "step_ratio": given.info.step_ratio}
         finite = trees.all_finite(given.at.loss, figures["predicted_change"])
         return Step(update, figures, strength=kept, finite=finite)
@@ -131,7 +134,7 @@ def ea_cg(
     return stepper(
         "ea_cg",
         step,
-        strength=0.0 if initial_alpha is None else _odds(initial_alpha),
+        strength=0.0 if initial_alpha is None else initial_alpha / (1 - initial_alpha),
         seed=seed,
         extra={"alpha": None},
         points=("at", "curvature_at"),
@@ -165,10 +168,12 @@ def scale_by_ea_cg(
     """
     check_arguments(scale_by_ea_cg, locals())
     solve = _Solve("scale_by_ea_cg", layers, curvature, solver, max_iterations, tolerance)
+    _check_alpha("scale_by_ea_cg", alpha=alpha)
 
     def step(given: Given) -> Step:
-        solution, figures = solve(given, solve.systems(given), _odds(given.number(alpha)))
-        return Step(solution, figures)
+        strength = _odds(given.number(alpha))
+        solution, figures = solve(given, solve.systems(given), strength)
+        return Step(solution, figures, finite=jnp.isfinite(strength))
 
     points = ("at", "curvature_at")
     return stepper("scale_by_ea_cg", step, seed=seed, extra={"alpha": None}, points=points)
@@ -213,8 +218,8 @@ class _Solve:
 
     def __call__(self, given: Given, systems: list[LayerSystem], strength: Array) -> tuple[PyTree, dict[str, Array]]:
         """The solution and figures, for lambda = alpha / (1 - alpha)."""
-        alpha = strength / (1 + strength)
-        share = 1 - alpha
+        share = 1 / (1 + strength)  # not 1 - alpha, which is nothing for large lambda
+        alpha = strength * share
         damping = alpha + share * given.largest_penalty
         limits = Limits(jnp.asarray(given.number(self.max_iterations)).astype(jnp.int32), given.number(self.tolerance))
         solved = self.solver.solve(systems, Damped(share, damping), limits)
@@ -261,6 +266,15 @@ def _joined(weights, bias):
     return (weights if bias is None else jnp.concatenate([weights, bias[None]]))[None]
 
 
+def _check_alpha(name, **numbers):
+    """Raises a ValueError for a number that is known and not between 0 and 1."""
+    for argument, alpha in numbers.items():
+        known = isinstance(alpha, (int, float, np.ndarray, np.generic))
+        if known and not 0 < float(alpha) < 1:
+            raise ValueError(f"{name}: {argument}= must lie between 0 and 1, got {alpha!r}")
+
+
 def _odds(alpha):
-    """lambda = alpha / (1 - alpha)."""
-    return alpha / (1 - alpha)
+    """lambda = alpha / (1 - alpha); not a number, so that the step is skipped, where alpha is not between 0 and 1."""
+    inside = (alpha > 0) & (alpha < 1)
+    return jnp.where(inside, alpha / jnp.where(inside, 1 - alpha, 1), jnp.nan)

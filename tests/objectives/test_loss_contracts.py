@@ -435,3 +435,17 @@ def test_bounded_losses_are_what_they_say(name):
             assert np.all(np.asarray(loss.value(outputs + step, targets)) <= above + 1e-12)
     with pytest.raises(ValueError, match="no negative log-density"):
         loss.fisher(outputs)
+
+
+@pytest.mark.parametrize("make", [losses.tukey_biweight, losses.welsch, losses.geman_mcclure])
+def test_robust_losses_keep_their_digits_for_small_residuals_and_stay_finite_for_large_ones(make):
+    loss = make()
+    small = jnp.asarray([1e-6, 1e-4, 1e-3, 1e-2], jnp.float32)
+    value = jax.jit(loss.value)(small, jnp.zeros_like(small))
+    np.testing.assert_allclose(value, np.asarray(small, np.float64) ** 2 / 2, rtol=1e-3)
+    large = jnp.asarray([1e4, 1e15, 3e19], jnp.float32)
+    value, gradient = jax.jit(lambda z: (loss.value(z, jnp.zeros_like(z)), loss.gradient(z, jnp.zeros_like(z))))(large)
+    assert np.all(np.isfinite(value))
+    assert np.all(np.isfinite(gradient))
+    curved = jax.jit(lambda z: loss.hessian(z, jnp.zeros_like(z)).product(jnp.ones_like(z)))(large)
+    np.testing.assert_allclose(curved, 0, atol=1e-6)

@@ -79,8 +79,9 @@ def test_factored_inverses_are_those_of_the_damped_factors(inputs):
         left = np.asarray(s.second if inputs == "second" else np.outer(s.mean, s.mean))
         right = np.asarray(s.curvature)
         pi = np.sqrt((np.trace(left) / len(left)) / (np.trace(right) / len(right)))
-        left, right = left + pi * np.sqrt(ALPHA) * np.eye(len(left)), right + np.sqrt(ALPHA) / pi * np.eye(len(right))
-        expected = np.linalg.solve(left, np.asarray(s.weights)) @ np.linalg.inv(right)
+        gamma = np.sqrt(ALPHA / (1 - ALPHA))
+        left, right = left + pi * gamma * np.eye(len(left)), right + gamma / pi * np.eye(len(right))
+        expected = np.linalg.solve(left, np.asarray(s.weights)) @ np.linalg.inv(right) / (1 - ALPHA)
         np.testing.assert_allclose(weights, expected, rtol=1e-9, atol=1e-11)
         if bias is not None:
             np.testing.assert_allclose(bias, dense(np.eye(1), s.curvature, s.bias), rtol=1e-9, atol=1e-10)
@@ -209,8 +210,42 @@ def test_the_full_batch_is_fitted_with_any_loss_and_solver(loss, solver):
         assert losses[-1] <= 1.01 * losses.min()
 
 
+@pytest.mark.many_compilations("arrays of the setting are made eagerly")
+@pytest.mark.parametrize("solver", ["ea_cg", "kronecker_cg", "kfi"])
+def test_much_damping_turns_any_step_to_the_gradient(solver):
+    problem = setting()
+    cosines = []
+    for damping in (1e2, 1e5):
+        alpha = damping / (1 + damping)
+        gradient, updates, _ = one_step(
+            lambda layers, a=alpha: curvax.ea_cg(layers, initial_alpha=a, solver=solver), *problem
+        )
+        g, u = (np.asarray(curvax.trees.ravel(tree)) for tree in (gradient, updates))
+        cosines.append(-g @ u / np.linalg.norm(g) / np.linalg.norm(u))
+    assert cosines[-1] > 0.99
+    assert cosines[-1] >= cosines[0]
+
+
+@pytest.mark.many_compilations("arrays of the setting are made eagerly")
+def test_a_scheduled_alpha_that_is_none_skips_the_step():
+    problem = setting()
+    for number, skipped in ((0.5, 0), (1.0, 1), (-0.5, 1)):
+        schedule = optax.constant_schedule(number)
+        for method in (curvax.scale_by_ea_cg, curvax.ea_cg):
+            _, updates, state = one_step(lambda layers, m=method, s=schedule: m(layers, alpha=s), *problem)
+            assert state.info.skipped_steps == skipped
+            assert bool(np.any(curvax.trees.ravel(updates))) == (not skipped)
+
+
 def test_what_cannot_be_is_refused_where_the_method_is_made():
     _, _, _, layers = setting()
+    for alpha in (0.0, 1.0, -0.5, 2.0):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            curvax.ea_cg(layers, alpha=alpha)
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            curvax.ea_cg(layers, initial_alpha=alpha)
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            curvax.scale_by_ea_cg(layers, alpha=alpha)
     with pytest.raises(ValueError, match="alpha= is one that stays"):
         curvax.ea_cg(layers, alpha=0.1, initial_alpha=0.1)
     with pytest.raises(ValueError, match="curvature must be"):
