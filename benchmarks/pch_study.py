@@ -251,7 +251,7 @@ def errors(case: Problem, along: str, steps: int, every: int, examples: int) -> 
     @jax.jit
     def approximate(params, batch, key):
         tapped = curvax.tap(case.layers, case.objective.linearize(params, batch))
-        return {k: propagate(tapped, criterion_kind.get(k, k), key, seconds=False).outputs for k in kinds}  # pyright: ignore
+        return {k: propagate(tapped, criterion_kind.get(k, k), key).outputs for k in kinds}  # pyright: ignore
 
     @jax.jit
     def exact(params, batch):

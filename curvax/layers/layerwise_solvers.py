@@ -32,7 +32,7 @@ class LayerSystem(NamedTuple):
     Attributes:
         curvature: H_t, (n_t, n_t).
         mean: m = E[h_{t-1}], (n_{t-1},).
-        second: E[h_{t-1} h_{t-1}^T]; None where the solver does not read it.
+        rows: R with E[h_{t-1} h_{t-1}^T] = R^T R, (examples, n_{t-1}).
         weights: The gradient V of the weights, (n_{t-1}, n_t).
         bias: That of the bias, (n_t,), or None.
         bias_size: What the input of the bias, a one, is squared in these coordinates.
@@ -40,7 +40,7 @@ class LayerSystem(NamedTuple):
 
     curvature: Array
     mean: Array
-    second: Array | None
+    rows: Array
     weights: Array
     bias: Array | None
     bias_size: Array
@@ -83,11 +83,6 @@ class Solution(NamedTuple):
 
 class LayerwiseSolver(abc.ABC):
     """How the systems of all layers are solved: a value, as it holds choices alone."""
-
-    @property
-    def reads_seconds(self) -> bool:
-        """Whether it reads E[h h^T], and not E[h] alone."""
-        return False
 
     @abc.abstractmethod
     def solve(self, systems: Sequence[LayerSystem], damped: Damped, limits: Limits) -> Solution:
@@ -138,20 +133,26 @@ class EACG(LayerwiseSolver):
 
 @dataclasses.dataclass(frozen=True)
 class KroneckerCG(LayerwiseSolver):
-    """Conjugate gradients with E[h h^T] (x) H_t as it is (Chen et al. 2018, eqs. 10 and 11a)."""
+    """Conjugate gradients with E[h h^T] (x) H_t as it is (Chen et al. 2018, eqs. 10 and 11a).
 
-    @property
-    def reads_seconds(self) -> bool:
-        return True
+    Products with E[h h^T] go by the examples where these are few.
+    """
 
     def solve(self, systems: Sequence[LayerSystem], damped: Damped, limits: Limits) -> Solution:
-        def on_weights(h, a, v):
-            return cg(lambda x: damped.share * (a @ x @ h) + damped.damping * x, v, **limits._asdict())
+        def on_weights(h, rows, v):
+            few = 2 * len(rows) < rows.shape[1]
+            second = None if few else rows.T @ rows
+
+            def matvec(x):
+                left = rows.T @ (rows @ x) if second is None else second @ x
+                return damped.share * (left @ h) + damped.damping * x
+
+            return cg(matvec, v, **limits._asdict())
 
         def on_bias(h, b):
             return cg(lambda x: damped.share * (h @ x) + damped.damping * x, b, **limits._asdict())
 
-        found = _by_shape(on_weights, [(s.curvature, s.second, s.weights) for s in systems])
+        found = _by_shape(on_weights, [(s.curvature, s.rows, s.weights) for s in systems])
         shifted = [s for s in systems if s.bias is not None]
         shifts = _by_shape(on_bias, [(s.bias_curvature, s.bias) for s in shifted])
         iterations = _most([result.iterations for result in (*found, *shifts)])
@@ -181,31 +182,31 @@ class KFI(LayerwiseSolver):
     def __post_init__(self):
         check_choice("inputs", self.inputs, ("second", "rank_one"))
 
-    @property
-    def reads_seconds(self) -> bool:
-        return self.inputs == "second"
-
     def solve(self, systems: Sequence[LayerSystem], damped: Damped, limits: Limits) -> Solution:
         del limits
         gamma = jnp.sqrt(damped.damping / damped.share)
 
         def weights(system):
-            h, v = system.curvature[None], system.weights
-            if self.reads_seconds:
-                assert system.second is not None
-                left, right = (inverse_of(x)[0] for x in damped_factors(system.second[None], h, gamma))
-                return left @ v @ right / damped.share
-            # Of a factor pi takes the mean eigenvalue alone, which of m m^T is |m|^2 / n.
-            m, size = system.mean, jnp.sum(jnp.square(system.mean))
-            mean = jnp.full((1, 1), size / len(m), m.dtype)
-            shifted, right = damped_factors(mean, h, gamma)
-            shift = (shifted - mean)[0, 0]
-            return (v - m[:, None] * (m @ v) / (shift + size)) / (shift * damped.share) @ inverse_of(right)[0]
+            rows, v = system.mean[None] if self.inputs == "rank_one" else system.rows, system.weights
+            # Of a factor pi takes the mean eigenvalue alone, which of R^T R is |R|^2 / n.
+            mean = jnp.full((1, 1), jnp.sum(jnp.square(rows)) / rows.shape[1], rows.dtype)
+            shifted, right = damped_factors(mean, system.curvature[None], gamma)
+            left = _solve_with_rows(rows, (shifted - mean)[0, 0], v)
+            return left @ inverse_of(right)[0] / damped.share
 
         layers = [
             (weights(s), None if s.bias is None else _solve_dense(s.bias_curvature, s.bias, damped)) for s in systems
         ]
         return Solution(layers, jnp.zeros((), jnp.int32))
+
+
+def _solve_with_rows(rows, shift, v):
+    """(R^T R + c I)^{-1} V, by the smaller of R^T R and R R^T (Woodbury 1950)."""
+    count, size = rows.shape
+    if count < size:
+        small = rows @ rows.T + shift * jnp.eye(count, dtype=rows.dtype)
+        return (v - rows.T @ (inverse_of(small[None])[0] @ (rows @ v))) / shift
+    return inverse_of((rows.T @ rows + shift * jnp.eye(size, dtype=rows.dtype))[None])[0] @ v
 
 
 def _solve_dense(h, b, damped):

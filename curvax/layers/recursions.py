@@ -127,40 +127,39 @@ class Propagated(NamedTuple):
     Attributes:
         outputs: H_t, (n_t, n_t), the mean curvature with respect to the layer's results: the block of its bias.
         means: m = E[h_{t-1}], (n_{t-1},).
-        seconds: E[h_{t-1} h_{t-1}^T]; () where they were not asked for.
+        rows: For each example h_{t-1} times the root of its weight, (examples, n_{t-1}), so that E[h h^T] is R^T R.
     """
 
     outputs: tuple[Array, ...]
     means: tuple[Array, ...]
-    seconds: tuple[Array, ...]
+    rows: tuple[Array, ...]
 
     def factors(self, layers: Layers, inputs: InputMoments = "second") -> KroneckerFactors:
         """The Kronecker factors of these blocks, whose homogeneous one has no covariance with the inputs."""
 
         def of_inputs(place, block):
-            moment = self.seconds[place] if inputs == "second" else jnp.outer(self.means[place], self.means[place])
+            mean, rows = self.means[place], self.rows[place]
+            if inputs == "second":
+                moment = sum_over_examples("bni,bnj->bij", rows[None], rows[None])[0]
+            else:
+                moment = jnp.outer(mean, mean)
             return jnp.pad(moment, (0, 1)).at[-1, -1].set(1) if block.bias is not None else moment
 
         moments = tuple(of_inputs(i, block)[None] for i, block in enumerate(layers.treatment.kronecker))
         return KroneckerFactors(moments, tuple(h[None] for h in self.outputs), (), (), ())
 
 
-def propagate(
-    tapped: TappedPoint, curvature: LayerwiseCurvature = "pch1", key: Array | None = None, *, seconds: bool = True
-) -> Propagated:
-    """The matrices of ``layerwise_curvature``, without a map made from them.
-
-    Args:
-        seconds: Whether the second moments of the inputs are wanted.
-    """
+def propagate(tapped: TappedPoint, curvature: LayerwiseCurvature = "pch1", key: Array | None = None) -> Propagated:
+    """The matrices of ``layerwise_curvature``, without a map made from them."""
     check_choice("curvature", curvature, get_args(LayerwiseCurvature))
-    return compiled_if_eager(_propagated, tapped.point, key, layers=tapped.layers, curvature=curvature, seconds=seconds)
+    return compiled_if_eager(_propagated, tapped.point, key, layers=tapped.layers, curvature=curvature)
 
 
-def _propagated(point, key, *, layers, curvature, seconds):
+def _propagated(point, key, *, layers, curvature):
     tapped = tap(layers, point)
     # Negative weights have a Hessian, but no matrix that is positive semi-definite.
-    chain = dense_chain(tapped if curvature == "hessian" else tapped.definite(), "layerwise_curvature")
+    signed = curvature == "hessian"
+    chain = dense_chain(tapped if signed else tapped.definite(), "layerwise_curvature")
     mass = jnp.sum(chain.scale)
     shares = chain.scale / jnp.where(mass == 0, 1, mass)
     inputs = chain.inputs()
@@ -169,9 +168,9 @@ def _propagated(point, key, *, layers, curvature, seconds):
         outputs = chain.second_moments(chosen, key)
     else:
         outputs = _mean_recursion(chain, shares, curvature)
-    means = chain.by_block([_mean(h, shares) for h in inputs])
-    moments = chain.by_block([_second_moment(h, shares) for h in inputs]) if seconds else ()
-    return Propagated(chain.by_block(outputs), means, moments)
+    means = [_mean(h, shares) for h in inputs]
+    rows = [h * jnp.sqrt(shares)[:, None].astype(h.dtype) for h in inputs]
+    return Propagated(*(chain.by_block(values) for values in (outputs, means, rows)))
 
 
 def _mean_recursion(chain, shares, curvature):

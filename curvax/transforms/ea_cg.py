@@ -16,6 +16,7 @@ from curvax.layers.kronecker import apply_on_blocks, to_block
 from curvax.layers.layerwise_solvers import EACG, KFI, Damped, KroneckerCG, LayerSystem, LayerwiseSolver, Limits
 from curvax.layers.recursions import LayerwiseCurvature, propagate
 from curvax.layers.taps import tap
+from curvax.layers.use import replicated
 from curvax.matrices.curvature import GaussNewton
 from curvax.objectives.point import CurvaturePoint
 from curvax.transforms._judge import NextBatch, begun
@@ -208,13 +209,10 @@ class _Solve:
     def systems(self, given: Given) -> list[LayerSystem]:
         """The curvature of each layer with its part of the gradient."""
         at = given.curvature_at.subset(1)  # a point in chunks is taken whole: means need all examples at once
-        seconds = self.solver.reads_seconds
-        propagated = propagate(tap(self.layers, at), self.curvature, given.key, seconds=seconds)
+        propagated = propagate(tap(self.layers, at), self.curvature, given.key)
         blocks, gradient = self.layers.treatment.kronecker, trees.embed(given.gradient, given.at.params)
-        parts = zip(
-            blocks, propagated.outputs, propagated.means, propagated.seconds or [None] * len(blocks), strict=True
-        )
-        return [_system(block, h, m, a, to_block(block, gradient)[0].astype(h.dtype)) for block, h, m, a in parts]
+        parts = zip(blocks, *propagated, strict=True)
+        return [_system(block, h, m, rows, to_block(block, gradient)[0].astype(h.dtype)) for block, h, m, rows in parts]
 
     def __call__(self, given: Given, systems: list[LayerSystem], strength: Array) -> tuple[PyTree, dict[str, Array]]:
         """The solution and figures, for lambda = alpha / (1 - alpha)."""
@@ -249,16 +247,16 @@ def _mean_curvature(systems):
     return jnp.where(jnp.any(some), jnp.exp(logarithm), 0)
 
 
-def _system(block, curvature, mean, second, matrix):
+def _system(block, curvature, mean, rows, matrix):
     """A layer's system, in the orthonormal coordinates of the parameters where these are scaled before their use."""
     weights, bias = (matrix[:-1], matrix[-1]) if block.bias is not None else (matrix, None)
-    bias_size = jnp.ones((), matrix.dtype)
+    bias_size, rows = jnp.ones((), matrix.dtype), replicated(rows)
     if block.roots is not None:
         inputs, outputs = (jnp.asarray(root[0], matrix.dtype) for root in block.roots)
         curvature, bias_size = curvature * jnp.outer(outputs, outputs), jnp.square(inputs[-1])
         inputs = inputs[: len(mean)]
-        mean, second = inputs * mean, None if second is None else second * jnp.outer(inputs, inputs)
-    return LayerSystem(curvature, mean, second, weights, bias, bias_size)
+        mean, rows = inputs * mean, inputs * rows
+    return LayerSystem(curvature, mean, rows, weights, bias, bias_size)
 
 
 def _joined(weights, bias):
