@@ -148,9 +148,15 @@ def problem(criterion: str, batch_size: int) -> Problem:
     return Problem(criterion, dataset, objective, params, curvax.find_layers(objective, params, example), batch_size)
 
 
+def file_of(case: Problem, setting: Setting, seconds: float, folder: Path) -> Path:
+    """Where the records of a run are kept."""
+    label = setting.label.replace(":", "")
+    return folder / f"{case.criterion}, batch {case.batch_size}, {label}, {seconds:g} s.json"
+
+
 def run(case: Problem, setting: Setting, seconds: float, folder: Path) -> list[dict[str, float]]:
     """The records of a run; those of an earlier one where there are some."""
-    path = folder / f"{case.criterion}, batch {case.batch_size}, {setting.label}, {seconds:g} s.json"
+    path = file_of(case, setting, seconds, folder)
     if not path.exists():
         batches = _batches(case)
         records = train(
@@ -183,16 +189,14 @@ def study(case: Problem, arguments: argparse.Namespace, over: float) -> list[str
         grid = [setting for setting in grid if setting.method in arguments.methods]
     tried: dict[str, list[tuple[float, Setting]]] = {}
     for setting in grid:
-        path = f"{case.criterion}, batch {case.batch_size}, {setting.label}, {arguments.probe:g} s.json"
-        if (arguments.records / path).exists() or time.perf_counter() < over:
+        if file_of(case, setting, arguments.probe, arguments.records).exists() or time.perf_counter() < over:
             loss = run(case, setting, arguments.probe, arguments.records)[-1]["loss"]
             loss = loss if np.isfinite(loss) else np.inf
             tried.setdefault(setting.family, []).append((loss, setting))
     long: dict[str, list[dict[str, float]]] = {}
     for attempts in tried.values():
         best = min(attempts, key=lambda attempt: attempt[0])[1]
-        path = f"{case.criterion}, batch {case.batch_size}, {best.label}, {arguments.seconds:g} s.json"
-        if (arguments.records / path).exists() or time.perf_counter() < over:
+        if file_of(case, best, arguments.seconds, arguments.records).exists() or time.perf_counter() < over:
             long[best.label] = run(case, best, arguments.seconds, arguments.records)
     return report(case, arguments, grid, tried, long)
 
@@ -203,7 +207,7 @@ def report(case, arguments, grid, tried, long) -> list[str]:
     lines = [
         f"## {case.criterion}, batches of {case.batch_size}",
         "",
-        f"{case.dataset}. Start: loss {next(iter(long.values()))[0]['loss']:.4f}." if long else f"{case.dataset}.",
+        f"{case.dataset} Start: loss {next(iter(long.values()))[0]['loss']:.4f}." if long else f"{case.dataset}",
         f"{sum(map(len, tried.values()))} of {len(grid)} settings of the grid were tried, {arguments.probe:g} s each.",
         "",
         "| family | tried | best | loss | worst loss |",
@@ -307,8 +311,8 @@ def main(argv=None):
     parser.add_argument("--rules", nargs="+", choices=RULES, default=RULES)
     parser.add_argument("--methods", nargs="+", help="some of them alone, such as 'pch1 ea_cg' adam")
     parser.add_argument("--batch-size", type=int, default=500)
-    parser.add_argument("--probe", type=float, default=20.0, help="seconds for each setting (default %(default)g)")
-    parser.add_argument("--seconds", type=float, default=90.0, help="of the best of each method (default %(default)g)")
+    parser.add_argument("--probe", type=float, default=15.0, help="seconds for each setting (default %(default)g)")
+    parser.add_argument("--seconds", type=float, default=75.0, help="of the best of each method (default %(default)g)")
     parser.add_argument("--minutes", type=float, default=60.0, help="what is begun after that waits for the next call")
     parser.add_argument("--errors", action="store_true", help="make the table of errors alone")
     parser.add_argument("--error-steps", type=int, default=200)
