@@ -230,9 +230,11 @@ def report(case, arguments, grid, tried, long) -> list[str]:
             figures = f"{last['loss']:.4f} | {last['test_loss']:.4f} | {last['test_accuracy']:.3f}"
             lines.append(f"| {label} | {last['step']} | {last['epoch']:.0f} | {figures} |")
         table([{"run": k, **v[-1]} for k, v in rows], ["run", "step", "epoch", "loss", "test_accuracy"], case.criterion)
-        plots.plot_runs(long, RESULTS / f"pch_study_{name}.png", title=case.criterion, label="training loss")
+        plots.plot_runs(
+            long, RESULTS / f"pch_study_{name}.png", title=case.criterion, label="training loss", count="epoch"
+        )
         picture = RESULTS / f"pch_study_{name}_accuracy.png"
-        plots.plot_accuracy(long, picture, title=case.criterion, label="test accuracy")
+        plots.plot_accuracy(long, picture, title=case.criterion, label="test accuracy", count="epoch")
         lines += ["", f"![loss](pch_study_{name}.png)", f"![accuracy](pch_study_{name}_accuracy.png)"]
     return [*lines, ""]
 

@@ -43,6 +43,7 @@ def plot_runs(
     floor: float | None = None,
     key: str = "loss",
     label: str | None = None,
+    count: str = "step",
 ) -> None:
     """One curve per run of a positive figure against steps and, side by side, against seconds, all axes logarithmic.
 
@@ -57,13 +58,14 @@ def plot_runs(
         floor a logarithm of the figure itself would show nothing.
       key: which figure.
       label: the figure in words; by default ``key``.
+      count: "step", or "epoch" where the records have that.
     """
     label = label or key.replace("_", " ")
     if floor is not None:
         label = f"{label}\nabove its floor of {floor:.4g}"
-    figure, axes = _steps_and_seconds(title, label)
+    figure, axes = _steps_and_seconds(title, label, count)
     lowest = floor or 0.0
-    for ax, across in zip(axes, ("step", "seconds"), strict=True):
+    for ax, across in zip(axes, (count, "seconds"), strict=True):
         for index, records in enumerate(runs.values()):
             x, y = _curve(records, across, key)
             shown = (x > 0) & (y > lowest)
@@ -79,11 +81,17 @@ def plot_runs(
 
 
 def plot_accuracy(
-    runs: Runs, path: str | Path, *, title: str, key: str = "test_accuracy", label: str | None = None
+    runs: Runs,
+    path: str | Path,
+    *,
+    title: str,
+    key: str = "test_accuracy",
+    label: str | None = None,
+    count: str = "step",
 ) -> None:
     """One curve per run of a share between 0 and 1, in per cent, against steps and, side by side, against seconds."""
-    figure, axes = _steps_and_seconds(title, label or key.replace("_", " "))
-    for ax, across in zip(axes, ("step", "seconds"), strict=True):
+    figure, axes = _steps_and_seconds(title, label or key.replace("_", " "), count)
+    for ax, across in zip(axes, (count, "seconds"), strict=True):
         for index, records in enumerate(runs.values()):
             _draw(ax, *_curve(records, across, key), index)
         ax.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
@@ -153,11 +161,11 @@ def plot_reconstructions(
     _save(figure, path)
 
 
-def _steps_and_seconds(title: str, label: str) -> tuple[Figure, Sequence[Axes]]:
+def _steps_and_seconds(title: str, label: str, count: str = "step") -> tuple[Figure, Sequence[Axes]]:
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     figure.suptitle(title, fontsize="large")
     axes = figure.subplots(1, 2, sharey=True)
-    _style(axes[0], "steps", label)
+    _style(axes[0], f"{count}s", label)
     _style(axes[1], "seconds", "")
     axes[1].tick_params(labelleft=False)
     return figure, axes
