@@ -127,22 +127,28 @@ class Propagated(NamedTuple):
     Attributes:
         outputs: H_t, (n_t, n_t), the mean curvature with respect to the layer's results: the block of its bias.
         means: m = E[h_{t-1}], (n_{t-1},).
-        rows: For each example h_{t-1} times the root of its weight, (examples, n_{t-1}), so that E[h h^T] is R^T R.
+        inputs: h_{t-1} of every example, (examples, n_{t-1}).
+        shares: The weights of the examples in means, (examples,); negative ones for "hessian" alone.
     """
 
     outputs: tuple[Array, ...]
     means: tuple[Array, ...]
-    rows: tuple[Array, ...]
+    inputs: tuple[Array, ...]
+    shares: Array
+
+    @property
+    def rows(self) -> tuple[Array, ...]:
+        """R with E[h h^T] = R^T R: the inputs times the roots of their weights, which are not to be negative."""
+        return tuple(h * jnp.sqrt(self.shares)[:, None].astype(h.dtype) for h in self.inputs)
 
     def factors(self, layers: Layers, inputs: InputMoments = "second") -> KroneckerFactors:
         """The Kronecker factors of these blocks, whose homogeneous one has no covariance with the inputs."""
 
         def of_inputs(place, block):
-            mean, rows = self.means[place], self.rows[place]
             if inputs == "second":
-                moment = sum_over_examples("bni,bnj->bij", rows[None], rows[None])[0]
+                moment = _second_moment(self.inputs[place], self.shares)
             else:
-                moment = jnp.outer(mean, mean)
+                moment = jnp.outer(self.means[place], self.means[place])
             return jnp.pad(moment, (0, 1)).at[-1, -1].set(1) if block.bias is not None else moment
 
         moments = tuple(of_inputs(i, block)[None] for i, block in enumerate(layers.treatment.kronecker))
@@ -169,8 +175,7 @@ def _propagated(point, key, *, layers, curvature):
     else:
         outputs = _mean_recursion(chain, shares, curvature)
     means = [_mean(h, shares) for h in inputs]
-    rows = [h * jnp.sqrt(shares)[:, None].astype(h.dtype) for h in inputs]
-    return Propagated(*(chain.by_block(values) for values in (outputs, means, rows)))
+    return Propagated(chain.by_block(outputs), chain.by_block(means), chain.by_block(inputs), shares)
 
 
 def _mean_recursion(chain, shares, curvature):

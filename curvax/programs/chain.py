@@ -2,7 +2,7 @@
 
 The program is walked with an abstract value for each variable: what it depends on no use, an elementwise function of
 the result of one use, with the places where its entries have gone, or anything else. That an equation is elementwise is
-not known by its name but by what it is: it can be run on scalars.
+not known by its name but by what it is: it names no axis, and makes scalars of scalars.
 """
 
 from __future__ import annotations

@@ -211,7 +211,7 @@ class _Solve:
         at = given.curvature_at.subset(1)  # a point in chunks is taken whole: means need all examples at once
         propagated = propagate(tap(self.layers, at), self.curvature, given.key)
         blocks, gradient = self.layers.treatment.kronecker, trees.embed(given.gradient, given.at.params)
-        parts = zip(blocks, *propagated, strict=True)
+        parts = zip(blocks, propagated.outputs, propagated.means, propagated.rows, strict=True)
         return [_system(block, h, m, rows, to_block(block, gradient)[0].astype(h.dtype)) for block, h, m, rows in parts]
 
     def __call__(self, given: Given, systems: list[LayerSystem], strength: Array) -> tuple[PyTree, dict[str, Array]]:

@@ -328,6 +328,22 @@ def test_negative_weights_turn_the_hessian_round():
             close(own, expected)
 
 
+@pytest.mark.many_compilations("arrays of the settings are made eagerly")
+def test_weights_of_both_signs_leave_the_hessian_finite_and_its_last_block_exact():
+    objective, params, (x, y), _ = setting()
+    weighted = curvax.Objective(plain, objective.terms[0].loss, select=lambda b: b[:2], example_weights=lambda b: b[2])
+    batch = (x, y, jnp.asarray([2.0, -0.5, 1.0, 0.0, -1.0, 3.0]))
+    layers = curvax.find_layers(weighted, params, batch)
+
+    def dense(tapped):
+        return curvax.layers.layerwise_curvature(tapped, "hessian").to_dense()
+
+    found = np.asarray(run(dense, weighted, params, batch, layers))
+    assert np.all(np.isfinite(found))
+    place = sorted(params).index("b3")
+    close(diagonal_blocks(found, params)[place], oracle(weighted, params, batch)[place])
+
+
 REFUSED = {
     "softmax between": (lambda p, x: jax.nn.softmax(x @ p["w1"]) @ p["w2"] @ p["w3"], "reduce_max"),
     "a sum along the features": (lambda p, x: jnp.cumsum(x @ p["w1"], 1) @ p["w2"] @ p["w3"], "cumsum"),
