@@ -47,10 +47,14 @@ def chapelle_erhan_diagonal(
         Array([1., 9.], dtype=float...)
     """
     if isinstance(linear_map, Sum):
-        keys = jax.random.split(key, len(linear_map.maps))
+        keys = iter(trees.split_key(key, sum(not isinstance(part, Diagonal) for part in linear_map.maps)))
         parts = [
-            chapelle_erhan_diagonal(part, k, num_samples=num_samples, distribution=distribution, layers=layers)
-            for part, k in zip(linear_map.maps, keys, strict=True)
+            part.diagonal()
+            if isinstance(part, Diagonal)
+            else chapelle_erhan_diagonal(
+                part, next(keys), num_samples=num_samples, distribution=distribution, layers=layers
+            )
+            for part in linear_map.maps
         ]
         return functools.reduce(trees.add, parts)
     if isinstance(linear_map, Diagonal):
@@ -75,8 +79,8 @@ def _of_one_chunk(linear_map, key):
     if point.chunk_size is None:
         return linear_map
     stride = -(-point.num_examples(0) // point.chunk_size)
-    part = point.subset(stride, jax.random.randint(key, (), 0, stride))
-    return linear_map.curvature.pullback(part, jax.random.fold_in(key, 1))
+    which, own = jax.random.split(jax.random.fold_in(key, 1))
+    return linear_map.curvature.pullback(point.subset(stride, jax.random.randint(which, (), 0, stride)), own)
 
 
 def _tapped(point):
@@ -103,5 +107,5 @@ def _by_sums(linear_map, key, num_samples, distribution):
         return trees.add(total, trees.multiply(draw, draw)), None
 
     zeros = trees.widened(trees.zeros_like(linear_map.structure))
-    total, _ = jax.lax.scan(add_square, zeros, jax.random.split(key, num_samples))
+    total, _ = jax.lax.scan(add_square, zeros, trees.split_key(key, num_samples))
     return trees.scale(1 / num_samples, total)

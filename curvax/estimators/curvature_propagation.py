@@ -95,7 +95,7 @@ def sampled_hessian_diagonal(tapped: TappedPoint, key: Array, *, num_samples: in
         return trees.add(total, _layer_products(tapped, scales, key)), None
 
     zeros = trees.widened(trees.zeros_like(tapped.point.params))
-    total, _ = jax.lax.scan(one, zeros, jax.random.split(key, num_samples))
+    total, _ = jax.lax.scan(one, zeros, trees.split_key(key, num_samples))
     return with_penalty(tapped.point, trees.scale(1 / num_samples, total))
 
 

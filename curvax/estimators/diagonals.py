@@ -41,7 +41,7 @@ def hutchinson_diagonal(
         return trees.add(sums, terms), None
 
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), linear_map.structure)
-    keys = jax.random.split(key, num_samples)
+    keys = trees.split_key(key, num_samples)
     (products, squares), _ = jax.lax.scan(add_sample, (zeros, zeros), keys)
     # A normal number in a narrow dtype may be zero; then every one was, and the estimate is zero.
     quotient = jax.tree.map(lambda x, y: x / jnp.where(y > 0, y, 1), products, squares)

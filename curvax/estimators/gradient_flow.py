@@ -131,7 +131,7 @@ def layer_norms(tapped: TappedPoint, key: Array, *, num_samples: int = 1) -> Lay
         keys = example_keys(tapped.point, key)
         return squares(tuple(noise(piece, own) for piece, own in zip(pieces, keys, strict=True)))
 
-    draws = jax.lax.map(one, jax.random.split(key, num_samples))
+    draws = jax.lax.map(one, trees.split_key(key, num_samples))
     jacobian = {name: jnp.sqrt(jnp.mean(draw)) for name, draw in draws.items()}
     return LayerNorms(jacobian, jax.tree.map(jnp.sqrt, squares(tapped.loss_cotangents())))
 

@@ -64,4 +64,4 @@ def spectral_density(linear_map: LinearMap, key: Array, *, num_steps: int, num_s
         start = trees.random_rademacher(sample_key, linear_map.structure)
         return gauss_quadrature(lanczos(linear_map, start, num_steps=num_steps))
 
-    return SpectralDensity(*jax.lax.map(one, jax.random.split(key, num_samples)))
+    return SpectralDensity(*jax.lax.map(one, trees.split_key(key, num_samples)))

@@ -37,7 +37,7 @@ def hutchinson_trace(
     def one(sample_key):
         return linear_map.quadratic(distribution(sample_key, linear_map.structure)).astype(dtype)
 
-    return mean_of_samples(jax.lax.map(one, jax.random.split(key, num_samples)))
+    return mean_of_samples(jax.lax.map(one, trees.split_key(key, num_samples)))
 
 
 def hutch_plus_plus(linear_map: LinearMap, key: Array, *, num_products: int) -> TraceEstimate:
@@ -155,7 +155,7 @@ def slq_logdet(
 
 
 def _draw_block(linear_map, key, count, distribution):
-    drawn = jax.vmap(lambda k: distribution(k, linear_map.structure))(jax.random.split(key, count))
+    drawn = jax.vmap(lambda k: distribution(k, linear_map.structure))(trees.split_key(key, count))
     return wide.cast(drawn, wide.dtype_of(linear_map))
 
 

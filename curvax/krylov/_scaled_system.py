@@ -3,7 +3,8 @@
 Vectors are divided by a power of two near the largest entry of b, which is exact: the iterates for b and for 2^k b have
 the same digits. By an entry and not by the length, which takes twice as many reductions: they are most of what there is
 to compile of a run. Iterates and residuals are held in float32 or wider, search directions in the dtypes of b, so that
-the direction that is multiplied by A is the one that is added to the iterate.
+the direction that is multiplied by A is the one that is added to the iterate. Inside a run small leaves are joined to
+one vector (``Packing``); the caller's functions see pytrees like b.
 """
 
 from __future__ import annotations
@@ -17,22 +18,27 @@ import jax.numpy as jnp
 
 from curvax import trees
 from curvax.krylov.stop_reasons import StopReason, first_reason
+from curvax.packing import Packing, packing_of
 from curvax.types import Array, PyTree, Scalar
 
 
 @dataclasses.dataclass(frozen=True)
 class ScaledSystem:
-    """``right`` = b / unit, and the products with A and P^{-1} / preconditioner_unit on vectors in these units."""
+    """``right`` = b / unit, and the products with A and P^{-1} / preconditioner_unit on vectors in these units.
+
+    Vectors are the arrays of ``packing``.
+    """
 
     matvec: Callable[[PyTree], PyTree]
     preconditioner: Callable[[PyTree], PyTree] | None
     like: PyTree
+    packing: Packing
     right: PyTree
     unit: Array
     preconditioner_unit: Array
 
     def multiply(self, direction: PyTree) -> PyTree:
-        return product(self.matvec, direction, self.like, "matvec")
+        return product(self.matvec, direction, self.like)
 
     def probe(self, direction: PyTree) -> Probe:
         product = self.multiply(direction)
@@ -48,7 +54,7 @@ class ScaledSystem:
     def precondition(self, residual: PyTree) -> PyTree:
         if self.preconditioner is None:
             return residual
-        preconditioned = product(self.preconditioner, residual, self.like, "preconditioner")
+        preconditioned = product(self.preconditioner, residual, self.like)
         return trees.scale(1 / self.preconditioner_unit, preconditioned)
 
     def descent(self, preconditioned: PyTree, factor: Array, direction: PyTree) -> PyTree:
@@ -56,7 +62,7 @@ class ScaledSystem:
         return narrow(trees.add_scaled(trees.scale(-1.0, preconditioned), factor, direction), self.like)
 
     def outward(self, vector: PyTree) -> PyTree:
-        """A vector in the units of the caller and the dtypes of b."""
+        """A vector in the units of the caller and the dtypes of b, packed."""
         return narrow(trees.scale(self.unit, vector), self.like)
 
 
@@ -76,15 +82,20 @@ def scaled_system(matvec, b, x0, preconditioner) -> tuple[ScaledSystem, PyTree, 
     """The system, and x_0 and r_0 = A x_0 - b in its units; x_0 is zero where b is zero or ``x0`` is not finite."""
     trees.check_floating(b, "b")
     b = jax.tree.map(jnp.asarray, b)
+    if x0 is not None:
+        trees.check_like(x0, b, "x0", "b")
+    packing = packing_of(b)
+    b, matvec = packing.pack(b), packing.inside(matvec, "matvec")
+    if preconditioner is not None:
+        preconditioner = packing.inside(preconditioner, "preconditioner")
     right = wide(b)
     size = trees.largest(right)
     if x0 is None:
         start, residual = trees.zeros_like(right), trees.scale(-1.0, right)
     else:
-        trees.check_like(x0, b, "x0", "b")
-        start = wide(narrow(jax.tree.map(jnp.asarray, x0), b))
+        start = wide(narrow(packing.pack(jax.tree.map(jnp.asarray, x0)), b))
         start = trees.where((size > 0) & trees.all_finite(start), start, trees.zeros_like(start))
-        residual = trees.sub(product(matvec, start, b, "matvec"), right)
+        residual = trees.sub(product(matvec, start, b), right)
     residual_size = size if x0 is None else trees.largest(residual)
     unit = power_of_two(jnp.maximum(size, residual_size))
 
@@ -94,9 +105,11 @@ def scaled_system(matvec, b, x0, preconditioner) -> tuple[ScaledSystem, PyTree, 
     residual = inward(residual)
     preconditioner_unit = jnp.ones_like(unit)
     if preconditioner is not None:
-        image = product(preconditioner, residual, b, "preconditioner")
+        image = product(preconditioner, residual, b)
         preconditioner_unit = power_of_two(trees.largest(image)) / power_of_two(residual_size / unit)
-    system = ScaledSystem(matvec, preconditioner, trees.structure_of(b), inward(right), unit, preconditioner_unit)
+    system = ScaledSystem(
+        matvec, preconditioner, trees.structure_of(b), packing, inward(right), unit, preconditioner_unit
+    )
     return system, inward(start), residual
 
 
@@ -114,11 +127,9 @@ def start_of_run(system: ScaledSystem, residual: PyTree, model_value: Scalar, th
     return residual_norm, descent, narrow(trees.scale(-1.0, preconditioned), system.like), reason
 
 
-def product(function, vector, like, name) -> PyTree:
+def product(function, vector, like) -> PyTree:
     """``function(vector)``, called in the dtypes of ``like`` and returned in float32 or wider."""
-    image = function(narrow(vector, like))
-    trees.check_like(image, like, f"the result of {name}", "the entries of b")
-    return wide(image)
+    return wide(function(narrow(vector, like)))
 
 
 wide, narrow = trees.widened, trees.cast_like

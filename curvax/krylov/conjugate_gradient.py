@@ -236,7 +236,7 @@ def _stalled(trace, iteration, progress_tolerance):
 def _monitored(monitor, monitor_state, system, x, iteration):
     if monitor is None:
         return None, jnp.zeros((), bool)
-    return monitor.update(monitor_state, system.outward(x), iteration)
+    return monitor.update(monitor_state, system.packing.unpack(system.outward(x)), iteration)
 
 
 def _empty_store(system, x, store_at, max_iterations):
@@ -263,15 +263,18 @@ def _result(system, state):
     stored = None
     if state.stored is not None and trace is not None:
         numbers = state.stored.iterations
-        stored = StoredIterates(state.stored.values, numbers, trace[numbers], jnp.sum(numbers > 0, dtype=jnp.int32))
+        values = system.packing.unpack(state.stored.values)
+        stored = StoredIterates(values, numbers, trace[numbers], jnp.sum(numbers > 0, dtype=jnp.int32))
     return CGResult(
-        value=system.outward(state.x),
+        value=system.packing.unpack(system.outward(state.x)),
         reason=state.reason,
         iterations=state.iteration,
         residual_norm=state.residual_norm * system.unit,
         model_value=state.model_value * system.unit * system.unit,
         model_trace=trace,
-        negative_curvature_direction=trees.where(negative, state.direction, trees.zeros_like(state.direction)),
+        negative_curvature_direction=system.packing.unpack(
+            trees.where(negative, state.direction, trees.zeros_like(state.direction))
+        ),
         stored=stored,
         monitor_state=state.monitor_state,
     )

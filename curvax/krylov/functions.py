@@ -76,7 +76,7 @@ def slq_trace(
         nodes, weights = gauss_quadrature(lanczos(linear_map, start, num_steps=num_steps))
         return dimension * jnp.sum(weights * function(nodes))
 
-    return mean_of_samples(jax.lax.map(one, jax.random.split(key, num_samples)))
+    return mean_of_samples(jax.lax.map(one, trees.split_key(key, num_samples)))
 
 
 class TraceEstimate(NamedTuple):

@@ -107,7 +107,7 @@ def sampled_squares(
         return trees.add(total, products(tapped, captured, captured, ones)), None
 
     zeros = trees.widened(trees.zeros_like(tapped.point.params))
-    total, _ = jax.lax.scan(one, zeros, jax.random.split(key, num_samples))
+    total, _ = jax.lax.scan(one, zeros, trees.split_key(key, num_samples))
     return trees.scale(1 / num_samples, total)
 
 

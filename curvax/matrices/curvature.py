@@ -430,8 +430,8 @@ def with_penalty(matrix: LinearMap, point: CurvaturePoint) -> LinearMap:
 
 def example_keys(point: CurvaturePoint, key: jax.Array) -> tuple[jax.Array, ...]:
     """For each term a key for each of its examples."""
-    terms = range(len(point.terms))
-    keys = tuple(jax.random.split(jax.random.fold_in(key, i), point.num_examples(i)) for i in terms)
+    of_terms = trees.split_key(key, len(point.terms))
+    keys = tuple(jax.random.split(own, point.num_examples(i)) for i, own in enumerate(of_terms))
     if point.linearizations is None:
         return keys
     return tuple(_beside(own, linear.outputs) for own, linear in zip(keys, point.linearizations, strict=True))

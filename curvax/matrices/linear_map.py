@@ -481,7 +481,7 @@ class Sum(Combined):
         return self.maps[0].structure
 
     def sample(self, key: jax.Array, distribution: Noise = trees.random_normal) -> PyTree:
-        keys = iter(jax.random.split(key, len(self.maps)))
+        keys = iter(trees.split_key(key, len(self.maps)))
         return self._of(lambda a: a.sample(next(keys), distribution))
 
     def _of(self, function):

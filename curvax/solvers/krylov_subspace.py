@@ -78,8 +78,8 @@ def krylov_subspace(
     system, _, residual = scaled_system(matvec, b, None, preconditioner)
     like, count = system.like, num_vectors + (extra is not None)
     if extra is not None:
-        trees.check_like(extra, like, "extra", "the entries of b")
-        extra = jax.tree.map(jnp.asarray, extra)
+        trees.check_like(extra, b, "extra", "the entries of b")
+        extra = system.packing.pack(jax.tree.map(jnp.asarray, extra))
 
     def add_vector(index, carry):
         basis, matrix, active, candidate = carry
@@ -101,7 +101,8 @@ def krylov_subspace(
     dtype = system.unit.dtype
     start = (blocks.zeros(like, count), jnp.zeros((count, count), dtype), jnp.zeros((count,), bool), candidate)
     basis, matrix, active, _ = jax.lax.fori_loop(0, count, add_vector, start)
-    return KrylovSubspace(basis, matrix, blocks.inner_products(basis, system.right) * system.unit, active)
+    slopes = blocks.inner_products(basis, system.right) * system.unit
+    return KrylovSubspace(system.packing.unpack(basis), matrix, slopes, active)
 
 
 class SubspaceMinimum(NamedTuple):

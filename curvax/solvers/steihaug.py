@@ -126,7 +126,7 @@ def steihaug(
     state = jax.lax.while_loop(running, step, _start(system, zero, residual, threshold))
     negative = state.reason == StopReason.NEGATIVE_CURVATURE
     return SteihaugResult(
-        value=narrow(trees.scale(x_unit, state.x), system.like),
+        value=system.packing.unpack(narrow(trees.scale(x_unit, state.x), system.like)),
         reason=state.reason,
         iterations=state.iteration,
         on_boundary=negative | (state.reason == StopReason.BOUNDARY),

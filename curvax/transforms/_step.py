@@ -106,6 +106,8 @@ class Given:
         at: The point; there is none for methods that take gradients alone.
         curvature_at: The point of the curvature, and of the losses that judge the step; ``at`` unless given.
         held_out_at: A point on data that the step was not computed from; None unless given.
+        key: The PRNG key of the step.
+        other_key: Another, for methods that draw for two purposes.
         last: The step before; None where the method does not keep it.
         undo: Whether the judge takes the last step back, so that nothing of this one is kept.
     """
@@ -118,6 +120,7 @@ class Given:
     memory: Any
     steps: Array
     key: Array
+    other_key: Array
     info: StepInfo
     params: PyTree
     extra: Mapping[str, Any]
@@ -277,8 +280,6 @@ def stepper(
         taken = step(given)
         accepted = jnp.array(True) if taken.accepted is None else taken.accepted
         moved = trees.cast_like(taken.update, updates)
-        if taken.accepted is not None:
-            moved = trees.where(accepted, moved, trees.zeros_like(moved))
         after = StepState(
             steps=jnp.asarray(optax.safe_increment(state.steps)),
             strength=given.strength if taken.strength is None else taken.strength.astype(given.dtype),
@@ -288,13 +289,15 @@ def stepper(
             info=_info(taken, accepted, added, given),
         )
         # What a method tried and not what is left of it: the info has its norm, and the largest entry with that.
-        tried = trees.all_finite(trees.cast_like(taken.update, updates)) | ~accepted
+        tried = trees.all_finite(moved) | ~accepted
         finite = tried & trees.all_finite(updates if taken.reads_updates else ()) & taken.finite
         skipped_steps = jnp.asarray(optax.safe_increment(state.info.skipped_steps))
         skipped = state._replace(info=state.info._replace(skipped_steps=skipped_steps))
         if taken.guarded:
             skipped = skipped._replace(memory=taken.memory)
             state = state._replace(memory=taken.memory)
+        nowhere = trees.zeros_like(moved)
+        outcomes = [(~finite, nowhere, skipped), (accepted, moved, after)]
         if judge is not None:
             back = trees.cast_like(trees.sub(state.last.params, here), updates)
             undone_steps = jnp.asarray(optax.safe_increment(state.info.undone_steps))
@@ -304,9 +307,10 @@ def stepper(
                 last=state.last._replace(predicted_change=jnp.zeros((), given.dtype)),
                 info=state.info._replace(undone_steps=undone_steps, step_ratio=given.info.step_ratio),
             )
-            moved, after = trees.where(undo, back, moved), trees.where(undo, reverted, after)
-            finite = finite | undo
-        return trees.where(finite, moved, trees.zeros_like(moved)), trees.where(finite, after, skipped)
+            outcomes = [(undo, back, reverted), *outcomes]
+        conditions, changes, states = zip(*outcomes, strict=True)
+        outcome = trees.first_true(*conditions)
+        return trees.choose(outcome, *changes, nowhere), trees.choose(outcome, *states, after)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
@@ -363,13 +367,18 @@ def _given(name, points, updates, state, params, arguments):
         strength=state.strength,
         memory=state.memory,
         steps=state.steps,
-        key=jax.random.fold_in(jax.random.wrap_key_data(state.key), state.steps),
+        key=_key(state, 0),
+        other_key=_key(state, 1),
         info=state.info,
         params=params,
         extra=arguments,
         last=state.last if isinstance(state.last, LastStep) else None,
         undo=jnp.array(False),
     )
+
+
+def _key(state, which):
+    return jax.random.fold_in(jax.random.wrap_key_data(state.key), 2 * state.steps + which)
 
 
 def _points(name, points, arguments):

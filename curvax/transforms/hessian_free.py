@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -167,14 +166,13 @@ def hessian_free(
                 " not in the curvature batch: held_out_at=objective.linearize(params, other_batch)"
             )
         count = static_count("hessian_free", "max_iterations", max_iterations, 50)
-        matrix_key, preconditioner_key = jax.random.split(given.key)
-        matrix = curvature.at(local, matrix_key).restrict(given.gradient)
-        damped = damping_matrix.matrix(local, curvature, given.strength, matrix_key)
+        matrix = curvature.at(local, given.key).restrict(given.gradient)
+        damped = damping_matrix.matrix(local, curvature, given.strength, given.key)
         if kronecker:
-            precondition = _kronecker_preconditioner(given, preconditioner_key, layers)
+            precondition = _kronecker_preconditioner(given, given.other_key, layers)
         else:
             power = preconditioner_exponent, preconditioner_offset
-            precondition = _diagonal_preconditioner(damped, given, preconditioner_key, layers, *power)
+            precondition = _diagonal_preconditioner(damped, given, given.other_key, layers, *power)
 
         def loss_on(point):
             return lambda delta: point.loss_along(delta).astype(dtype)

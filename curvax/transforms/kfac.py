@@ -144,8 +144,7 @@ def kfac(
 
     def step(given: Given) -> Step:
         at, dtype = given.curvature_at, given.dtype
-        statistics_key, curvature_key = jax.random.split(given.key)
-        seen = preconditioner.seen(given, at, statistics_key)
+        seen = preconditioner.seen(given, at, given.key)
         part = at.subset(stride_of("kfac", "curvature_stride", curvature_stride, at, most=4, least=250), given.steps)
         damping, begun = given.strength, jnp.array(True)
         if initial_damping is None:
@@ -157,7 +156,7 @@ def kfac(
 
         def model(direction) -> tuple[Array, Array]:
             """(alpha, mu) and M(alpha direction + mu before) - M(0), exactly on a part of the batch (KF-10, KF-11)."""
-            exact = products_in_plane(part, curvature, direction, before, curvature_key).astype(dtype)
+            exact = products_in_plane(part, curvature, direction, before, given.other_key).astype(dtype)
             products = exact + damping * inner_products(direction, before).astype(dtype)
             slopes = jnp.stack([trees.vdot(gradient, v) for v in (direction, before)]).astype(dtype)
             coefficients = minimum_in_plane(products, slopes, (rate, share))
@@ -370,14 +369,15 @@ class _Preconditioner:
         stride = stride_of(self.name, "statistics_stride", self.stride, at, most=8, least=125)
         tapped = tap(layers, at.subset(stride, given.steps))
         pairs = self.inverse.pairs(layers)
+        key, positions_key = jax.random.split(key)
         # Moments of two layers with one another go together only with moments of the same rows.
-        some = SomePositions(jax.random.fold_in(key, 1), 4) if self.stride is None and not pairs else None
+        some = SomePositions(positions_key, 4) if self.stride is None and not pairs else None
         new = factors_of(tapped, key, self.statistics, self.sharing, pairs, some)
         # A step that is skipped or undone leaves all as it was, and a batch that is masked altogether says nothing.
         usable = trees.all_finite(given.gradient, given.at.loss) & ~given.undo
         nothing = not (layers.treatment.kronecker or layers.treatment.diagonal)
         informative = jnp.array(nothing) | (mean_curvature(layers, new) > 0)
-        kept = usable & factors_are_finite(new) & informative
+        kept = trees.all_true(usable, factors_are_finite(new), informative)
         factors = running_average(given.memory.factors, new, given.steps + 1, given.number(self.decay), kept)
         return Seen(layers, tapped, key, factors, usable, informative)
 

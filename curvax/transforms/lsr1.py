@@ -8,6 +8,7 @@ import optax
 
 from curvax import trees
 from curvax.damping.rules import RadiusRule
+from curvax.packing import packing_of
 from curvax.quasi_newton import SR1Step, line_search_step, sr1_memory, trust_region_step
 from curvax.transforms._step import Given, Step, check_arguments, static_count, stepper
 from curvax.types import Array, PyTree
@@ -70,18 +71,19 @@ def lsr1(
         start = jnp.where(start > 0, start, 1).astype(given.dtype)
         radius = jnp.where(given.steps == 0, start, given.strength)
         loss = given.at.loss.astype(given.dtype)
+        packed = _Packed(given)
         taken = trust_region_step(
-            _evaluate(given),
+            packed.evaluate,
             loss,
-            given.gradient,
-            given.memory,
+            packed.gradient,
+            packed.memory,
             radius,
             scale=given.number(scale),
             rule=rule,
             acceptance=given.number(acceptance),
             skip_tolerance=given.number(skip_tolerance),
         )
-        return _step(given, taken, {"loss": loss, "radius": radius, "hard_case": taken.hard_case})
+        return _step(given, packed, taken, {"loss": loss, "radius": radius, "hard_case": taken.hard_case})
 
     return _transformation("lsr1", step, memory_size, 1.0, "hard_case")
 
@@ -132,18 +134,19 @@ def lsr1_linesearch(
 
     def step(given: Given) -> Step:
         loss = given.at.loss.astype(given.dtype)
+        packed = _Packed(given)
         taken = line_search_step(
-            _evaluate(given),
+            packed.evaluate,
             loss,
-            given.gradient,
-            given.memory,
+            packed.gradient,
+            packed.memory,
             given.strength,
             scale=given.number(scale),
             sufficient_decrease=given.number(sufficient_decrease),
             skip_tolerance=given.number(skip_tolerance),
-            loss_at=given.at.loss_along,
+            loss_at=packed.loss_at,
         )
-        return _step(given, taken, {"loss": loss, "step_size": taken.reach, "turned": taken.hard_case})
+        return _step(given, packed, taken, {"loss": loss, "step_size": taken.reach, "turned": taken.hard_case})
 
     # The search of the first step starts from 1, twice this.
     return _transformation("lsr1_linesearch", step, memory_size, 0.5, "turned")
@@ -157,7 +160,28 @@ def _transformation(name, step, memory_size, strength, flag):
     return stepper(name, step, start=start, strength=strength, extra=extra)
 
 
-def _step(given: Given, taken: SR1Step, figures: dict[str, Array]) -> Step:
+class _Packed:
+    """What a step is computed from, with the small leaves joined."""
+
+    def __init__(self, given: Given):
+        self.packing = packing_of(given.gradient)
+        self.gradient = self.packing.pack(given.gradient)
+        self.memory = given.memory._replace(vectors=self.packing.pack(given.memory.vectors))
+        self.at = given.at
+
+    def loss_at(self, displacement: PyTree) -> Array:
+        """The loss of the batch behind a displacement."""
+        return self.at.loss_along(self.packing.unpack(displacement))
+
+    def evaluate(self, displacement: PyTree) -> tuple[Array, PyTree]:
+        """Loss and gradient behind a displacement."""
+        loss, gradient = jax.value_and_grad(self.loss_at)(displacement)
+        return loss, trees.cast_like(gradient, self.gradient)
+
+
+def _step(given: Given, packed: _Packed, taken: SR1Step, figures: dict[str, Array]) -> Step:
+    unpack = packed.packing.unpack
+    vectors = trees.cast_like(unpack(taken.memory.vectors), given.memory.vectors)
     figures |= {
         "new_loss": taken.new_loss,
         "predicted_change": taken.predicted_change,
@@ -168,14 +192,5 @@ def _step(given: Given, taken: SR1Step, figures: dict[str, Array]) -> Step:
         "dropped_pairs": given.info.extra["dropped_pairs"] + taken.dropped,
     }
     # The memory of a step that is not finite is the old one already, and is the largest part of the state.
-    return Step(taken.step, figures, taken.memory, taken.reach, taken.accepted, taken.finite, guarded=True)
-
-
-def _evaluate(given):
-    """From a displacement of the leaves of the gradient: loss and gradient behind it, on the batch."""
-
-    def evaluate(displacement):
-        loss, gradient = jax.value_and_grad(given.at.loss_along)(displacement)
-        return loss, trees.cast_like(gradient, given.gradient)
-
-    return evaluate
+    memory = taken.memory._replace(vectors=vectors)
+    return Step(unpack(taken.step), figures, memory, taken.reach, taken.accepted, taken.finite, guarded=True)
