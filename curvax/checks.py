@@ -19,6 +19,16 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def check_drawn(what: str, key: Any, num_samples: int | None) -> None:
+    """Raises a ValueError unless there are both a key and a positive number of samples, or neither."""
+    if (key is None) != (num_samples is None):
+        raise ValueError(
+            f"{what} takes both key= and num_samples= where it is estimated, and neither where it is exact"
+        )
+    if num_samples is not None:
+        check_at_least("num_samples", num_samples, 1)
+
+
 def check_at_least(name: str, value: Any, least: int) -> int | Array:
     """The count as a Python integer, or as an int32 where it is traced, as from ``optax.inject_hyperparams``.
 

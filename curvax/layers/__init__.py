@@ -7,9 +7,9 @@ from curvax.layers.diagonals import exact_ggn_diagonal as exact_ggn_diagonal
 from curvax.layers.diagonals import sampled_ggn_diagonal as sampled_ggn_diagonal
 from curvax.layers.ekfac import EigenCorrected as EigenCorrected
 from curvax.layers.ekfac import eigenvalue_corrections as eigenvalue_corrections
+from curvax.layers.factor_damping import damped_factors as damped_factors
 from curvax.layers.factors import KroneckerFactors as KroneckerFactors
 from curvax.layers.factors import average_factors as average_factors
-from curvax.layers.factors import damped_factors as damped_factors
 from curvax.layers.factors import factors_over_batches as factors_over_batches
 from curvax.layers.factors import kronecker_factors as kronecker_factors
 from curvax.layers.factors import zero_factors as zero_factors

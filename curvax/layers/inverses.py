@@ -20,7 +20,8 @@ import jax.numpy as jnp
 
 from curvax import trees
 from curvax.checks import check_choice
-from curvax.layers.factors import KroneckerFactors, Pairs, damped_factors, mean_curvature, uses_by_block, zero_factors
+from curvax.layers.factor_damping import damped_factors, mean_curvature
+from curvax.layers.factors import KroneckerFactors, Pairs, uses_by_block, zero_factors
 from curvax.layers.find import Layers
 from curvax.layers.taps import TappedPoint, tap
 from curvax.layers.use import sum_over_examples, with_ones

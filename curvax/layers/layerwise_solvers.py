@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from curvax.checks import check_choice
 from curvax.krylov.conjugate_gradient import cg
-from curvax.layers.factors import damped_factors
+from curvax.layers.factor_damping import damped_factors
 from curvax.matrices.inverses import inverse_of
 from curvax.types import Array, PyTree, Scalar
 

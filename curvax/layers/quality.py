@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import block_diag, cho_factor, cho_solve, solve_triangular
 
-from curvax.layers.factors import damped_factors, kronecker_factors
+from curvax.layers.factor_damping import damped_factors
+from curvax.layers.factors import kronecker_factors
 from curvax.layers.taps import TappedPoint
 from curvax.layers.tridiagonal import chains
 from curvax.layers.use import with_ones

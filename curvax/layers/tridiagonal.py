@@ -21,7 +21,8 @@ from typing import Any, NamedTuple, get_args
 import jax
 
 from curvax.checks import check_choice
-from curvax.layers.factors import KroneckerFactors, Pairs, damped_factors
+from curvax.layers.factor_damping import damped_factors
+from curvax.layers.factors import KroneckerFactors, Pairs
 from curvax.layers.find import Layers
 from curvax.layers.inverses import Inverse, Matrices, Sides, inverses_of, two_sided
 from curvax.matrices.inverses import InverseMethod, inverse_cholesky, sequenced

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial, register_dataclass
 
 from curvax import trees
+from curvax.checks import check_at_least, check_drawn
 from curvax.matrices.linear_map import LeafScalars, LinearMap, Noise, Sum
 from curvax.objectives.objective import Objective, compiled_if_eager
 from curvax.objectives.output_matrix import OutputMatrix, RankOneOutputs, num_columns, unit_vector
@@ -88,8 +89,7 @@ def fisher(at: CurvaturePoint, *, key: jax.Array | None = None, num_samples: int
         >>> bool(abs(F.trace() - curvax.fisher(at).trace()) < 0.1)
         True
     """
-    if (key is None) != (num_samples is None):
-        raise ValueError("the Monte-Carlo Fisher matrix takes both key= and num_samples=, the exact one neither")
+    check_drawn("fisher", key, num_samples)
     return Fisher(num_samples).at(at, key)
 
 
@@ -185,8 +185,8 @@ class SampledCurvature(OutputCurvature):
         """A draw u with E[u u^T] = C for every case, by a key for each example."""
 
     def __post_init__(self):
-        if self.num_samples is not None and self.num_samples < 1:
-            raise ValueError(f"num_samples must be positive, got {self.num_samples}")
+        if self.num_samples is not None:
+            check_at_least("num_samples", self.num_samples, 1)
 
     def output_matrix(self, piece: Piece) -> OutputMatrix:
         if self.num_samples is None:
@@ -211,6 +211,8 @@ class SampledCurvature(OutputCurvature):
         return example_keys(point, key)
 
     def _draws(self, piece):
+        if self.num_samples == 1:
+            return lambda index: self.draw(piece, piece.extra)
         return lambda index: self.draw(piece, jax.vmap(lambda key: jax.random.fold_in(key, index))(piece.extra))
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import trees
+from curvax.checks import check_drawn
 from curvax.matrices.curvature import Fisher, example_keys
 from curvax.objectives.point import CurvaturePoint
 from curvax.objectives.term import weighted_sum
@@ -50,10 +51,7 @@ def kl_divergence(
 
     Source: Martens 2016, sections 5.1 and 5.3.
     """
-    if (key is None) != (num_samples is None):
-        raise ValueError("an estimate of the divergence takes both key= and num_samples=, the exact one neither")
-    if num_samples is not None and num_samples < 1:
-        raise ValueError(f"num_samples must be positive, got {num_samples}")
+    check_drawn("kl_divergence", key, num_samples)
     trees.check_like(params, at.params, "params")
 
     def one(piece):
@@ -100,6 +98,5 @@ def quadratic_divergence(
 
     Source: Martens 2016, section 5.3.
     """
-    if (key is None) != (num_samples is None):
-        raise ValueError("the Monte-Carlo Fisher matrix takes both key= and num_samples=, the exact one neither")
+    check_drawn("quadratic_divergence", key, num_samples)
     return Fisher(num_samples).pullback(at, key).quadratic(step) / 2

@@ -16,7 +16,8 @@ from curvax.layers.taps import tap
 from curvax.matrices.curvature import hessian
 from curvax.matrices.quadratic_model import reduction_ratio
 from curvax.objectives.objective import Objective
-from curvax.transforms._step import Given, Step, check_arguments, stepper
+from curvax.transforms._arguments import check_arguments
+from curvax.transforms._step import Given, Step, stepper
 from curvax.types import Array, PyTree, Scalar
 
 Scope = Literal["whole", "layer", "leaf", "variable"]

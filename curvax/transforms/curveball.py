@@ -13,8 +13,9 @@ from curvax.damping.rules import DampingRule, curveball_rule, next_batch_rule
 from curvax.matrices.plane import inner_products, minimum_in_plane
 from curvax.matrices.quadratic_model import reduction_ratio
 from curvax.objectives.term import scale_cases
+from curvax.transforms._arguments import check_arguments
 from curvax.transforms._judge import JudgedBy, judging
-from curvax.transforms._step import Given, Step, check_arguments, stepper
+from curvax.transforms._step import Given, Step, stepper
 from curvax.types import Array, PyTree
 
 

@@ -15,8 +15,9 @@ from curvax.damping.rules import DampingRule, next_batch_rule
 from curvax.estimators.chapelle_erhan import chapelle_erhan_diagonal
 from curvax.matrices.curvature import ggn
 from curvax.objectives.point import CurvaturePoint
+from curvax.transforms._arguments import check_arguments
 from curvax.transforms._judge import NextBatch, begun
-from curvax.transforms._step import Given, Step, check_arguments, stepper
+from curvax.transforms._step import Given, Step, stepper
 from curvax.types import Array, PyTree
 
 DiagonalOf = Callable[[CurvaturePoint, Array], PyTree]

@@ -19,8 +19,9 @@ from curvax.layers.taps import tap
 from curvax.layers.use import replicated
 from curvax.matrices.curvature import GaussNewton
 from curvax.objectives.point import CurvaturePoint
+from curvax.transforms._arguments import check_arguments, stride_of
 from curvax.transforms._judge import NextBatch, begun
-from curvax.transforms._step import Given, Step, check_arguments, stepper, stride_of
+from curvax.transforms._step import Given, Step, stepper
 from curvax.types import Array, PyTree
 
 SolverName = Literal["ea_cg", "kronecker_cg", "kfi"]

@@ -12,14 +12,16 @@ from curvax import solvers, trees
 from curvax.damping.matrices import Damping, tikhonov
 from curvax.damping.rules import DampingRule, next_batch_rule
 from curvax.estimators.chapelle_erhan import chapelle_erhan_diagonal
-from curvax.layers.factors import factors_of, mean_curvature
+from curvax.layers.factor_damping import mean_curvature
+from curvax.layers.factors import factors_of
 from curvax.layers.find import Layers, find_layers_at
 from curvax.layers.inverses import kronecker_preconditioner
 from curvax.layers.taps import tap
 from curvax.matrices.curvature import Curvature, Fisher, GaussNewton, check_curvature
 from curvax.matrices.quadratic_model import reduction_ratio
+from curvax.transforms._arguments import check_arguments, static_count
 from curvax.transforms._judge import JudgedBy, adapted_at_once, judging
-from curvax.transforms._step import Given, Step, check_arguments, static_count, stepper
+from curvax.transforms._step import Given, Step, stepper
 
 RECIPE_A = MappingProxyType({"max_iterations": 250, "choice": "walk", "progress_tolerance": 5e-3})
 """Martens 2010: long runs that stop by relative progress, then CG-backtracking; a large gradient batch. The tolerance

@@ -15,13 +15,13 @@ from curvax import trees
 from curvax.checks import check_choice
 from curvax.damping.rules import BestOfThree, DampingRule, kfac_rule, next_batch_rule
 from curvax.layers.ekfac import EigenCorrected
+from curvax.layers.factor_damping import mean_curvature
 from curvax.layers.factors import (
     KroneckerFactors,
     Sharing,
     SomePositions,
     factors_are_finite,
     factors_of,
-    mean_curvature,
     running_average,
     zero_factors,
 )
@@ -33,8 +33,9 @@ from curvax.matrices.curvature import Fisher, GaussNewton, OutputCurvature, chec
 from curvax.matrices.plane import inner_products, minimum_in_plane, products_in_plane
 from curvax.matrices.quadratic_model import reduction_ratio
 from curvax.objectives.point import CurvaturePoint
+from curvax.transforms._arguments import check_arguments, stride_of
 from curvax.transforms._judge import JudgedBy, judging
-from curvax.transforms._step import Given, Step, check_arguments, stepper, stride_of
+from curvax.transforms._step import Given, Step, stepper
 from curvax.types import Array, PyTree
 
 InverseName = Literal["block_diagonal", "block_tridiagonal", "exact_tikhonov", "eigen_corrected"]

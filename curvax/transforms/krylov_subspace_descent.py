@@ -8,8 +8,9 @@ import optax
 from curvax import solvers, trees
 from curvax.damping.rules import DampingRule, next_batch_rule
 from curvax.matrices.curvature import Curvature, GaussNewton, check_curvature
+from curvax.transforms._arguments import check_arguments, static_count
 from curvax.transforms._judge import JudgedBy, begun, judging
-from curvax.transforms._step import Given, Step, check_arguments, static_count, stepper
+from curvax.transforms._step import Given, Step, stepper
 
 
 def krylov_subspace_descent(

@@ -12,8 +12,9 @@ from curvax.damping.rules import DampingRule, next_batch_rule
 from curvax.matrices.curvature import Curvature, GaussNewton, check_curvature
 from curvax.matrices.linear_map import DenseMap
 from curvax.matrices.quadratic_model import reduction_ratio
+from curvax.transforms._arguments import check_arguments
 from curvax.transforms._judge import JudgedBy, adapted_at_once, judging
-from curvax.transforms._step import Given, Step, check_arguments, stepper
+from curvax.transforms._step import Given, Step, stepper
 from curvax.types import Array
 
 

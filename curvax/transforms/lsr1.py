@@ -10,7 +10,8 @@ from curvax import trees
 from curvax.damping.rules import RadiusRule
 from curvax.packing import packing_of
 from curvax.quasi_newton import SR1Step, line_search_step, sr1_memory, trust_region_step
-from curvax.transforms._step import Given, Step, check_arguments, static_count, stepper
+from curvax.transforms._arguments import check_arguments, static_count
+from curvax.transforms._step import Given, Step, stepper
 from curvax.types import Array, PyTree
 
 

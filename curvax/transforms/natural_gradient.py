@@ -9,8 +9,9 @@ from curvax import solvers, trees
 from curvax.damping.rules import DampingRule, next_batch_rule
 from curvax.matrices.curvature import Curvature, Fisher, check_curvature
 from curvax.matrices.linear_map import LinearMap
+from curvax.transforms._arguments import check_arguments
 from curvax.transforms._judge import NextBatch, begun
-from curvax.transforms._step import Given, Step, check_arguments, stepper
+from curvax.transforms._step import Given, Step, stepper
 from curvax.types import Array, PyTree
 
 

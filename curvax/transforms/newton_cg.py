@@ -9,7 +9,8 @@ from curvax import solvers, trees
 from curvax.damping.rules import RadiusRule
 from curvax.matrices.curvature import Curvature, Hessian, check_curvature
 from curvax.matrices.quadratic_model import reduction_ratio
-from curvax.transforms._step import Given, Step, check_arguments, stepper
+from curvax.transforms._arguments import check_arguments
+from curvax.transforms._step import Given, Step, stepper
 
 
 def newton_cg(

@@ -11,7 +11,8 @@ from curvax.layers.find import Layers, find_layers_at
 from curvax.layers.sample_space import SampleSpace
 from curvax.layers.taps import tap
 from curvax.matrices.curvature import GaussNewton, OutputCurvature, check_curvature
-from curvax.transforms._step import Given, Step, check_arguments, nothing, stepper
+from curvax.transforms._arguments import check_arguments
+from curvax.transforms._step import Given, Step, nothing, stepper
 
 
 def scale_by_sample_space(

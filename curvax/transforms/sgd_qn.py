@@ -10,7 +10,8 @@ import optax
 
 from curvax import trees
 from curvax.checks import check_choice
-from curvax.transforms._step import Given, Step, check_arguments, stepper
+from curvax.transforms._arguments import check_arguments
+from curvax.transforms._step import Given, Step, stepper
 
 
 def scale_by_sgd_qn(

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from curvax import trees
-from curvax.transforms._step import Given, Step, check_arguments, stepper
+from curvax.transforms._arguments import check_arguments
+from curvax.transforms._step import Given, Step, stepper
 
 
 def scale_by_silva_almeida(

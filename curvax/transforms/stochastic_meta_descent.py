@@ -8,7 +8,8 @@ import optax
 
 from curvax import trees
 from curvax.matrices.curvature import Curvature, GaussNewton, check_curvature
-from curvax.transforms._step import Given, Step, check_arguments, stepper
+from curvax.transforms._arguments import check_arguments
+from curvax.transforms._step import Given, Step, stepper
 
 
 def scale_by_stochastic_meta_descent(

@@ -12,7 +12,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import curvax
 from curvax import trees
 from curvax.layers import blocks
-from curvax.layers.factors import SomePositions, factors_of, mean_curvature, zero_factors
+from curvax.layers.factor_damping import mean_curvature
+from curvax.layers.factors import SomePositions, factors_of, zero_factors
 from tests import oracles
 from tests.layers.cases import CASES, N
 from tests.problems import problem

@@ -97,7 +97,7 @@ def test_what_is_no_choice_is_refused():
         check_curvature("quadratic", "ggn")
     with pytest.raises(TypeError, match=r"got Hessian\(\)"):
         check_curvature("gram", curvax.Hessian(), OutputCurvature)
-    with pytest.raises(ValueError, match="num_samples must be positive, got 0"):
+    with pytest.raises(ValueError, match="num_samples is 0; it must be at least 1"):
         curvax.Fisher(0)
     with pytest.raises(ValueError, match=r"Fisher\(num_samples=1\) draws and takes a key="):
         curvax.Fisher(1).at(linear_point())

@@ -221,7 +221,7 @@ def test_what_is_missing_is_said():
         curvax.kl_divergence(at, w, num_samples=1)
     with pytest.raises(ValueError, match="takes both key= and num_samples="):
         curvax.quadratic_divergence(at, w, key=jax.random.key(0))
-    with pytest.raises(ValueError, match="num_samples must be positive, got 0"):
+    with pytest.raises(ValueError, match="num_samples is 0; it must be at least 1"):
         curvax.kl_divergence(at, w, key=jax.random.key(0), num_samples=0)
     with pytest.raises(ValueError, match="params"):
         curvax.kl_divergence(at, {"w": w})

@@ -10,7 +10,8 @@ import pytest
 
 import curvax
 from curvax import trees
-from curvax.transforms._step import Step, Verdict, static_count, stepper
+from curvax.transforms._arguments import static_count
+from curvax.transforms._step import Step, Verdict, stepper
 from tests.transforms.stepping import flat
 
 GOAL = curvax.Objective(lambda p, x: x @ p["w"] + p["b"], curvax.losses.squared_error())
