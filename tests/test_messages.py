@@ -62,6 +62,11 @@ def test_a_loss_that_is_none_is_refused_where_the_objective_is_made(loss, advice
         (lambda: curvax.hessian_free(max_iterations=5.5), ValueError, "max_iterations= must be a positive integer"),
         (lambda: curvax.natural_gradient(max_iterations=5.5), ValueError, "max_iterations= must be a positive integer"),
         (lambda: curvax.newton_cg(max_iterations=0), ValueError, "max_iterations= must be a positive integer, got 0"),
+        (
+            lambda: curvax.krylov_subspace_descent(rule=curvax.damping.DampingRule(), judged_by="same_batch"),
+            ValueError,
+            "rule= adapts lambda, which judged_by='same_batch' does without",
+        ),
         (lambda: curvax.lsr1(memory_size="5"), TypeError, "memory_size= must be a positive integer, got '5'"),
         (lambda: curvax.Objective(model, losses.squared_error(), l2=-1), ValueError, "l2= is -1"),
         (lambda: SQUARES.replace(l2=np.float32(-0.5)), ValueError, "l2= is -0.5"),

@@ -61,6 +61,10 @@ def krylov_subspace_descent(
     check_arguments(krylov_subspace_descent, locals())
     curvature = GaussNewton() if curvature is None else curvature
     check_curvature("krylov_subspace_descent", curvature)
+    if rule is not None and judged_by == "same_batch":
+        raise ValueError(
+            "krylov_subspace_descent: rule= adapts lambda, which judged_by='same_batch' does without; leave one of them"
+        )
 
     following = next_batch_rule(period=1, base=0.9)
     _, judge = judging(judged_by, rule, DampingRule(), following, measured=True)
