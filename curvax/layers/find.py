@@ -122,7 +122,7 @@ def _find(objective, params, inputs, fallback, through_custom_rules):
         tuple(tuple(use.unfit is None for use in analysis.uses) for analysis in found),
         tuple(analysis.given for analysis in found),
         reasons,
-        any(analysis.couples_examples for analysis in found),
+        next((analysis.coupled for analysis in found if analysis.coupled), ""),
         tuple(analysis.rows_per_example for analysis in found),
         fallback,
         through_custom_rules,
@@ -203,8 +203,8 @@ class Layers:
         fit: For each term and use whether it has structure.
         given: For each term the addresses of operations of a parameter and data that are the same for all examples.
         reasons: For each leaf without structure, by its place, why.
-        couples_examples: Whether an example's output may depend on other examples, as with batch statistics in
-            training. Then gradients of examples are those of the sum of all losses, cut up by example.
+        coupled_by: The operation by which an example's output depends on other examples, as with batch statistics in
+            training, or "". Gradients of examples are then those of the sum of all losses, cut up by example.
         rows_per_example: For each term how many rows of its outputs belong to each example of its inputs.
     """
 
@@ -216,10 +216,15 @@ class Layers:
     fit: tuple[tuple[bool, ...], ...]
     given: tuple[frozenset[Address], ...]
     reasons: dict[int, str]
-    couples_examples: bool
+    coupled_by: str
     rows_per_example: tuple[int, ...]
     fallback: Fallback
     through_custom_rules: bool
+
+    @property
+    def couples_examples(self) -> bool:
+        """Whether an example's output may depend on other examples."""
+        return bool(self.coupled_by)
 
     def __getitem__(self, name: str) -> Layer:
         """The layer of that name."""
@@ -305,7 +310,9 @@ class Layers:
         widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]]
         if self.couples_examples:
-            lines.append("The model couples examples (batch statistics): gradients of single examples are not defined.")
+            lines.append(
+                f"The model couples examples by `{self.coupled_by}`: gradients of single examples are not defined."
+            )
         rows = max(self.rows_per_example)
         if rows > 1:
             lines.append(f"The outputs have {rows} rows for each example: gradients of single rows are not to be had.")

@@ -152,8 +152,9 @@ class TappedPoint:
         """Raises a ValueError where the gradient of one example is not defined."""
         if self.layers.couples_examples:
             raise ValueError(
-                f"{name}: the model couples examples, as batch statistics do, so the gradient of one example is not"
-                " defined; evaluate the model with fixed statistics"
+                f"{name}: the model couples examples by `{self.layers.coupled_by}`, so the gradient of one example is"
+                " not defined; evaluate batch statistics with fixed numbers, and read rows within each example by"
+                " jnp.take_along_axis or under jax.vmap"
             )
         for index, rows in enumerate(self.layers.rows_per_example):
             if rows > 1:

@@ -11,14 +11,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from curvax.programs.counters import counted
+from curvax.programs.coupling import NOTHING, Flow, Sizes, flow, joined, varies, varying
 from curvax.programs.trace import Twins
 from curvax.programs.uses import Axes, Convolution, Dense, Elementwise, ExampleAxis, Lookup, Use, operation_of
 from curvax.programs.views import MOVES, Applied, Constant, Given, Leaf, Node, Scan, Sliced, is_affine, places_given
@@ -32,7 +33,7 @@ class Analysis(NamedTuple):
         uses: All uses in the order of the program, also those that turned out to be ``unfit``.
         reasons: For each leaf without structure, why.
         touched: The leaves that anything was computed from.
-        couples_examples: Whether an output may depend on other examples, as with batch statistics.
+        coupled: The operation by which an output depends on other examples, as with batch statistics, or "".
         rows_per_example: How many rows of the outputs belong to each example: more than one where steps of sequences
             are folded into axis 0.
         given: The addresses of operations of a parameter and data that are the same for all examples.
@@ -41,7 +42,7 @@ class Analysis(NamedTuple):
     uses: list[Use]
     reasons: dict[int, str]
     touched: set[int]
-    couples_examples: bool
+    coupled: str
     rows_per_example: int
     given: frozenset[Address]
 
@@ -63,7 +64,8 @@ def analyse(twins: Twins, num_leaves: int, through_custom_rules: bool = False) -
     outputs = list(zip(results, *outvars, strict=True))[: twins.num_outputs]
     rows = {_rows_per_example(a, b, twins.sizes) for x, a, b in outputs if isinstance(x, _Data)}
     # An output for every pair of examples, say, is one of two.
-    coupled = None in rows or any(x.coupled for x, _, _ in outputs if isinstance(x, _Data))
+    coupled = joined(x.flow for x, _, _ in outputs if isinstance(x, _Data)).coupled
+    coupled = coupled or ("outputs" if None in rows else "")
     most = max((n for n in rows if n is not None), default=1)
     return Analysis(found.uses, found.reasons, found.touched, coupled, most, frozenset(found.given))
 
@@ -83,13 +85,11 @@ class _Data:
     """A value that is neither constant nor affine in the parameters.
 
     Attributes:
-        reads_batch: Whether it depends on the batch.
-        coupled: Whether one example's part may depend on other examples.
+        flow: Whether it depends on the batch, and what has coupled examples.
         source: The use whose result it is, if its axes are only permuted, and the permutation.
     """
 
-    reads_batch: bool
-    coupled: bool
+    flow: Flow
     source: tuple[Use, Axes] | None = None
     leaves = ()
 
@@ -117,7 +117,7 @@ class _Walk:
         self.merges: dict[int, set[tuple[int, int]]] = {}
 
     def run(self, program, num_leaves):
-        batch = [_Data(reads_batch=True, coupled=False)] * (len(program.jaxpr.invars) - num_leaves)
+        batch = [_Data(Flow(reads=True, coupled=""))] * (len(program.jaxpr.invars) - num_leaves)
         leaves = [Leaf(i) for i in range(num_leaves)]
         return walk(program, [*leaves, *batch], functools.partial(self.equation, ()), Constant)
 
@@ -215,7 +215,7 @@ class _Walk:
         if twin is None:
             return site.address in self.given
         pairs = zip((*site.eqn.invars, *site.eqn.outvars), (*twin.invars, *twin.outvars), strict=True)
-        return not any(_varies(a, b) for a, b in pairs)
+        return not any(varies(a, b) for a, b in pairs)
 
     def tap_itself(self, scans, site, twin, node, index, name):
         if isinstance(node, _Product):
@@ -237,7 +237,7 @@ class _Walk:
 
     def find_examples(self, use, eqn, twin, other):
         """Sets the axes of the examples; returns why there are none."""
-        if not other.reads_batch:
+        if not other.flow.reads:
             return "meets what is computed from parameters alone"
         output = self.axis(eqn.outvars[0], twin.outvars[0])
         if not isinstance(output, ExampleAxis):
@@ -250,7 +250,7 @@ class _Walk:
             return incoming
         use.input_axis = incoming
         operation = use.operation
-        if isinstance(operation, Dense | Convolution | Lookup) and _varies(eqn.invars[use.side], twin.invars[use.side]):
+        if isinstance(operation, Dense | Convolution | Lookup) and varies(eqn.invars[use.side], twin.invars[use.side]):
             return "is copied for each example"
         pairs = (*operation.contracted, *operation.batched) if isinstance(operation, Dense) else ()
         if incoming.axis in (axis for _, axis in pairs):
@@ -262,12 +262,12 @@ class _Walk:
     def axis(self, atom, twin):
         """The ``ExampleAxis`` of a variable, or why it has none."""
         shape, other = atom.aval.shape, twin.aval.shape
-        varying = _varying(atom, twin)
-        if not varying:
+        growing = varying(atom, twin)
+        if not growing:
             return "the examples are not an axis of its result or input"
-        if len(varying) > 1:
+        if len(growing) > 1:
             return "two axes grow with the number of examples"
-        index, (first, second) = varying[0], self.sizes
+        index, (first, second) = growing[0], self.sizes
         times, rest = divmod(shape[index], first)
         if rest or other[index] != times * second:
             return "an axis is not a multiple of the number of examples"
@@ -284,13 +284,13 @@ class _Walk:
         if twin is None or eqn.primitive.name not in ("reshape", "concatenate"):
             return
         first, new = self.sizes[0], eqn.outvars[0].aval.shape
-        target = _varying(eqn.outvars[0], twin.outvars[0])
+        target = varying(eqn.outvars[0], twin.outvars[0])
         if eqn.primitive.name == "concatenate":
             axis = eqn.params["dimension"]
             if axis in target and all(v.aval.shape[axis] == first for v in eqn.invars):
                 self.merges.setdefault(new[axis] // first, set()).add((new[axis] // first, 1))
             return
-        old, source = eqn.invars[0].aval.shape, _varying(eqn.invars[0], twin.invars[0])
+        old, source = eqn.invars[0].aval.shape, varying(eqn.invars[0], twin.invars[0])
         if len(source) != 1 or len(target) != 1 or old[source[0]] != first or new[target[0]] == first:
             return
         times = new[target[0]] // first
@@ -322,35 +322,32 @@ class _Walk:
         while True:
             handle = functools.partial(self.equation, (*scans, loop))
             results = walk(parts.body, [*consts, *carry, *sliced], handle, Constant, site.address, site.path)
-            joined = [
-                b if isinstance(b, Node) else _Data(a.reads_batch or b.reads_batch, a.coupled or b.coupled)
+            after = [
+                b if isinstance(b, Node) else _Data(joined((b.flow, a.flow)))
                 for a, b in zip(map(_carried, parts.results(results)[0]), carry, strict=True)
             ]
-            flags = [[(x.reads_batch, x.coupled) for x in values if isinstance(x, _Data)] for values in (joined, carry)]
-            if flags[0] == flags[1]:
+            flows = [[x.flow for x in values if isinstance(x, _Data)] for values in (after, carry)]
+            if flows[0] == flows[1]:
                 break
             # What a step makes of the carry is what the next starts from: walk again with both.
             del self.uses[uses:]
-            self.reasons, carry = dict(reasons), joined
+            self.reasons, carry = dict(reasons), after
         for x in results:
             if x.leaves:
                 self.consumed(x, "leaves a scan without meeting the data")
+        # Over the examples one by one: what is carried on has seen those before.
+        one_by_one = twin is not None and scan_parts(twin).length != parts.length
+        if one_by_one and any(isinstance(x, _Data) and x.flow.reads for x in carry):
+            return [_Data(Flow(reads=True, coupled=_carried(x).flow.coupled or "scan")) for x in results]
         return [_carried(x) for x in results]
 
     # --- values -----------------------------------------------------------------------------------------------------
 
     def data(self, eqn, twin, inputs):
         """Results that are data."""
-        data = [x for x in inputs if isinstance(x, _Data)]
-        reads, coupled = any(x.reads_batch for x in data), any(x.coupled for x in data)
-        incoming = twin is not None and any(
-            isinstance(x, _Data) and x.reads_batch and _varies(a, b)
-            for x, a, b in zip(inputs, eqn.invars, twin.invars, strict=True)
-        )
-        # An input that grows with the number of examples and a result that does not: a sum over examples.
-        stays = [twin is not None and not _varies(a, twin.outvars[i]) for i, a in enumerate(eqn.outvars)]
+        flows = flow(eqn, twin, Sizes(*self.sizes, self.merges), [_carried(x).flow for x in inputs])
         source = _moved_source(eqn, inputs)
-        return [_Data(reads, coupled or (incoming and flag), None if i else source) for i, flag in enumerate(stays)]
+        return [_Data(found, None if i else source) for i, found in enumerate(flows)]
 
     def consumed(self, value, reason):
         """The value's leaves have no structure."""
@@ -377,7 +374,7 @@ class _Walk:
 
 def _carried(x):
     """What is known of a value behind the border of a loop."""
-    return _Data(x.reads_batch, x.coupled) if isinstance(x, _Data) else _Data(False, False)
+    return _Data(x.flow if isinstance(x, _Data) else NOTHING)
 
 
 def _integer(x):
@@ -396,15 +393,6 @@ def _rows_per_example(atom, twin, sizes):
         return None
     rows, rest = divmod(atom.aval.shape[0], sizes[0])
     return None if rest or twin.aval.shape[0] != rows * sizes[1] else rows
-
-
-def _varying(atom, twin) -> Sequence[int]:
-    """The axes whose lengths differ in the twin."""
-    return [i for i, (a, b) in enumerate(zip(atom.aval.shape, twin.aval.shape, strict=True)) if a != b]
-
-
-def _varies(atom, twin):
-    return not isinstance(atom, Literal) and atom.aval.shape != twin.aval.shape
 
 
 def _moved_source(eqn, inputs):

@@ -1,0 +1,318 @@
+"""Where a program computes one example's part of a value from other examples.
+
+A program is compared with its twin, which has another number of examples: axes whose lengths differ are those of the
+examples. An operation couples examples if it sums, sorts, shifts, contracts or otherwise works along such an axis. What
+cannot be looked into, such as a call back to Python, is taken to work example by example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+
+from curvax.programs.walk import called_program, is_scan, scan_parts
+
+Axes = frozenset[int]
+Merges = Mapping[int, set[tuple[int, int]]]
+
+
+class Flow(NamedTuple):
+    """What is known of a value: whether it depends on the batch, and the operation that coupled examples, or ""."""
+
+    reads: bool
+    coupled: str
+
+
+class Sizes(NamedTuple):
+    """The two numbers of examples, and for each multiple of them the layouts (before, after) of merged axes."""
+
+    first: int
+    second: int
+    merges: Merges
+
+    def multiple(self, length: int, other: int) -> int:
+        """How many times the examples an axis has, 0 where its length is no multiple of their number."""
+        times, rest = divmod(length, self.first)
+        return 0 if rest or other != times * self.second else times
+
+
+NOTHING = Flow(reads=False, coupled="")
+
+
+def flow(eqn: JaxprEqn, twin: JaxprEqn | None, sizes: Sizes, inputs: Sequence[Flow]) -> list[Flow]:
+    """What the results of an equation depend on."""
+    both = joined(inputs)
+    if twin is None or not both.reads:
+        return [both] * len(eqn.outvars)
+    inside = _inside(eqn, twin, sizes, inputs)
+    if inside is not None:
+        # A predicate or a constant of the loop reaches every result.
+        return inside
+    moving = [x.reads and varies(*pair) for x, *pair in zip(inputs, eqn.invars, twin.invars, strict=True)]
+    if not any(moving):
+        return [both] * len(eqn.outvars)
+    name = eqn.primitive.name
+    if _mixes(eqn, twin, sizes, moving):
+        return [both._replace(coupled=both.coupled or name)] * len(eqn.outvars)
+    # An input that grows with the number of examples and a result that does not: a sum over examples, or one of them.
+    stays = [not varies(*pair) for pair in zip(eqn.outvars, twin.outvars, strict=True)]
+    return [both._replace(coupled=both.coupled or (name if flag else "")) for flag in stays]
+
+
+def joined(flows: Iterable[Flow]) -> Flow:
+    """What depends on all of them."""
+    flows = list(flows)
+    return Flow(any(x.reads for x in flows), next((x.coupled for x in flows if x.coupled), ""))
+
+
+def varies(atom: Any, twin: Any) -> bool:
+    """Whether the shapes differ."""
+    return not isinstance(atom, Literal) and atom.aval.shape != twin.aval.shape
+
+
+def varying(atom: Any, twin: Any) -> list[int]:
+    """The axes whose lengths differ in the twin."""
+    return [i for i, (a, b) in enumerate(zip(atom.aval.shape, twin.aval.shape, strict=True)) if a != b]
+
+
+# --- programs inside of equations -------------------------------------------------------------------------------------
+
+
+def _inside(eqn, twin, sizes, inputs):
+    """The results of an equation that runs programs, or None for others."""
+    name = eqn.primitive.name
+    if is_scan(eqn):
+        return _scan(eqn, twin, sizes, inputs)
+    if name == "while":
+        return _while(eqn, twin, sizes, inputs)
+    if name == "cond":
+        branches = zip(eqn.params["branches"], twin.params["branches"], strict=True)
+        found = [_run(*pair, sizes, inputs[1:], name) for pair in branches]
+        return [joined((inputs[0], *results)) for results in zip(*found, strict=True)]
+    body, other = (called_program(e, through_custom_rules=True) for e in (eqn, twin))
+    return None if body is None or other is None else _run(body, other, sizes, inputs, name)
+
+
+def _run(program: ClosedJaxpr | Jaxpr, twin: ClosedJaxpr | Jaxpr, sizes, inputs, name) -> list[Flow]:
+    program, twin = (p.jaxpr if isinstance(p, ClosedJaxpr) else p for p in (program, twin))
+    pairs = list(zip(program.eqns, twin.eqns, strict=False))
+    if len(program.eqns) != len(twin.eqns) or any(a.primitive is not b.primitive for a, b in pairs):
+        # Another program for another number of examples: what it does along their axis cannot be told.
+        whole = joined(inputs)
+        return [whole._replace(coupled=whole.coupled or (name if whole.reads else ""))] * len(program.outvars)
+    values = dict(zip(program.invars, inputs, strict=True))
+
+    def read(atom):
+        return NOTHING if isinstance(atom, Literal) else values.get(atom, NOTHING)
+
+    for eqn, other in pairs:
+        values.update(zip(eqn.outvars, flow(eqn, other, sizes, [read(atom) for atom in eqn.invars]), strict=True))
+    return [read(atom) for atom in program.outvars]
+
+
+def _scan(eqn, twin, sizes, inputs):
+    parts, other = scan_parts(eqn), scan_parts(twin)
+    consts, carry, scanned = parts.operands(inputs)
+    carry, results = _until_stable(
+        carry, lambda carry: _run(parts.body, other.body, sizes, [*consts, *carry, *scanned], "scan"), parts.num_carry
+    )
+    # Over the examples one by one: what is carried on has seen those before.
+    if parts.length != other.length and any(x.reads for x in carry):
+        return [Flow(reads=True, coupled=x.coupled or "scan") for x in results]
+    return results
+
+
+def _while(eqn, twin, sizes, inputs):
+    of_condition, of_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    outside, consts = inputs[:of_condition], inputs[of_condition : of_condition + of_body]
+    carry, results = _until_stable(
+        inputs[of_condition + of_body :],
+        lambda carry: _run(eqn.params["body_jaxpr"], twin.params["body_jaxpr"], sizes, [*consts, *carry], "while"),
+        None,
+    )
+    condition = eqn.params["cond_jaxpr"], twin.params["cond_jaxpr"]
+    (verdict,) = _run(*condition, sizes, [*outside, *carry], "while")
+    return [joined((x, verdict)) for x in results]
+
+
+def _until_stable(carry, step: Callable[[list[Flow]], list[Flow]], num_carry):
+    """What a step makes of the carry is what the next starts from: again, until nothing new comes."""
+    while True:
+        results = step(carry)
+        after = [joined(pair) for pair in zip(carry, results[:num_carry], strict=True)]
+        if after == carry:
+            return carry, [*after, *results[len(after) :]]
+        carry = after
+
+
+# --- single operations ------------------------------------------------------------------------------------------------
+
+
+def _mixes(eqn, twin, sizes, moving) -> bool:
+    """Whether an operation works along an axis of the examples of an operand that is ``moving`` with them."""
+    name = eqn.primitive.name
+    axes = [
+        frozenset(varying(a, b)) if flag else frozenset()
+        for a, b, flag in zip(eqn.invars, twin.invars, moving, strict=True)
+    ]
+    if name in _RULES:
+        return _RULES[name](eqn, twin, sizes, axes)
+    params = eqn.params
+    if name.startswith(("reduce_window", "select_and_")):
+        windows, padding = params["window_dimensions"], params["padding"]
+        return any(windows[a] != 1 or tuple(padding[a]) != (0, 0) for own in axes for a in own)
+    if name in _LINEAR_ALGEBRA:
+        return any(a >= len(x.aval.shape) - 2 for x, own in zip(eqn.invars, axes, strict=True) for a in own)
+    if name.startswith("scatter"):
+        return _scatter(eqn, twin)
+    along = [params[key] for key in ("axes", "dimensions", "axis", "dimension", "reduction_dimension") if key in params]
+    named = {int(a) for entry in along for a in (entry if isinstance(entry, (tuple, list)) else (entry,))}
+    return name.startswith(_ALONG_AXES) and any(named & own for own in axes)
+
+
+_ALONG_AXES = ("reduce", "arg", "cum", "sort", "rev", "approx_top_k")
+"""What names the axes that it works along: sums and the like, running sums, sorting, reversal."""
+
+_LINEAR_ALGEBRA = frozenset({"cholesky", "lu", "eigh", "eig", "qr", "geqrf", "geqp3", "householder_product", "svd"}) | {
+    "schur", "hessenberg", "tridiagonal", "tridiagonal_solve", "cholesky_update", "symmetric_product"
+}  # fmt: skip
+"""Of matrices in the last two axes."""
+
+
+def _dot(eqn, twin, sizes, axes):
+    (contracted, others), (batch, other_batch) = eqn.params["dimension_numbers"]
+    left, right = axes
+    if left & set(contracted) or right & set(others):
+        return True
+    # Every row with every row.
+    return bool((left - set(batch) and right) or (right - set(other_batch) and left))
+
+
+def _convolution(eqn, twin, sizes, axes):
+    numbers, groups = eqn.params["dimension_numbers"], "feature_group_count"
+    grouped = eqn.params[groups] != twin.params[groups]  # under vmap with a kernel for each example
+    left, right = axes
+    alone = left <= {numbers.lhs_spec[0]} and eqn.params["batch_group_count"] == 1 and not right
+    return not alone and not (grouped and left <= {numbers.lhs_spec[1]} and right <= {numbers.rhs_spec[0]})
+
+
+def _slice(eqn, twin, sizes, axes):
+    """A part is whole examples only if it is so many times their number: a half of pairs one behind the other, say."""
+    (own,) = axes
+
+    def whole(a):
+        starts, stops = ([e.params[key][a] for e in (eqn, twin)] for key in ("start_indices", "limit_indices"))
+        strides = [1 if e.params["strides"] is None else e.params["strides"][a] for e in (eqn, twin)]
+        if strides == [1, 1]:
+            return sizes.multiple(*stops) > 0 and (starts == [0, 0] or sizes.multiple(*starts) > 0)
+        times = sizes.multiple(eqn.invars[0].aval.shape[a], twin.invars[0].aval.shape[a])
+        return strides == [times, times] and starts[0] == starts[1] < times
+
+    return not all(whole(a) for a in own)
+
+
+def _split(eqn, twin, sizes, axes):
+    (own,), axis = axes, eqn.params["axis"]
+    parts = zip(eqn.params["sizes"], twin.params["sizes"], strict=True)
+    return axis in own and not all(sizes.multiple(*pair) for pair in parts)
+
+
+def _concatenate(eqn, twin, sizes, axes):
+    axis = eqn.params["dimension"]
+    lengths = [(a.aval.shape[axis], b.aval.shape[axis]) for a, b in zip(eqn.invars, twin.invars, strict=True)]
+    return any(axis in own for own in axes) and not all(sizes.multiple(*pair) for pair in lengths)
+
+
+def _pad(eqn, twin, sizes, axes):
+    return any(tuple(eqn.params["padding_config"][a]) != (0, 0, 0) for a in axes[0])
+
+
+def _dynamic_slice(eqn, twin, sizes, axes):
+    return any(eqn.params["slice_sizes"][a] != eqn.invars[0].aval.shape[a] for a in axes[0])
+
+
+def _dynamic_update_slice(eqn, twin, sizes, axes):
+    operand, update = (x.aval.shape for x in eqn.invars[:2])
+    return any(update[a] != operand[a] for a in varying(eqn.invars[0], twin.invars[0]))
+
+
+def _gather(eqn, twin, sizes, axes):
+    numbers, operand = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
+
+    def whole(a):
+        every = eqn.params["slice_sizes"][a] == operand[a] and a not in numbers.start_index_map
+        return every or a in numbers.operand_batching_dims
+
+    return not all(whole(a) for a in axes[0])
+
+
+def _scatter(eqn, twin):
+    numbers = eqn.params["dimension_numbers"]
+    chosen = {*numbers.inserted_window_dims, *numbers.scatter_dims_to_operand_dims} - {*numbers.operand_batching_dims}
+    return bool(chosen & set(varying(eqn.invars[0], twin.invars[0])))
+
+
+def _triangular_solve(eqn, twin, sizes, axes):
+    ndim = len(eqn.invars[1].aval.shape)
+    solved = ndim - 2 if eqn.params["left_side"] else ndim - 1
+    return bool(axes[0] & {ndim - 2, ndim - 1}) or solved in axes[1]
+
+
+def _fft(eqn, twin, sizes, axes):
+    ndim = len(eqn.invars[0].aval.shape)
+    return any(a >= ndim - len(eqn.params["fft_lengths"]) for a in axes[0])
+
+
+def _top_k(eqn, twin, sizes, axes):
+    ndim = len(eqn.invars[0].aval.shape)
+    return eqn.params.get("axis", -1) % ndim in axes[0]
+
+
+def _reshape(eqn, twin, sizes, axes):
+    """The examples stay whole if what lies before and behind them in memory is only cut up or joined."""
+    (own,), target = axes, varying(eqn.outvars[0], twin.outvars[0])
+    if len(own) != 1 or len(target) != 1:
+        return False
+    ((source,), (goal,)) = own, target
+    old, new = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    times, after = (
+        sizes.multiple(x.aval.shape[i], y.aval.shape[i])
+        for x, y, i in ((eqn.invars[0], twin.invars[0], source), (eqn.outvars[0], twin.outvars[0], goal))
+    )
+    if not times or not after:
+        return True
+    (before_old, behind_old), (before_new, behind_new) = _around(old, source), _around(new, goal)
+    if after >= times:
+        return bool(before_old % max(before_new, 1) or behind_old % max(behind_new, 1))
+    if before_new % max(before_old, 1) or behind_new % max(behind_old, 1):
+        return True
+    layouts = sizes.merges.get(times, set())
+    unfolded = before_new // max(before_old, 1), behind_new // max(behind_old, 1)
+    return after == 1 and len(layouts) == 1 and layouts != {unfolded}
+
+
+def _around(shape, axis):
+    before = behind = 1
+    for index, length in enumerate(shape):
+        before *= length if index < axis else 1
+        behind *= length if index > axis else 1
+    return before, behind
+
+
+_RULES: dict[str, Callable[..., bool]] = {
+    "dot_general": _dot,
+    "conv_general_dilated": _convolution,
+    "slice": _slice,
+    "split": _split,
+    "concatenate": _concatenate,
+    "pad": _pad,
+    "dynamic_slice": _dynamic_slice,
+    "dynamic_update_slice": _dynamic_update_slice,
+    "gather": _gather,
+    "triangular_solve": _triangular_solve,
+    "fft": _fft,
+    "top_k": _top_k,
+    "reshape": _reshape,
+}
