@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from curvax.programs.counters import counted
-from curvax.programs.coupling import NOTHING, Flow, Sizes, flow, joined, varies, varying
+from curvax.programs.coupling import NOTHING, Flow, Setting, flow, joined, varies, varying
 from curvax.programs.trace import Twins
 from curvax.programs.uses import Axes, Convolution, Dense, Elementwise, ExampleAxis, Lookup, Use, operation_of
 from curvax.programs.views import MOVES, Applied, Constant, Given, Leaf, Node, Scan, Sliced, is_affine, places_given
@@ -145,14 +145,14 @@ class _Walk:
         if affine and is_scan(site.eqn):
             return self.scan(scans, site, twin, inputs)
         if any(isinstance(x, _Data) for x in inputs):
-            return self.meeting(scans, site, twin, inputs, affine) if affine else self.data(site.eqn, twin, inputs)
+            return self.meeting(scans, site, twin, inputs, affine) if affine else self.data(site, twin, inputs)
         return self.of_parameters(scans, site, inputs, affine)
 
     def of_parameters(self, scans, site, inputs, affine):
         """An equation of parameters and constants alone."""
         name, outputs = site.name, range(len(site.eqn.outvars))
         if name == "stop_gradient" or (not affine and site.eqn.effects):
-            return self.data(site.eqn, None, inputs)
+            return self.data(site, None, inputs)
         if not any(isinstance(x, _Product) for x in inputs):
             if not affine or is_affine(site, inputs):
                 return [Applied(site, i, operands=tuple(inputs)) for i in outputs]
@@ -164,11 +164,11 @@ class _Walk:
         elif len(inputs) == 1 and name in MOVES | {"broadcast_in_dim"}:
             return [_Product(tuple(Applied(site, i, operands=(x,)) for x in inputs[0].factors)) for i in outputs]
         self.explain(name, affine)
-        return self.data(site.eqn, None, inputs)
+        return self.data(site, None, inputs)
 
     def meeting(self, scans, site, twin, inputs, affine):
         """A parameter meets data."""
-        result = self.data(site.eqn, twin, inputs)
+        result = self.data(site, twin, inputs)
         if self.is_given(scans, site, twin, affine):
             self.given.add(site.address)
             operands = [
@@ -343,10 +343,11 @@ class _Walk:
 
     # --- values -----------------------------------------------------------------------------------------------------
 
-    def data(self, eqn, twin, inputs):
+    def data(self, site, twin, inputs):
         """Results that are data."""
-        flows = flow(eqn, twin, Sizes(*self.sizes, self.merges), [_carried(x).flow for x in inputs])
-        source = _moved_source(eqn, inputs)
+        setting = Setting(site.program, *self.sizes, self.merges)
+        flows = flow(site.eqn, twin, setting, [_carried(x).flow for x in inputs])
+        source = _moved_source(site.eqn, inputs)
         return [_Data(found, None if i else source) for i, found in enumerate(flows)]
 
     def consumed(self, value, reason):

@@ -25,9 +25,16 @@ class Flow(NamedTuple):
     coupled: str
 
 
-class Sizes(NamedTuple):
-    """The two numbers of examples, and for each multiple of them the layouts (before, after) of merged axes."""
+class Setting(NamedTuple):
+    """What an equation stands in.
 
+    Attributes:
+        program: The program that holds it.
+        first: The number of examples, ``second`` that of the twin.
+        merges: For each multiple of them the layouts (before, after) in which they were merged with other axes.
+    """
+
+    program: Jaxpr
     first: int
     second: int
     merges: Merges
@@ -41,12 +48,12 @@ class Sizes(NamedTuple):
 NOTHING = Flow(reads=False, coupled="")
 
 
-def flow(eqn: JaxprEqn, twin: JaxprEqn | None, sizes: Sizes, inputs: Sequence[Flow]) -> list[Flow]:
+def flow(eqn: JaxprEqn, twin: JaxprEqn | None, setting: Setting, inputs: Sequence[Flow]) -> list[Flow]:
     """What the results of an equation depend on."""
     both = joined(inputs)
     if twin is None or not both.reads:
         return [both] * len(eqn.outvars)
-    inside = _inside(eqn, twin, sizes, inputs)
+    inside = _inside(eqn, twin, setting, inputs)
     if inside is not None:
         # A predicate or a constant of the loop reaches every result.
         return inside
@@ -54,7 +61,7 @@ def flow(eqn: JaxprEqn, twin: JaxprEqn | None, sizes: Sizes, inputs: Sequence[Fl
     if not any(moving):
         return [both] * len(eqn.outvars)
     name = eqn.primitive.name
-    if _mixes(eqn, twin, sizes, moving):
+    if _mixes(eqn, twin, setting, moving):
         return [both._replace(coupled=both.coupled or name)] * len(eqn.outvars)
     # An input that grows with the number of examples and a result that does not: a sum over examples, or one of them.
     stays = [not varies(*pair) for pair in zip(eqn.outvars, twin.outvars, strict=True)]
@@ -80,22 +87,22 @@ def varying(atom: Any, twin: Any) -> list[int]:
 # --- programs inside of equations -------------------------------------------------------------------------------------
 
 
-def _inside(eqn, twin, sizes, inputs):
+def _inside(eqn, twin, setting, inputs):
     """The results of an equation that runs programs, or None for others."""
     name = eqn.primitive.name
     if is_scan(eqn):
-        return _scan(eqn, twin, sizes, inputs)
+        return _scan(eqn, twin, setting, inputs)
     if name == "while":
-        return _while(eqn, twin, sizes, inputs)
+        return _while(eqn, twin, setting, inputs)
     if name == "cond":
         branches = zip(eqn.params["branches"], twin.params["branches"], strict=True)
-        found = [_run(*pair, sizes, inputs[1:], name) for pair in branches]
+        found = [_run(*pair, setting, inputs[1:], name) for pair in branches]
         return [joined((inputs[0], *results)) for results in zip(*found, strict=True)]
     body, other = (called_program(e, through_custom_rules=True) for e in (eqn, twin))
-    return None if body is None or other is None else _run(body, other, sizes, inputs, name)
+    return None if body is None or other is None else _run(body, other, setting, inputs, name)
 
 
-def _run(program: ClosedJaxpr | Jaxpr, twin: ClosedJaxpr | Jaxpr, sizes, inputs, name) -> list[Flow]:
+def _run(program: ClosedJaxpr | Jaxpr, twin: ClosedJaxpr | Jaxpr, setting, inputs, name) -> list[Flow]:
     program, twin = (p.jaxpr if isinstance(p, ClosedJaxpr) else p for p in (program, twin))
     pairs = list(zip(program.eqns, twin.eqns, strict=False))
     if len(program.eqns) != len(twin.eqns) or any(a.primitive is not b.primitive for a, b in pairs):
@@ -103,20 +110,21 @@ def _run(program: ClosedJaxpr | Jaxpr, twin: ClosedJaxpr | Jaxpr, sizes, inputs,
         whole = joined(inputs)
         return [whole._replace(coupled=whole.coupled or (name if whole.reads else ""))] * len(program.outvars)
     values = dict(zip(program.invars, inputs, strict=True))
+    setting = setting._replace(program=program)
 
     def read(atom):
         return NOTHING if isinstance(atom, Literal) else values.get(atom, NOTHING)
 
     for eqn, other in pairs:
-        values.update(zip(eqn.outvars, flow(eqn, other, sizes, [read(atom) for atom in eqn.invars]), strict=True))
+        values.update(zip(eqn.outvars, flow(eqn, other, setting, [read(atom) for atom in eqn.invars]), strict=True))
     return [read(atom) for atom in program.outvars]
 
 
-def _scan(eqn, twin, sizes, inputs):
+def _scan(eqn, twin, setting, inputs):
     parts, other = scan_parts(eqn), scan_parts(twin)
     consts, carry, scanned = parts.operands(inputs)
     carry, results = _until_stable(
-        carry, lambda carry: _run(parts.body, other.body, sizes, [*consts, *carry, *scanned], "scan"), parts.num_carry
+        carry, lambda carry: _run(parts.body, other.body, setting, [*consts, *carry, *scanned], "scan"), parts.num_carry
     )
     # Over the examples one by one: what is carried on has seen those before.
     if parts.length != other.length and any(x.reads for x in carry):
@@ -124,16 +132,16 @@ def _scan(eqn, twin, sizes, inputs):
     return results
 
 
-def _while(eqn, twin, sizes, inputs):
+def _while(eqn, twin, setting, inputs):
     of_condition, of_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     outside, consts = inputs[:of_condition], inputs[of_condition : of_condition + of_body]
     carry, results = _until_stable(
         inputs[of_condition + of_body :],
-        lambda carry: _run(eqn.params["body_jaxpr"], twin.params["body_jaxpr"], sizes, [*consts, *carry], "while"),
+        lambda carry: _run(eqn.params["body_jaxpr"], twin.params["body_jaxpr"], setting, [*consts, *carry], "while"),
         None,
     )
     condition = eqn.params["cond_jaxpr"], twin.params["cond_jaxpr"]
-    (verdict,) = _run(*condition, sizes, [*outside, *carry], "while")
+    (verdict,) = _run(*condition, setting, [*outside, *carry], "while")
     return [joined((x, verdict)) for x in results]
 
 
@@ -150,7 +158,7 @@ def _until_stable(carry, step: Callable[[list[Flow]], list[Flow]], num_carry):
 # --- single operations ------------------------------------------------------------------------------------------------
 
 
-def _mixes(eqn, twin, sizes, moving) -> bool:
+def _mixes(eqn, twin, setting, moving) -> bool:
     """Whether an operation works along an axis of the examples of an operand that is ``moving`` with them."""
     name = eqn.primitive.name
     axes = [
@@ -158,7 +166,7 @@ def _mixes(eqn, twin, sizes, moving) -> bool:
         for a, b, flag in zip(eqn.invars, twin.invars, moving, strict=True)
     ]
     if name in _RULES:
-        return _RULES[name](eqn, twin, sizes, axes)
+        return _RULES[name](eqn, twin, setting, axes)
     params = eqn.params
     if name.startswith(("reduce_window", "select_and_")):
         windows, padding = params["window_dimensions"], params["padding"]
@@ -166,7 +174,7 @@ def _mixes(eqn, twin, sizes, moving) -> bool:
     if name in _LINEAR_ALGEBRA:
         return any(a >= len(x.aval.shape) - 2 for x, own in zip(eqn.invars, axes, strict=True) for a in own)
     if name.startswith("scatter"):
-        return _scatter(eqn, twin)
+        return _scatter(eqn, twin, setting)
     along = [params[key] for key in ("axes", "dimensions", "axis", "dimension", "reduction_dimension") if key in params]
     named = {int(a) for entry in along for a in (entry if isinstance(entry, (tuple, list)) else (entry,))}
     return name.startswith(_ALONG_AXES) and any(named & own for own in axes)
@@ -181,7 +189,7 @@ _LINEAR_ALGEBRA = frozenset({"cholesky", "lu", "eigh", "eig", "qr", "geqrf", "ge
 """Of matrices in the last two axes."""
 
 
-def _dot(eqn, twin, sizes, axes):
+def _dot(eqn, twin, setting, axes):
     (contracted, others), (batch, other_batch) = eqn.params["dimension_numbers"]
     left, right = axes
     if left & set(contracted) or right & set(others):
@@ -190,7 +198,7 @@ def _dot(eqn, twin, sizes, axes):
     return bool((left - set(batch) and right) or (right - set(other_batch) and left))
 
 
-def _convolution(eqn, twin, sizes, axes):
+def _convolution(eqn, twin, setting, axes):
     numbers, groups = eqn.params["dimension_numbers"], "feature_group_count"
     grouped = eqn.params[groups] != twin.params[groups]  # under vmap with a kernel for each example
     left, right = axes
@@ -198,7 +206,7 @@ def _convolution(eqn, twin, sizes, axes):
     return not alone and not (grouped and left <= {numbers.lhs_spec[1]} and right <= {numbers.rhs_spec[0]})
 
 
-def _slice(eqn, twin, sizes, axes):
+def _slice(eqn, twin, setting, axes):
     """A part is whole examples only if it is so many times their number: a half of pairs one behind the other, say."""
     (own,) = axes
 
@@ -206,71 +214,109 @@ def _slice(eqn, twin, sizes, axes):
         starts, stops = ([e.params[key][a] for e in (eqn, twin)] for key in ("start_indices", "limit_indices"))
         strides = [1 if e.params["strides"] is None else e.params["strides"][a] for e in (eqn, twin)]
         if strides == [1, 1]:
-            return sizes.multiple(*stops) > 0 and (starts == [0, 0] or sizes.multiple(*starts) > 0)
-        times = sizes.multiple(eqn.invars[0].aval.shape[a], twin.invars[0].aval.shape[a])
+            return setting.multiple(*stops) > 0 and (starts == [0, 0] or setting.multiple(*starts) > 0)
+        times = setting.multiple(eqn.invars[0].aval.shape[a], twin.invars[0].aval.shape[a])
         return strides == [times, times] and starts[0] == starts[1] < times
 
     return not all(whole(a) for a in own)
 
 
-def _split(eqn, twin, sizes, axes):
+def _split(eqn, twin, setting, axes):
     (own,), axis = axes, eqn.params["axis"]
     parts = zip(eqn.params["sizes"], twin.params["sizes"], strict=True)
-    return axis in own and not all(sizes.multiple(*pair) for pair in parts)
+    return axis in own and not all(setting.multiple(*pair) for pair in parts)
 
 
-def _concatenate(eqn, twin, sizes, axes):
+def _concatenate(eqn, twin, setting, axes):
     axis = eqn.params["dimension"]
     lengths = [(a.aval.shape[axis], b.aval.shape[axis]) for a, b in zip(eqn.invars, twin.invars, strict=True)]
-    return any(axis in own for own in axes) and not all(sizes.multiple(*pair) for pair in lengths)
+    return any(axis in own for own in axes) and not all(setting.multiple(*pair) for pair in lengths)
 
 
-def _pad(eqn, twin, sizes, axes):
+def _pad(eqn, twin, setting, axes):
     return any(tuple(eqn.params["padding_config"][a]) != (0, 0, 0) for a in axes[0])
 
 
-def _dynamic_slice(eqn, twin, sizes, axes):
+def _dynamic_slice(eqn, twin, setting, axes):
     return any(eqn.params["slice_sizes"][a] != eqn.invars[0].aval.shape[a] for a in axes[0])
 
 
-def _dynamic_update_slice(eqn, twin, sizes, axes):
+def _dynamic_update_slice(eqn, twin, setting, axes):
     operand, update = (x.aval.shape for x in eqn.invars[:2])
     return any(update[a] != operand[a] for a in varying(eqn.invars[0], twin.invars[0]))
 
 
-def _gather(eqn, twin, sizes, axes):
+def _gather(eqn, twin, setting, axes):
     numbers, operand = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
 
     def whole(a):
         every = eqn.params["slice_sizes"][a] == operand[a] and a not in numbers.start_index_map
-        return every or a in numbers.operand_batching_dims
+        return every or a in numbers.operand_batching_dims or _reads_own(eqn, numbers.start_index_map, a, setting)
 
     return not all(whole(a) for a in axes[0])
 
 
-def _scatter(eqn, twin):
+def _scatter(eqn, twin, setting):
     numbers = eqn.params["dimension_numbers"]
-    chosen = {*numbers.inserted_window_dims, *numbers.scatter_dims_to_operand_dims} - {*numbers.operand_batching_dims}
-    return bool(chosen & set(varying(eqn.invars[0], twin.invars[0])))
+    places = numbers.scatter_dims_to_operand_dims
+    chosen = {*numbers.inserted_window_dims, *places} - {*numbers.operand_batching_dims}
+    growing = chosen & set(varying(eqn.invars[0], twin.invars[0]))
+    return not all(_reads_own(eqn, places, a, setting) for a in growing)
 
 
-def _triangular_solve(eqn, twin, sizes, axes):
+def _reads_own(eqn, places, axis, setting):
+    """Whether every example takes its own number along ``axis``, as in ``x[jnp.arange(len(x)), lengths - 1]``."""
+    if axis not in places:
+        return False
+    column, indices = places.index(axis), eqn.invars[1]
+    made = _producer(setting.program, indices)
+    if made is not None and made.primitive.name == "concatenate":
+        widths = [atom.aval.shape[-1] for atom in made.invars]
+        if made.params["dimension"] != len(indices.aval.shape) - 1 or set(widths) != {1}:
+            return False
+        return _counts_examples(setting, made.invars[column])
+    return indices.aval.shape[-1] == 1 and _counts_examples(setting, indices)
+
+
+def _counts_examples(setting, atom):
+    """Whether an array is 0, 1, ... along the axis of the examples, and behind it of length one."""
+    made = _producer(setting.program, atom)
+    if made is None:
+        return False
+    name = made.primitive.name
+    if name == "iota":
+        return made.params["dimension"] == 0 and made.params["shape"][0] == setting.first
+    if name == "select_n":  # what is negative counts from the end; these are not
+        return _counts_examples(setting, made.invars[1])
+    behind = atom.aval.shape[1:]
+    return (
+        name in ("broadcast_in_dim", "reshape", "convert_element_type")
+        and set(behind) <= {1}
+        and _counts_examples(setting, made.invars[0])
+    )
+
+
+def _producer(program, atom):
+    return next((eqn for eqn in program.eqns if any(out is atom for out in eqn.outvars)), None)
+
+
+def _triangular_solve(eqn, twin, setting, axes):
     ndim = len(eqn.invars[1].aval.shape)
     solved = ndim - 2 if eqn.params["left_side"] else ndim - 1
     return bool(axes[0] & {ndim - 2, ndim - 1}) or solved in axes[1]
 
 
-def _fft(eqn, twin, sizes, axes):
+def _fft(eqn, twin, setting, axes):
     ndim = len(eqn.invars[0].aval.shape)
     return any(a >= ndim - len(eqn.params["fft_lengths"]) for a in axes[0])
 
 
-def _top_k(eqn, twin, sizes, axes):
+def _top_k(eqn, twin, setting, axes):
     ndim = len(eqn.invars[0].aval.shape)
     return eqn.params.get("axis", -1) % ndim in axes[0]
 
 
-def _reshape(eqn, twin, sizes, axes):
+def _reshape(eqn, twin, setting, axes):
     """The examples stay whole if what lies before and behind them in memory is only cut up or joined."""
     (own,), target = axes, varying(eqn.outvars[0], twin.outvars[0])
     if len(own) != 1 or len(target) != 1:
@@ -278,7 +324,7 @@ def _reshape(eqn, twin, sizes, axes):
     ((source,), (goal,)) = own, target
     old, new = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
     times, after = (
-        sizes.multiple(x.aval.shape[i], y.aval.shape[i])
+        setting.multiple(x.aval.shape[i], y.aval.shape[i])
         for x, y, i in ((eqn.invars[0], twin.invars[0], source), (eqn.outvars[0], twin.outvars[0], goal))
     )
     if not times or not after:
@@ -288,7 +334,7 @@ def _reshape(eqn, twin, sizes, axes):
         return bool(before_old % max(before_new, 1) or behind_old % max(behind_new, 1))
     if before_new % max(before_old, 1) or behind_new % max(behind_old, 1):
         return True
-    layouts = sizes.merges.get(times, set())
+    layouts = setting.merges.get(times, set())
     unfolded = before_new // max(before_old, 1), behind_new // max(behind_old, 1)
     return after == 1 and len(layouts) == 1 and layouts != {unfolded}
 
