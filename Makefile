@@ -34,6 +34,7 @@ test-all: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.product_cost
+	$(BIN)/python -m benchmarks.compile_time
 	$(BIN)/python -m benchmarks.step_cost
 	$(BIN)/python -m benchmarks.autoencoder_bench
 
