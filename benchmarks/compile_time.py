@@ -59,7 +59,7 @@ def cost(method: str) -> Cost:
     start = time.process_time()
     lowered = jax.jit(step).lower(params, state, batch)
     middle = time.process_time()
-    program = lowered.compile().as_text()
+    program = lowered.compile().as_text() or ""
     return Cost(middle - start, time.process_time() - middle, program.count(" = "))
 
 

@@ -266,6 +266,11 @@ def split_key(key: jax.Array, count: int) -> jax.Array:
     return key[None] if count == 1 else jax.random.split(key, count)
 
 
+def key_aside(key: jax.Array) -> jax.Array:
+    """A key beside those that ``key`` is split into: ``jax.random.split(key, n)[i]`` is ``fold_in(key, i)``."""
+    return jax.random.fold_in(key, 2**32 - 1)
+
+
 def random_normal(key: jax.Array, like: PyTree) -> PyTree:
     """A pytree of independent standard normal entries, shaped like ``like``."""
     return _random(jax.random.normal, key, like)

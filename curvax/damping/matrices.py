@@ -28,7 +28,7 @@ class Damping(abc.ABC):
         Its diagonal can be estimated by ``chapelle_erhan_diagonal`` where B's can, which is what preconditioners do.
         """
         matrix = curvature.at(at, key)
-        return Sum((matrix, self.added(matrix, strength, jax.random.fold_in(key, 1))))
+        return Sum((matrix, self.added(matrix, strength, trees.key_aside(key))))
 
     @abc.abstractmethod
     def added(self, matrix: LinearMap, strength: Scalar, key: jax.Array) -> LinearMap:

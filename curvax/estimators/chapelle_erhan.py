@@ -79,7 +79,7 @@ def _of_one_chunk(linear_map, key):
     if point.chunk_size is None:
         return linear_map
     stride = -(-point.num_examples(0) // point.chunk_size)
-    which, own = jax.random.split(jax.random.fold_in(key, 1))
+    which, own = jax.random.split(trees.key_aside(key))
     return linear_map.curvature.pullback(point.subset(stride, jax.random.randint(which, (), 0, stride)), own)
 
 

@@ -84,6 +84,7 @@ def scaled_system(matvec, b, x0, preconditioner) -> tuple[ScaledSystem, PyTree, 
     b = jax.tree.map(jnp.asarray, b)
     if x0 is not None:
         trees.check_like(x0, b, "x0", "b")
+        x0 = narrow(jax.tree.map(jnp.asarray, x0), b)
     packing = packing_of(b)
     b, matvec = packing.pack(b), packing.inside(matvec, "matvec")
     if preconditioner is not None:
@@ -93,7 +94,7 @@ def scaled_system(matvec, b, x0, preconditioner) -> tuple[ScaledSystem, PyTree, 
     if x0 is None:
         start, residual = trees.zeros_like(right), trees.scale(-1.0, right)
     else:
-        start = wide(narrow(packing.pack(jax.tree.map(jnp.asarray, x0)), b))
+        start = wide(packing.pack(x0))
         start = trees.where((size > 0) & trees.all_finite(start), start, trees.zeros_like(start))
         residual = trees.sub(product(matvec, start, b), right)
     residual_size = size if x0 is None else trees.largest(residual)

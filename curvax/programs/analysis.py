@@ -19,7 +19,17 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from curvax.programs.counters import counted
-from curvax.programs.coupling import NOTHING, Flow, Setting, flow, joined, varies, varying
+from curvax.programs.coupling import (
+    NOTHING,
+    Flow,
+    Setting,
+    carries_examples,
+    flow,
+    joined,
+    same_operation,
+    varies,
+    varying,
+)
 from curvax.programs.trace import Twins
 from curvax.programs.uses import Axes, Convolution, Dense, Elementwise, ExampleAxis, Lookup, Use, operation_of
 from curvax.programs.views import MOVES, Applied, Constant, Given, Leaf, Node, Scan, Sliced, is_affine, places_given
@@ -65,7 +75,9 @@ def analyse(twins: Twins, num_leaves: int, through_custom_rules: bool = False) -
     rows = {_rows_per_example(a, b, twins.sizes) for x, a, b in outputs if isinstance(x, _Data)}
     # An output for every pair of examples, say, is one of two.
     coupled = joined(x.flow for x, _, _ in outputs if isinstance(x, _Data)).coupled
-    coupled = coupled or ("outputs" if None in rows else "")
+    # Two axes of examples are pairs of them.
+    pairs = any(len(varying(a, b)) > 1 for x, a, b in outputs if isinstance(x, _Data))
+    coupled = coupled or ("outputs" if pairs or None in rows else "")
     most = max((n for n in rows if n is not None), default=1)
     return Analysis(found.uses, found.reasons, found.touched, coupled, most, frozenset(found.given))
 
@@ -115,11 +127,17 @@ class _Walk:
         self.reasons: dict[int, str] = {}
         self.touched: set[int] = set()
         self.merges: dict[int, set[tuple[int, int]]] = {}
+        self.constants: dict[Any, Any] = {}
 
     def run(self, program, num_leaves):
         batch = [_Data(Flow(reads=True, coupled=""))] * (len(program.jaxpr.invars) - num_leaves)
         leaves = [Leaf(i) for i in range(num_leaves)]
+        self.constants = dict(zip(program.jaxpr.constvars, program.consts, strict=True))
         return walk(program, [*leaves, *batch], functools.partial(self.equation, ()), Constant)
+
+    def setting(self, site: Site) -> Setting:
+        """What an equation stands in."""
+        return Setting(site.program, *self.sizes, self.merges, self.constants)
 
     def twin_of(self, site: Site) -> JaxprEqn | None:
         """The equation in the twin program."""
@@ -129,7 +147,7 @@ class _Walk:
         if around not in self.twin_programs:
             self.twin_programs[around] = program_at(self.twins.programs[1], site.address)
         eqns = self.twin_programs[around].eqns
-        if len(eqns) != len(site.program.eqns) or eqns[site.address[-1]].primitive is not site.eqn.primitive:
+        if len(eqns) != len(site.program.eqns) or not same_operation(site.eqn, eqns[site.address[-1]]):
             raise ValueError(
                 "the model computes differently for different numbers of examples, so their axis cannot be found"
             )
@@ -290,7 +308,9 @@ class _Walk:
             if axis in target and all(v.aval.shape[axis] == first for v in eqn.invars):
                 self.merges.setdefault(new[axis] // first, set()).add((new[axis] // first, 1))
             return
-        old, source = eqn.invars[0].aval.shape, varying(eqn.invars[0], twin.invars[0])
+        order = eqn.params.get("dimensions") or range(len(eqn.invars[0].aval.shape))  # a transposition before
+        old = [eqn.invars[0].aval.shape[i] for i in order]
+        source = [list(order).index(i) for i in varying(eqn.invars[0], twin.invars[0])]
         if len(source) != 1 or len(target) != 1 or old[source[0]] != first or new[target[0]] == first:
             return
         times = new[target[0]] // first
@@ -336,8 +356,8 @@ class _Walk:
             if x.leaves:
                 self.consumed(x, "leaves a scan without meeting the data")
         # Over the examples one by one: what is carried on has seen those before.
-        one_by_one = twin is not None and scan_parts(twin).length != parts.length
-        if one_by_one and any(isinstance(x, _Data) and x.flow.reads for x in carry):
+        setting = self.setting(site)
+        if twin is not None and carries_examples(site.eqn, twin, setting):
             return [_Data(Flow(reads=True, coupled=_carried(x).flow.coupled or "scan")) for x in results]
         return [_carried(x) for x in results]
 
@@ -345,7 +365,7 @@ class _Walk:
 
     def data(self, site, twin, inputs):
         """Results that are data."""
-        setting = Setting(site.program, *self.sizes, self.merges)
+        setting = self.setting(site)
         flows = flow(site.eqn, twin, setting, [_carried(x).flow for x in inputs])
         source = _moved_source(site.eqn, inputs)
         return [_Data(found, None if i else source) for i, found in enumerate(flows)]

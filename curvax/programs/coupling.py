@@ -7,12 +7,14 @@ cannot be looked into, such as a call back to Python, is taken to work example b
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-from curvax.programs.walk import called_program, is_scan, scan_parts
+from curvax.programs.walk import called_program, equations, is_scan, scan_parts
 
 Axes = frozenset[int]
 Merges = Mapping[int, set[tuple[int, int]]]
@@ -32,17 +34,23 @@ class Setting(NamedTuple):
         program: The program that holds it.
         first: The number of examples, ``second`` that of the twin.
         merges: For each multiple of them the layouts (before, after) in which they were merged with other axes.
+        constants: The arrays that programs hold, by their variables.
     """
 
     program: Jaxpr
     first: int
     second: int
     merges: Merges
+    constants: Mapping[Any, Any]
 
     def multiple(self, length: int, other: int) -> int:
         """How many times the examples an axis has, 0 where its length is no multiple of their number."""
         times, rest = divmod(length, self.first)
         return 0 if rest or other != times * self.second else times
+
+    def may_be_merged(self, times: int, layout: tuple[int, int]) -> bool:
+        """Whether examples may lie so in an axis that has several times their number."""
+        return times == 1 or self.merges.get(times, {layout}) == {layout} or len(self.merges[times]) > 1
 
 
 NOTHING = Flow(reads=False, coupled="")
@@ -58,9 +66,11 @@ def flow(eqn: JaxprEqn, twin: JaxprEqn | None, setting: Setting, inputs: Sequenc
         # A predicate or a constant of the loop reaches every result.
         return inside
     moving = [x.reads and varies(*pair) for x, *pair in zip(inputs, eqn.invars, twin.invars, strict=True)]
+    name = eqn.primitive.name
+    if name in ("optimization_barrier", "device_put"):  # each result is an operand
+        return list(inputs)
     if not any(moving):
         return [both] * len(eqn.outvars)
-    name = eqn.primitive.name
     if _mixes(eqn, twin, setting, moving):
         return [both._replace(coupled=both.coupled or name)] * len(eqn.outvars)
     # An input that grows with the number of examples and a result that does not: a sum over examples, or one of them.
@@ -92,6 +102,12 @@ def _inside(eqn, twin, setting, inputs):
     name = eqn.primitive.name
     if is_scan(eqn):
         return _scan(eqn, twin, setting, inputs)
+    if name == "custom_linear_solve":
+        return _linear_solve(eqn, twin, setting, inputs)
+    if name == "shard_map":
+        return _sharded(eqn, twin, setting, inputs)
+    if name == "linear_call":
+        return _run(eqn.params["callee"], twin.params["callee"], setting, inputs, name)
     if name == "while":
         return _while(eqn, twin, setting, inputs)
     if name == "cond":
@@ -105,7 +121,7 @@ def _inside(eqn, twin, setting, inputs):
 def _run(program: ClosedJaxpr | Jaxpr, twin: ClosedJaxpr | Jaxpr, setting, inputs, name) -> list[Flow]:
     program, twin = (p.jaxpr if isinstance(p, ClosedJaxpr) else p for p in (program, twin))
     pairs = list(zip(program.eqns, twin.eqns, strict=False))
-    if len(program.eqns) != len(twin.eqns) or any(a.primitive is not b.primitive for a, b in pairs):
+    if len(program.eqns) != len(twin.eqns) or not all(same_operation(*pair) for pair in pairs):
         # Another program for another number of examples: what it does along their axis cannot be told.
         whole = joined(inputs)
         return [whole._replace(coupled=whole.coupled or (name if whole.reads else ""))] * len(program.outvars)
@@ -120,16 +136,56 @@ def _run(program: ClosedJaxpr | Jaxpr, twin: ClosedJaxpr | Jaxpr, setting, input
     return [read(atom) for atom in program.outvars]
 
 
+def same_operation(eqn: JaxprEqn, twin: JaxprEqn) -> bool:
+    """Whether two equations are of one primitive, with as many operands and results."""
+    counts = [(len(e.invars), len(e.outvars)) for e in (eqn, twin)]
+    return eqn.primitive is twin.primitive and counts[0] == counts[1]
+
+
+def carries_examples(eqn: JaxprEqn, twin: JaxprEqn, setting: Setting) -> bool:
+    """Whether a ``scan`` goes over the examples one by one and carries on what it has seen of them."""
+    parts, other = scan_parts(eqn), scan_parts(twin)
+    if parts.length == other.length:
+        return False
+    consts, carry, scanned = parts.operands([NOTHING] * len(eqn.invars))
+    scanned = [Flow(reads=True, coupled="") for _ in scanned]
+    step = functools.partial(_step_of_scan, parts, other, setting, consts, scanned)
+    return any(x.reads for x in _until_stable(carry, step, parts.num_carry)[0])
+
+
 def _scan(eqn, twin, setting, inputs):
     parts, other = scan_parts(eqn), scan_parts(twin)
     consts, carry, scanned = parts.operands(inputs)
-    carry, results = _until_stable(
-        carry, lambda carry: _run(parts.body, other.body, setting, [*consts, *carry, *scanned], "scan"), parts.num_carry
-    )
-    # Over the examples one by one: what is carried on has seen those before.
-    if parts.length != other.length and any(x.reads for x in carry):
+    step = functools.partial(_step_of_scan, parts, other, setting, consts, scanned)
+    _, results = _until_stable(carry, step, parts.num_carry)
+    if joined(scanned).reads and carries_examples(eqn, twin, setting):
         return [Flow(reads=True, coupled=x.coupled or "scan") for x in results]
     return results
+
+
+def _step_of_scan(parts, other, setting, consts, scanned, carry):
+    return _run(parts.body, other.body, setting, [*consts, *carry, *scanned], "scan")
+
+
+def _linear_solve(eqn, twin, setting, inputs):
+    """By the program that solves; how the matrix is multiplied by is not asked."""
+    consts, start = [], 0
+    for kind, count in zip(eqn.params["const_lengths"]._fields, eqn.params["const_lengths"], strict=True):
+        consts = inputs[start : start + count] if kind == "solve" else consts
+        start += count
+    solve, other = (e.params["jaxprs"].solve for e in (eqn, twin))
+    return _run(solve, other, setting, [*consts, *inputs[start:]], "solve")
+
+
+def _sharded(eqn, twin, setting, inputs):
+    """A part of the examples on every device: coupled where devices exchange what they have."""
+    exchanged = next((e.primitive.name for e in equations(eqn.params["jaxpr"]) if _exchanges(e)), "")
+    results = _run(eqn.params["jaxpr"], twin.params["jaxpr"], setting, inputs, "shard_map")
+    return [x._replace(coupled=x.coupled or (exchanged if x.reads else "")) for x in results]
+
+
+def _exchanges(eqn):
+    return eqn.primitive.name.startswith(("psum", "pmax", "pmin", "ppermute", "pgather", "all_", "reduce_scatter"))
 
 
 def _while(eqn, twin, setting, inputs):
@@ -172,12 +228,18 @@ def _mixes(eqn, twin, setting, moving) -> bool:
         windows, padding = params["window_dimensions"], params["padding"]
         return any(windows[a] != 1 or tuple(padding[a]) != (0, 0) for own in axes for a in own)
     if name in _LINEAR_ALGEBRA:
-        return any(a >= len(x.aval.shape) - 2 for x, own in zip(eqn.invars, axes, strict=True) for a in own)
+        most = max(len(x.aval.shape) for x in eqn.invars)
+        depths = [2 if len(x.aval.shape) == most else 1 for x in eqn.invars]  # of matrices, and of vectors beside them
+        return any(
+            a >= len(x.aval.shape) - depth for x, depth, own in zip(eqn.invars, depths, axes, strict=True) for a in own
+        )
     if name.startswith("scatter"):
         return _scatter(eqn, twin, setting)
+    if not name.startswith(_ALONG_AXES):
+        return False
     along = [params[key] for key in ("axes", "dimensions", "axis", "dimension", "reduction_dimension") if key in params]
-    named = {int(a) for entry in along for a in (entry if isinstance(entry, (tuple, list)) else (entry,))}
-    return name.startswith(_ALONG_AXES) and any(named & own for own in axes)
+    named = {a for entry in along for a in (entry if isinstance(entry, (tuple, list)) else (entry,))}
+    return any(named & own for own in axes)
 
 
 _ALONG_AXES = ("reduce", "arg", "cum", "sort", "rev", "approx_top_k")
@@ -211,26 +273,30 @@ def _slice(eqn, twin, setting, axes):
     (own,) = axes
 
     def whole(a):
+        times = setting.multiple(eqn.invars[0].aval.shape[a], twin.invars[0].aval.shape[a])
         starts, stops = ([e.params[key][a] for e in (eqn, twin)] for key in ("start_indices", "limit_indices"))
         strides = [1 if e.params["strides"] is None else e.params["strides"][a] for e in (eqn, twin)]
         if strides == [1, 1]:
-            return setting.multiple(*stops) > 0 and (starts == [0, 0] or setting.multiple(*starts) > 0)
-        times = setting.multiple(eqn.invars[0].aval.shape[a], twin.invars[0].aval.shape[a])
-        return strides == [times, times] and starts[0] == starts[1] < times
+            ends = setting.multiple(*stops) > 0 and (starts == [0, 0] or setting.multiple(*starts) > 0)
+            return ends and setting.may_be_merged(times, (times, 1))
+        return strides == [times, times] and starts[0] == starts[1] < times and setting.may_be_merged(times, (1, times))
 
     return not all(whole(a) for a in own)
 
 
 def _split(eqn, twin, setting, axes):
     (own,), axis = axes, eqn.params["axis"]
+    if axis not in own:
+        return False
+    times = setting.multiple(eqn.invars[0].aval.shape[axis], twin.invars[0].aval.shape[axis])
     parts = zip(eqn.params["sizes"], twin.params["sizes"], strict=True)
-    return axis in own and not all(setting.multiple(*pair) for pair in parts)
+    return not (all(setting.multiple(*pair) for pair in parts) and setting.may_be_merged(times, (times, 1)))
 
 
 def _concatenate(eqn, twin, setting, axes):
     axis = eqn.params["dimension"]
     lengths = [(a.aval.shape[axis], b.aval.shape[axis]) for a, b in zip(eqn.invars, twin.invars, strict=True)]
-    return any(axis in own for own in axes) and not all(setting.multiple(*pair) for pair in lengths)
+    return any(axis in own for own in axes) and not all(setting.multiple(*pair) for pair in lengths if pair != (0, 0))
 
 
 def _pad(eqn, twin, setting, axes):
@@ -279,24 +345,35 @@ def _reads_own(eqn, places, axis, setting):
 
 
 def _counts_examples(setting, atom):
-    """Whether an array is 0, 1, ... along the axis of the examples, and behind it of length one."""
+    """Whether an array is 0, 1, ... along axis 0, as many as there are examples, and constant along others."""
+    if not isinstance(atom, Literal) and atom in setting.constants:
+        held = np.asarray(setting.constants[atom])
+        return held.shape[:1] == (setting.first,) and bool(np.all(np.arange(setting.first) == held.T))
     made = _producer(setting.program, atom)
     if made is None:
         return False
     name = made.primitive.name
     if name == "iota":
         return made.params["dimension"] == 0 and made.params["shape"][0] == setting.first
-    if name == "select_n":  # what is negative counts from the end; these are not
-        return _counts_examples(setting, made.invars[1])
-    behind = atom.aval.shape[1:]
-    return (
-        name in ("broadcast_in_dim", "reshape", "convert_element_type")
-        and set(behind) <= {1}
-        and _counts_examples(setting, made.invars[0])
-    )
+    if name == "select_n":  # the wrap of negative numbers, which these are not
+        return _is_wrap(setting, made) and _counts_examples(setting, made.invars[1])
+    if name == "broadcast_in_dim":
+        return made.params["broadcast_dimensions"][:1] == (0,) and _counts_examples(setting, made.invars[0])
+    if name in ("reshape", "convert_element_type"):
+        lengths = {x.aval.shape[:1] for x in (*made.invars, *made.outvars)}
+        return lengths == {(setting.first,)} and _counts_examples(setting, made.invars[0])
+    return False
 
 
-def _producer(program, atom):
+def _is_wrap(setting, select):
+    negative, numbers, *_ = select.invars
+    if negative in setting.constants:
+        return not np.any(np.asarray(setting.constants[negative]))
+    made = _producer(setting.program, negative)
+    return made is not None and made.primitive.name == "lt" and made.invars[0] is numbers
+
+
+def _producer(program, atom) -> Any:
     return next((eqn for eqn in program.eqns if any(out is atom for out in eqn.outvars)), None)
 
 
@@ -329,7 +406,11 @@ def _reshape(eqn, twin, setting, axes):
     )
     if not times or not after:
         return True
-    (before_old, behind_old), (before_new, behind_new) = _around(old, source), _around(new, goal)
+    order = eqn.params.get("dimensions") or range(len(old))  # a transposition before
+    (before_old, behind_old), (before_new, behind_new) = (
+        _around([old[i] for i in order], list(order).index(source)),
+        _around(new, goal),
+    )
     if after >= times:
         return bool(before_old % max(before_new, 1) or behind_old % max(behind_new, 1))
     if before_new % max(before_old, 1) or behind_new % max(behind_old, 1):

@@ -138,6 +138,17 @@ def static_count(name: str, argument: str, value: Any, default: int) -> int:
     return int(value)
 
 
+def part_of(name, argument, value, at, offset, *, most, least):
+    """The part of a batch for products with its curvature, by ``stride_of``.
+
+    Where a chunk has fewer than ``least`` examples it is the whole, chunk by chunk: what follows from the curvature of
+    fewer examples than it has directions is too long a step.
+    """
+    if value is None and at.chunk_size is not None and at.chunk_size < least:
+        return at
+    return at.subset(stride_of(name, argument, value, at, most=most, least=least), offset)
+
+
 def stride_of(name, argument, value, at, *, most, least):
     """The stride of a part of a batch: the one given, or the largest up to ``most`` that leaves ``least`` examples.
 

@@ -19,7 +19,7 @@ from curvax.layers.taps import tap
 from curvax.layers.use import replicated
 from curvax.matrices.curvature import GaussNewton
 from curvax.objectives.point import CurvaturePoint
-from curvax.transforms._arguments import check_arguments, stride_of
+from curvax.transforms._arguments import check_arguments, part_of
 from curvax.transforms._judge import NextBatch, begun
 from curvax.transforms._step import Given, Step, stepper
 from curvax.types import Array, PyTree
@@ -118,8 +118,9 @@ def ea_cg(
         rate = None if learning_rate is None else given.number(learning_rate)
         if rate is None or judge is not None:
             # C has no curvature orthogonal to E[h], so that it would promise many times what there is.
-            stride = stride_of("ea_cg", "curvature_stride", curvature_stride, given.curvature_at, most=4, least=250)
-            exact = GaussNewton().at(given.curvature_at.subset(stride, given.steps)).restrict(given.gradient)
+            stride, at = curvature_stride, given.curvature_at
+            part = part_of("ea_cg", "curvature_stride", stride, at, given.steps, most=4, least=250)
+            exact = GaussNewton().at(part).restrict(given.gradient)
             slope, length = trees.vdot(given.gradient, solution), trees.norm(solution).astype(given.dtype)
             slope = slope.astype(given.dtype)
             bend = exact.quadratic(solution).astype(given.dtype) + strength * jnp.square(length)

@@ -33,7 +33,7 @@ from curvax.matrices.curvature import Fisher, GaussNewton, OutputCurvature, chec
 from curvax.matrices.plane import inner_products, minimum_in_plane, products_in_plane
 from curvax.matrices.quadratic_model import reduction_ratio
 from curvax.objectives.point import CurvaturePoint
-from curvax.transforms._arguments import check_arguments, stride_of
+from curvax.transforms._arguments import check_arguments, part_of, stride_of
 from curvax.transforms._judge import JudgedBy, judging
 from curvax.transforms._step import Given, Step, stepper
 from curvax.types import Array, PyTree
@@ -146,7 +146,7 @@ def kfac(
     def step(given: Given) -> Step:
         at, dtype = given.curvature_at, given.dtype
         seen = preconditioner.seen(given, at, given.key)
-        part = at.subset(stride_of("kfac", "curvature_stride", curvature_stride, at, most=4, least=250), given.steps)
+        part = part_of("kfac", "curvature_stride", curvature_stride, at, given.steps, most=4, least=250)
         damping, begun = given.strength, jnp.array(True)
         if initial_damping is None:
             first = jnp.maximum(mean_curvature(seen.layers, seen.factors).astype(dtype), rule.minimum)

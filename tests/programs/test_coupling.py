@@ -33,6 +33,30 @@ def _own_steps(h):
     return h * (h[:, :, None] * jnp.ones((1, 1, 2)))[jnp.arange(len(h)), jnp.argmax(h, 1) - 1][:, :1]
 
 
+def _sharded(function, spec):
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec)
+
+
+def _synchronised(z):
+    return z - jax.lax.pmean(z.mean(0), "d")
+
+
+def _noisy(key, row):
+    key, own = jax.random.split(jax.random.wrap_key_data(key))
+    return jax.random.key_data(key), row + jax.random.normal(own, row.shape, row.dtype)
+
+
+def _inner_step(row):
+    def convolved(kernel):
+        numbers = ("NWC", "WIO", "NWC")
+        return jax.lax.conv_general_dilated(row[None, :, None], kernel, (1,), "SAME", dimension_numbers=numbers)
+
+    kernel = jnp.ones((3, 1, 2), row.dtype)
+    kernel = kernel - 0.1 * jax.grad(lambda k: jnp.mean(jnp.tanh(convolved(k)) ** 2))(kernel)
+    return convolved(kernel)[0, :, 0]
+
+
 @jax.custom_jvp
 def _reversed(h):
     return h[::-1]
@@ -74,6 +98,17 @@ OPERATIONS = {
     "in a custom rule": _reversed,
     "wrong unfolding": lambda h: jnp.tanh(h.reshape(-1, 1)).reshape(3, -1).T,
     "wrong reshape": lambda h: h.reshape(3, -1).T,
+    "transposed in a reshape": lambda h: jax.lax.reshape(h, h.shape, dimensions=(1, 0)),
+    "first half of repeated": lambda h: jnp.repeat(h, 2, axis=0)[: len(h)],
+    "every second of joined": lambda h: jnp.concatenate([h, 2 * h])[::2],
+    "solve": lambda h: jnp.linalg.solve(jnp.eye(len(h)) + 0.1, h),
+    "iterative solve": lambda h: jax.scipy.sparse.linalg.cg(lambda v: 3 * v - jnp.roll(v, 1, 0), h, maxiter=2)[0],
+    "sharded": lambda h: _sharded(lambda z: jnp.cumsum(z, 0), jax.sharding.PartitionSpec())(h),
+    "synchronised": lambda h: _sharded(_synchronised, jax.sharding.PartitionSpec("d"))(h),
+    "gathered": lambda h: jax.vmap(lambda r: r + jax.lax.all_gather(r, "b").sum(0), axis_name="b")(h),
+    "linear call": lambda h: jax.custom_derivatives.linear_call(
+        lambda _, z: jnp.cumsum(z, 0), lambda _, z: jnp.cumsum(z[::-1], 0)[::-1], (), h
+    ),
     # within them
     "nothing": lambda h: h,
     "softmax within": jax.nn.softmax,
@@ -90,6 +125,10 @@ OPERATIONS = {
     "rows along an axis": lambda h: jnp.take_along_axis(h, jnp.argsort(h, axis=1), axis=1),
     "own rows": _own_rows,
     "own steps": _own_steps,
+    "own rows, two of each": lambda h: h[:, :2] * h[jnp.arange(len(h))[:, None], jax.lax.top_k(h, 2)[1]],
+    "own rows by numpy": lambda h: h * h[np.arange(len(h)), jnp.argmax(h, 1)][:, None],
+    "other rows by numpy": lambda h: h * h[np.arange(len(h))[::-1], jnp.argmax(h, 1)][:, None],
+    "own rows under jit": jax.jit(_own_rows),
     "set in own rows": lambda h: h.at[jnp.arange(len(h)), jnp.argmax(h, 1)].set(0.0),
     "rows under vmap": lambda h: h * jax.vmap(lambda r: r[jnp.argmax(r)])(h)[:, None],
     "slice under vmap": lambda h: h * jax.vmap(lambda r: jax.lax.dynamic_slice(r, (jnp.argmax(r),), (1,)))(h),
@@ -104,6 +143,13 @@ OPERATIONS = {
     "folded the other way": lambda h: jnp.tanh(h.T.reshape(-1, 1)).reshape(3, -1).T,
     "scan over steps": lambda h: jax.lax.scan(lambda c, x: (jnp.tanh(c + x), c), h[:, 0], h.T)[0][:, None] * h,
     "map over examples": lambda h: jax.lax.map(jnp.cumsum, h),
+    "scan over examples with a key": lambda h: jax.lax.scan(_noisy, jax.random.key_data(jax.random.key(0)), h)[1],
+    "nothing joined": lambda h: jnp.concatenate([jnp.zeros((0, 3), h.dtype), h]),
+    "barrier": lambda h: jax.lax.optimization_barrier((h, jnp.ones(3, h.dtype)))[0],
+    "tridiagonal under vmap": jax.vmap(
+        lambda r: jax.lax.linalg.tridiagonal_solve(jnp.zeros_like(r), 2 + r * r, jnp.zeros_like(r), r[:, None])[:, 0]
+    ),
+    "gradient step of a kernel": jax.vmap(lambda r: _inner_step(r)),
     "loop": lambda h: jax.lax.fori_loop(0, 3, lambda _, z: jnp.tanh(z), h),
     "branch": lambda h: jax.lax.cond(True, lambda z: jnp.cumsum(z, axis=1), lambda z: z, h),
 }
@@ -129,6 +175,34 @@ def test_coupling_is_what_a_change_of_one_example_does_to_others(name):
     objective = curvax.Objective(lambda w, x: OPERATIONS[name](x @ w), curvax.losses.squared_error())
     layers = curvax.find_layers(objective, WEIGHTS, (INPUTS, TARGETS))
     assert layers.couples_examples == _really_couples(name), layers.coupled_by
+
+
+@pytest.mark.parametrize("reversed_parts", [lambda h: jnp.concatenate(jnp.split(h, len(h))[::-1]), None])
+def test_programs_with_parts_for_each_example(reversed_parts):
+    """As many operands as examples: refused by name where it stands, coupled inside of a call."""
+    within = reversed_parts is None
+    parts = jax.jit(lambda h: jnp.concatenate(jnp.split(h, len(h))[::-1])) if within else reversed_parts
+    objective = curvax.Objective(lambda w, x: parts(x @ w), curvax.losses.squared_error())
+    if within:
+        assert curvax.find_layers(objective, WEIGHTS, (INPUTS, TARGETS)).couples_examples
+    else:
+        with pytest.raises(ValueError, match="computes differently for different numbers of examples"):
+            curvax.find_layers(objective, WEIGHTS, (INPUTS, TARGETS))
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        lambda h: -jnp.sum((h[:, None] - h[None]) ** 2, axis=-1),
+        lambda h: jnp.broadcast_to(h[None], (len(h), *h.shape)).sum(-1),
+        lambda h: h @ h.T,
+    ],
+)
+def test_an_output_for_every_pair_of_examples(pairs):
+    """As of a contrastive model: the loss of an example is of all."""
+    objective = curvax.Objective(lambda w, x: pairs(x @ w), curvax.losses.softmax_cross_entropy())
+    layers = curvax.find_layers(objective, WEIGHTS, (INPUTS, jnp.arange(NUM)))
+    assert layers.couples_examples
 
 
 def test_the_operation_is_named_and_single_examples_are_refused():

@@ -384,16 +384,21 @@ def test_a_point_in_chunks_gives_parts_of_the_size_of_a_chunk():
     batch = data(24)
     tx = curvax.kfac(curvax.find_layers(objective, PARAMS, batch))
 
-    @jax.jit
-    def step(params, state):
+    def step(carry, _):
+        params, state = carry
         _, grads, at = objective.value_and_grad(params, batch, chunk_size=8)
         updates, state = tx.update(grads, state, params, at=at)
-        return optax.apply_updates(params, updates), state
+        params = optax.apply_updates(params, updates)
+        return (params, state), objective(params, batch)
 
-    params, state = PARAMS, jax.jit(tx.init)(PARAMS)
-    for _ in range(6):
-        params, state = step(params, state)
-    assert loss(objective, params, batch) < 0.8 * loss(objective, PARAMS, batch)
+    def run(key):
+        start = PARAMS, tx.init(PARAMS)._replace(key=jax.random.key_data(key))
+        return jax.lax.scan(step, start, None, length=8)[1]
+
+    # Of every seed: a chunk has too few examples for the curvature along a step, which is that of all chunks.
+    losses = jax.jit(lambda keys: jax.lax.map(run, keys))(jax.random.split(jax.random.key(0), 10))
+    assert np.max(losses) < 0.9 * loss(objective, PARAMS, batch)
+    assert np.max(losses[:, -1]) < 0.5 * loss(objective, PARAMS, batch)
 
 
 @pytest.mark.parametrize("inverse", ["block_tridiagonal", "exact_tikhonov", "eigen_corrected"])
