@@ -63,7 +63,6 @@ def flow(eqn: JaxprEqn, twin: JaxprEqn | None, setting: Setting, inputs: Sequenc
         return [both] * len(eqn.outvars)
     inside = _inside(eqn, twin, setting, inputs)
     if inside is not None:
-        # A predicate or a constant of the loop reaches every result.
         return inside
     moving = [x.reads and varies(*pair) for x, *pair in zip(inputs, eqn.invars, twin.invars, strict=True)]
     name = eqn.primitive.name
@@ -346,8 +345,8 @@ def _reads_own(eqn, places, axis, setting):
 
 def _counts_examples(setting, atom):
     """Whether an array is 0, 1, ... along axis 0, as many as there are examples, and constant along others."""
-    if not isinstance(atom, Literal) and atom in setting.constants:
-        held = np.asarray(setting.constants[atom])
+    held = _held(setting, atom)
+    if held is not None:
         return held.shape[:1] == (setting.first,) and bool(np.all(np.arange(setting.first) == held.T))
     made = _producer(setting.program, atom)
     if made is None:
@@ -367,10 +366,17 @@ def _counts_examples(setting, atom):
 
 def _is_wrap(setting, select):
     negative, numbers, *_ = select.invars
-    if negative in setting.constants:
-        return not np.any(np.asarray(setting.constants[negative]))
+    held = _held(setting, negative)
+    if held is not None:
+        return not np.any(held)
     made = _producer(setting.program, negative)
     return made is not None and made.primitive.name == "lt" and made.invars[0] is numbers
+
+
+def _held(setting, atom):
+    """The array, where the program holds it."""
+    known = not isinstance(atom, Literal) and atom in setting.constants
+    return np.asarray(setting.constants[atom]) if known else None
 
 
 def _producer(program, atom) -> Any:

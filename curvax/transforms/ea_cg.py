@@ -73,7 +73,7 @@ def ea_cg(
         max_iterations: The most iterations on each layer.
         tolerance: The relative residual at which a layer stops.
         curvature_stride: Every so many-th example is for that exact matrix; if None, so that some 250 or more are, but
-            no more than every fourth.
+            no more than every fourth; of a point in chunks of fewer than 250 all, chunk by chunk.
         seed: Seed of what "fisher" draws.
 
     Returns:

@@ -109,7 +109,7 @@ def kfac(
             or more are, but no more than every eighth, and for a block-diagonal inverse of the positions that share
             weights so many as give four rows for each input.
         curvature_stride: Every so many-th is for B, 1/tau_2; if None, so that some 250 or more are, but no more than
-            every fourth.
+            every fourth; of a point in chunks of fewer than 250 all, chunk by chunk.
         decay: epsilon of the running averages once they are long; the paper has 0.95.
         curvature: B, ``curvax.GaussNewton()`` if None.
         statistics: The curvature of the factors, ``curvax.Fisher(num_samples=1)`` if None; see ``kronecker_factors``.
