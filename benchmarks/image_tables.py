@@ -67,6 +67,8 @@ CURVEBALL_TABLE_2 = {
     " 10.0/16.1, Adam 9.6/16.1",
 }
 RANDOM_NETWORKS = 6
+LEAST_EPOCHS = 2.9
+"""A table with a run of fewer epochs says nothing: every method has only begun. Its runs stay on file."""
 
 
 def experiments() -> dict[str, Experiment]:
@@ -165,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         table([row], list(row), f"{run.network}, batch {run.batch_size}; {source}")
         return
     deadline = time.perf_counter() + 60 * arguments.minutes
-    sections = []
+    sections, short = [], []
     for name, experiment in every.items():
         if arguments.seconds is not None:
             runs = [run._replace(seconds=arguments.seconds) for run in experiment.runs]
@@ -178,9 +180,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         finished = [(run, result) for run, result in zip(experiment.runs, results, strict=True) if result is not None]
         if experiment.across:
             finished = _whole_networks(experiment, finished)
-        if finished:
+        if not finished:
+            continue
+        label, epochs = min(((run.label, r["records"][-1]["epoch"]) for run, r in finished), key=lambda pair: pair[1])
+        if epochs < LEAST_EPOCHS:
+            short.append(f"- {experiment.title}: {label} had {epochs:.1f} epochs")
+        else:
             sections.append(_section(name, experiment, finished, arguments.output))
-    _write(sections, arguments.output)
+    _write(sections, short, arguments.output)
 
 
 def row_of(label: str, records: Sequence[Mapping[str, float]], target: float) -> dict[str, str]:
@@ -274,7 +281,7 @@ def _section(
     return "\n".join([*lines, "", f"![training loss]({picture})", ""])
 
 
-def _write(sections: Sequence[str], output: pathlib.Path) -> None:
+def _write(sections: Sequence[str], short: Sequence[str], output: pathlib.Path) -> None:
     head = [
         "# Image networks",
         "",
@@ -284,7 +291,17 @@ def _write(sections: Sequence[str], output: pathlib.Path) -> None:
         " several were tried each has its row.",
         "",
     ]
-    (output / "image_networks.md").write_text("\n".join([*head, *sections]))
+    tail = []
+    if short:
+        tail = [
+            "## Too short to say anything",
+            "",
+            f"Some run had less than {LEAST_EPOCHS:g} epochs here.",
+            "",
+            *short,
+            "",
+        ]
+    (output / "image_networks.md").write_text("\n".join([*head, *sections, *tail]))
 
 
 def _plot_across(finished: Sequence[tuple[Run, Mapping[str, Any]]], path: pathlib.Path, title: str) -> None:

@@ -124,7 +124,8 @@ def short_runs(monkeypatch):
         del folder
         called.append(run)
         ends = [{"step": 2, "seconds": 1.0, "epoch": 1.0, "loss": 2.0, "test_error": 60.0}]
-        ends.append({"step": 4, "seconds": 2.0, "epoch": 2.0, "loss": 1.0, "test_error": 2.0})
+        last = 2.0 if run.method == "nag" else 4.0
+        ends.append({"step": 4, "seconds": 2.0, "epoch": last, "loss": 1.0, "test_error": 2.0})
         return "some data", [end | ({"skipped_fraction": 0.25} if run.method == "lsr1" else {}) for end in ends]
 
     monkeypatch.setattr(image_tables, "train", train)
@@ -132,22 +133,25 @@ def short_runs(monkeypatch):
 
 
 def test_image_tables_go_on_with_what_is_missing(short_runs, tmp_path, capsys):
-    command = ["--experiment", "lenet_500", "mlp", "--output", str(tmp_path)]
+    command = ["--experiment", "lenet_500", "mlp", "sensitivity", "--output", str(tmp_path)]
     image_tables.main([*command, "--minutes", "0"])
     assert not short_runs
     image_tables.main(command)
-    assert {run.network for run in short_runs} == {"lenet", "mlp"}
+    assert {run.network for run in short_runs} == {"lenet", "mlp", "cifar_net"}
     done = len(short_runs)
     image_tables.main(command)
     image_tables.main(["--minutes", "0", "--output", str(tmp_path)])
     assert len(short_runs) == done
     text = (tmp_path / "image_networks.md").read_text()
-    assert "| lsr1 | 4 | 2.0 | 2 | 1.0000 | 2.00 | 60.00 | 2.0 | 2 | 25.0% |" in text
+    assert "| lsr1 (memory 2) | 4 | 4.0 | 2 | 1.0000 | 2.00 | 60.00 | 4.0 | 2 | 25.0% |" in text
     assert "missing" not in text
-    assert (tmp_path / "image_networks_lenet_500.png").stat().st_size > 1000
+    assert (tmp_path / "image_networks_mlp.png").stat().st_size > 1000
+    # A table with a run of two epochs is no result.
+    assert not (tmp_path / "image_networks_lenet_500.png").exists()
+    assert "- L-SR1, table 1: lenet with batch normalisation, batches of 500: nag (rate 0.003) had 2.0 epochs" in text
 
     # Another time for a run is another run.
-    (tmp_path / "image_networks" / "lenet_500_lbfgs.json").unlink()
+    next((tmp_path / "image_networks").glob("mlp_*adam*.json")).unlink()
     image_tables.main(["--minutes", "0", "--output", str(tmp_path)])
     assert "Runs missing: 1." in (tmp_path / "image_networks.md").read_text()
     image_tables.main([*command, "--seconds", "7"])
