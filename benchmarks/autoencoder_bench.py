@@ -23,7 +23,7 @@ from benchmarks import plots
 from benchmarks.autoencoder import at_mark, describe, fit, make_problem
 from benchmarks.machine import load, machine
 from benchmarks.optimizers import OPTIMIZERS, settings_of
-from benchmarks.progress import format_number
+from benchmarks.progress import format_number, markdown
 from benchmarks.training import loss_at
 
 RESULTS = Path(__file__).parent / "results"
@@ -152,7 +152,7 @@ class Bench:
             f"{problem.dataset} Encoder {layers} (decoder mirrored), tanh, linear code, sparse initialisation, float32."
             f" {label.capitalize()}.{floor}",
             "",
-            *_markdown(head, rows),
+            *markdown(head, rows),
             "",
             self._verdict(),
             "",
@@ -211,10 +211,6 @@ def heading() -> str:
 def _last_loss(records):
     loss = records[-1]["loss"]
     return loss if loss is not None and loss == loss else float("inf")
-
-
-def _markdown(head, rows):
-    return ["| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows]]
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import optax
 import curvax
 from benchmarks.machine import on_machine
 from benchmarks.product_cost import setting
-from benchmarks.progress import table
+from benchmarks.progress import markdown, table
 
 SIZES = (64, 32, 32, 10)
 BATCH = 250
@@ -89,9 +89,7 @@ def main(argv=None):
         f"By `python -m benchmarks.compile_time`. Network {'-'.join(map(str, SIZES))}, tanh and softmax, batch {BATCH},"
         f" methods at their defaults; processor seconds, all threads. On {on_machine()}.",
         "",
-        "| " + " | ".join(columns) + " |",
-        "|" + " --- |" * len(columns),
-        *("| " + " | ".join(str(row[column]) for column in columns) + " |" for row in rows),
+        *markdown(columns, ((str(row[column]) for column in columns) for row in rows)),
     ]
     arguments.output.write_text("\n".join(lines) + "\n")
 

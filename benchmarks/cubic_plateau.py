@@ -28,7 +28,7 @@ import curvax
 from benchmarks import data
 from benchmarks.image_networks import mlp
 from benchmarks.plots import COLOURS
-from benchmarks.progress import table
+from benchmarks.progress import markdown, table
 
 HIDDEN, WIDTH, BATCH, PERIOD = 12, 128, 32, 100
 
@@ -180,8 +180,7 @@ def main(argv=None):
         columns = list(rows[0])
         table(rows, columns, f"{dataset}")
         lines += [f"## {name}", "", str(dataset), ""]
-        lines += ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-        lines += ["| " + " | ".join(row[c] for c in columns) + " |" for row in rows]
+        lines += markdown(columns, ([row[c] for c in columns] for row in rows))
         lines += ["", f"![error and learning rate](cubic_plateau_{name}.png)", ""]
     (arguments.output / "cubic_plateau.md").write_text("\n".join(lines))
 

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 
 import curvax
 from benchmarks.plots import COLOURS
-from benchmarks.progress import table
+from benchmarks.progress import markdown, table
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 TOLERANCE = 1e-4
@@ -279,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "Mean and deviation over the runs that reached the solution, and how many did if not all.",
         "",
     ]
-    lines += ["| " + " | ".join(row) + " |" for row in [columns, ["---"] * len(columns), *rows]]
+    lines += markdown(columns, rows)
     grid = f"rates {RATES}; momentum 0.9, 0.95, 0.99; beta1 0.9, 0.99; beta2 0.99, 0.999"
     lines += ["", f"Grid of the methods of first order: {grid}. Settings used:", "", *(f"- {note}" for note in notes)]
     lines += ["", "![trajectories](curveball_toys.png)"]

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.image_training import METHODS, TASKS, Run, train
 from benchmarks.plots import COLOURS, plot_runs
-from benchmarks.progress import table
+from benchmarks.progress import markdown, table
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 
@@ -277,7 +277,7 @@ def _section(
     lines = [f"## {experiment.title}", "", f"{' '.join(sources)} l2 {TASKS[finished[0][0].network].l2:g}."]
     lines += [f"Runs missing: {missing}."] if missing else []
     lines += [f"The paper: {experiment.paper}.", ""]
-    lines += ["| " + " | ".join(row) + " |" for row in [columns, ["---"] * len(columns), *(r.values() for r in rows)]]
+    lines += markdown(columns, (row.values() for row in rows))
     return "\n".join([*lines, "", f"![training loss]({picture})", ""])
 
 

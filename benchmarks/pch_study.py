@@ -26,7 +26,7 @@ import optax
 import curvax
 from benchmarks import data, plots
 from benchmarks.machine import machine, on_machine
-from benchmarks.progress import table
+from benchmarks.progress import markdown, table
 from benchmarks.training import Batches, train
 from curvax.layers.recursions import propagate
 
@@ -210,25 +210,20 @@ def report(case, arguments, grid, tried, long) -> list[str]:
         f"{case.dataset} Start: loss {next(iter(long.values()))[0]['loss']:.4f}." if long else f"{case.dataset}",
         f"{sum(map(len, tried.values()))} of {len(grid)} settings of the grid were tried, {arguments.probe:g} s each.",
         "",
-        "| family | tried | best | loss | worst loss |",
-        "| --- | --- | --- | --- | --- |",
     ]
+    cells = []
     for family, attempts in tried.items():
         losses = [loss for loss, _ in attempts]
         best = min(attempts, key=lambda attempt: attempt[0])
         values = best[1].label.partition(": ")[2]
-        lines.append(f"| {family} | {len(attempts)} | {values} | {best[0]:.4f} | {max(losses):.4f} |")
+        cells.append([family, f"{len(attempts)}", values, f"{best[0]:.4f}", f"{max(losses):.4f}"])
+    lines += markdown(["family", "tried", "best", "loss", "worst loss"], cells)
     if long:
         lines += ["", f"The best of each family for {arguments.seconds:g} s:", ""]
-        lines += [
-            "| run | steps | epochs | loss | test loss | test accuracy |",
-            "| --- | --- | --- | --- | --- | --- |",
-        ]
         rows = sorted(long.items(), key=lambda item: item[1][-1]["loss"])
-        for label, records in rows:
-            last = records[-1]
-            figures = f"{last['loss']:.4f} | {last['test_loss']:.4f} | {last['test_accuracy']:.3f}"
-            lines.append(f"| {label} | {last['step']} | {last['epoch']:.0f} | {figures} |")
+        formats = {"step": "d", "epoch": ".0f", "loss": ".4f", "test_loss": ".4f", "test_accuracy": ".3f"}
+        ends = ([label, *(format(records[-1][key], form) for key, form in formats.items())] for label, records in rows)
+        lines += markdown(["run", "steps", "epochs", "loss", "test loss", "test accuracy"], ends)
         table([{"run": k, **v[-1]} for k, v in rows], ["run", "step", "epoch", "loss", "test_accuracy"], case.criterion)
         plots.plot_runs(
             long, RESULTS / f"pch_study_{name}.png", title=case.criterion, label="training loss", count="epoch"
@@ -287,14 +282,11 @@ def errors(case: Problem, along: str, steps: int, every: int, examples: int) -> 
         f"|| H_t - abs(E[H_t]) ||_F over {examples} examples, the mean over {len(found)} iterates of {steps} steps of"
         f" {along} (the paper: over those of its own runs).",
         "",
-        "| layer | " + " | ".join(kinds) + " |",
-        "| --- |" + " --- |" * len(kinds),
     ]
-    for index in range(means.shape[1]):
-        lines.append(f"| {index + 1} | " + " | ".join(f"{value:.4f}" for value in means[:, index]) + " |")
     total = np.sqrt(np.sum(means**2, axis=1))
-    lines.append("| total | " + " | ".join(f"{value:.4f}" for value in total) + " |")
-    lines.append("| total, paper | " + " | ".join(f"{published[k]:.4f}" for k in kinds) + " |")
+    figures = [*zip(range(1, means.shape[1] + 1), means.T, strict=True), ("total", total)]
+    figures.append(("total, paper", [published[k] for k in kinds]))
+    lines += markdown(["layer", *kinds], ([f"{name}", *(f"{value:.4f}" for value in row)] for name, row in figures))
     order = " < ".join(kinds[i] for i in np.argsort(total))
     text = f"Order here: {order}; the paper's: " + " < ".join(sorted(kinds, key=lambda k: published[k])) + "."
     print("\n".join([*lines, "", text]))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 import curvax
 from benchmarks.operations import flops
-from benchmarks.progress import table
+from benchmarks.progress import markdown, table
 
 SIZES = (784, 1024, 1024, 10)
 BATCH = 512
@@ -104,7 +104,7 @@ def main(argv=None):
     table([dict(zip(columns, row, strict=True)) for row in rows], columns, title)
     arguments.output.mkdir(parents=True, exist_ok=True)
     lines = [f"# {title}", "", f"Median of {arguments.repeats} calls, taken in turn in one process.", ""]
-    lines += ["| " + " | ".join(row) + " |" for row in [columns, ["---"] * len(columns), *rows]]
+    lines += markdown(columns, rows)
     (arguments.output / "product_cost.md").write_text("\n".join(lines) + "\n")
 
 

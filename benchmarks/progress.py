@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -181,6 +181,11 @@ def table(
     for row in rows:
         picture.add_row(*(Text(format_number(row.get(name))) for name in columns))
     (console or default_console()).print(picture)
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """The lines of a table in Markdown."""
+    return ["| " + " | ".join(cells) + " |" for cells in [columns, ["---"] * len(columns), *rows]]
 
 
 def log_json(path: str | Path, record: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 import optax
 
 import curvax
-from benchmarks.progress import table
+from benchmarks.progress import markdown, table
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 STEEPNESS = (15.0, 1e4)
@@ -217,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     title = f"The ravine: iterations to {TOLERANCE:g} of the first loss"
     table([dict(zip(columns, row, strict=True)) for row in rows], columns, title)
     lines = [f"# {title}", "", *(__doc__ or "").split("\n\n", 2)[2].strip().splitlines(), ""]
-    lines += ["| " + " | ".join(row) + " |" for row in [columns, ["---"] * len(columns), *rows]]
+    lines += markdown(columns, rows)
     (arguments.output / "ravine.md").write_text("\n".join(lines) + "\n")
 
 

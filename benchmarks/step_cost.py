@@ -25,7 +25,7 @@ from benchmarks.image_networks import small_cnn
 from benchmarks.machine import load, on_machine
 from benchmarks.operations import flops
 from benchmarks.product_cost import setting
-from benchmarks.progress import table
+from benchmarks.progress import markdown, table
 
 KEEP = curvax.damping.DampingRule(decrease=1, increase=1)
 CYCLE = 20
@@ -288,8 +288,8 @@ def main(argv=None):
         columns = list(rows[0])
         conditions = f"On {on_machine()}; load {before:g} before. Medians of {arguments.repeats} cycles."
         table(rows, columns, f"{network.title}. {conditions}")
-        cells = [columns, ["---"] * len(columns), *([row[column] for column in columns] for row in rows)]
-        lines = [f"## {network.title}", "", conditions, "", *("| " + " | ".join(row) + " |" for row in cells)]
+        cells = ([row[column] for column in columns] for row in rows)
+        lines = [f"## {network.title}", "", conditions, "", *markdown(columns, cells)]
         (sections / f"{name}.md").write_text("\n".join(lines) + "\n")
         jax.clear_caches()
     files = [sections / f"{name}.md" for name in NETWORKS]

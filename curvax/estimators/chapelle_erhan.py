@@ -47,16 +47,13 @@ def chapelle_erhan_diagonal(
         Array([1., 9.], dtype=float...)
     """
     if isinstance(linear_map, Sum):
-        keys = iter(trees.split_key(key, sum(not isinstance(part, Diagonal) for part in linear_map.maps)))
-        parts = [
-            part.diagonal()
-            if isinstance(part, Diagonal)
-            else chapelle_erhan_diagonal(
-                part, next(keys), num_samples=num_samples, distribution=distribution, layers=layers
-            )
-            for part in linear_map.maps
+        known = [part.diagonal() for part in linear_map.maps if isinstance(part, Diagonal)]
+        rest = [part for part in linear_map.maps if not isinstance(part, Diagonal)]
+        estimates = [
+            chapelle_erhan_diagonal(part, k, num_samples=num_samples, distribution=distribution, layers=layers)
+            for part, k in zip(rest, trees.split_key(key, len(rest)), strict=True)
         ]
-        return functools.reduce(trees.add, parts)
+        return functools.reduce(trees.add, [*estimates, *known])
     if isinstance(linear_map, Diagonal):
         return linear_map.diagonal()
 
