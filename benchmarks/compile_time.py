@@ -89,7 +89,7 @@ def main(argv=None):
         f"By `python -m benchmarks.compile_time`. Network {'-'.join(map(str, SIZES))}, tanh and softmax, batch {BATCH},"
         f" methods at their defaults; processor seconds, all threads. On {on_machine()}.",
         "",
-        *markdown(columns, ((str(row[column]) for column in columns) for row in rows)),
+        *markdown(columns, ([str(row[column]) for column in columns] for row in rows)),
     ]
     arguments.output.write_text("\n".join(lines) + "\n")
 

@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -183,7 +183,7 @@ def table(
     (console or default_console()).print(picture)
 
 
-def markdown(columns: Sequence[str], rows: Iterable[Iterable[str]]) -> list[str]:
+def markdown(columns: Sequence[str], rows: Iterable[Collection[str]]) -> list[str]:
     """The lines of a table in Markdown."""
     return ["| " + " | ".join(cells) + " |" for cells in [columns, ["---"] * len(columns), *rows]]
 
