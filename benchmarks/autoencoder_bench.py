@@ -28,7 +28,7 @@ from benchmarks.training import loss_at
 
 RESULTS = Path(__file__).parent / "results"
 METHODS = ("kfac", "kfac_tridiagonal", "adam", "nag", "hessian_free")
-VARIANTS = ("ekfac", "kfac_without_momentum", "kfac_averaged", "kfac_growing")
+VARIANTS = ("kfac_growing", "kfac_tridiagonal_growing", "ekfac", "kfac_without_momentum", "kfac_averaged")
 
 
 class Case(NamedTuple):

@@ -98,6 +98,9 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "kfac_without_momentum": Optimizer(functools.partial(curvax.kfac, momentum=0.0), _KFAC, ({},), True),
     "kfac_averaged": Optimizer(_kfac_averaged, _KFAC, ({},), True, averaged=True),
     "kfac_growing": Optimizer(curvax.kfac, {**_KFAC, "steps_to_whole": 500}, ({},), True),
+    "kfac_tridiagonal_growing": Optimizer(
+        functools.partial(curvax.kfac, inverse="block_tridiagonal"), {**_KFAC, "steps_to_whole": 500}, ({},), True
+    ),
     "hessian_free": Optimizer(
         _hessian_free,
         {"batch_size": 1000, "damping": 1.0, "max_iterations": 20, "warm_start": 0.95},

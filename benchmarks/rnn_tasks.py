@@ -33,7 +33,8 @@ import numpy as np
 import optax
 
 import curvax
-from benchmarks.progress import Progress, log_json, table
+from benchmarks.machine import load, machine
+from benchmarks.progress import Progress, log_json, markdown, table
 from benchmarks.rnn_data import TASKS, Task
 
 PyTree = Any
@@ -126,8 +127,8 @@ def run(settings: Settings, seed: int, deadline: float = math.inf) -> dict[str, 
         deadline: When to give up, on the clock of ``time.perf_counter``.
 
     Returns:
-        A record: outcome ("solved" or "failed"), sequences, steps, seconds, test_error, and ``settings`` and
-        ``seed``; None if the deadline came first.
+        A record: outcome ("solved" or "failed"), sequences, steps, seconds, test_error, ``settings`` and ``seed``, the
+        machine and its load when the run began; None if the deadline came first.
     """
     trainer = make_trainer(settings)
     task = TASKS[settings.task]
@@ -135,7 +136,7 @@ def run(settings: Settings, seed: int, deadline: float = math.inf) -> dict[str, 
     test = task.draw(testing, settings.lag, settings.test_batch)
     params = initial(task, settings.hidden, jax.random.key(seed))
     state = trainer.init(params)
-    sequences, steps, test_error = 0, 0, 1.0
+    sequences, steps, test_error, began = 0, 0, 1.0, load()
     title = f"{settings.task}, lag {settings.lag}, {settings.damping}, seed {seed}; step = a thousand sequences"
     budget = None if math.isinf(deadline) else deadline - time.perf_counter()
     with Progress(settings.max_sequences // 1000, budget, title) as progress:
@@ -158,6 +159,8 @@ def run(settings: Settings, seed: int, deadline: float = math.inf) -> dict[str, 
         "test_error": test_error,
         "seed": seed,
         "settings": dataclasses.asdict(settings),
+        "machine": machine(),
+        "load": began,
     }
 
 
@@ -308,7 +311,7 @@ def report(records: list[dict[str, Any]], planned: int) -> str:
         "failure rate",
         "seconds",
     ]
-    rows = [columns, ["---"] * len(columns)]
+    rows = []
     for group in groups:
         settings = group[0]["settings"]
         counts = [record["sequences"] / 1000 for record in group if record["outcome"] == "solved"]
@@ -339,9 +342,20 @@ def report(records: list[dict[str, Any]], planned: int) -> str:
         " D/30; tikhonov: lambda I, lambda from 0.3. Random permutation starts from 0.1 times the lag.",
         "- Seconds are the mean of all runs, solved or not; the first of a cell in a process compiles.",
         "",
-        *("| " + " | ".join(row) + " |" for row in rows),
+        *markdown(columns, rows),
+        *_machines(records),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _machines(records):
+    """Where the runs were made, and under what load; those of before this was noted are left out."""
+    noted = [record for record in records if "machine" in record]
+    if not noted:
+        return []
+    kinds = {", ".join(f"{key} {value}" for key, value in record["machine"].items()) for record in noted}
+    loads = [record["load"] for record in noted]
+    return ["", f"On {'; '.join(sorted(kinds))}; load {min(loads):.1f} to {max(loads):.1f} when the runs began."]
 
 
 def _parser():

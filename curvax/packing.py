@@ -19,8 +19,6 @@ import jax.numpy as jnp
 from curvax import trees
 from curvax.types import PyTree
 
-SMALL = 2**14  # entries: 64 kilobytes in float32
-
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
@@ -66,8 +64,7 @@ def packing_of(tree: PyTree) -> Packing:
     """Small leaves of one dtype go together; the order of the groups is that of their first leaves."""
     groups: dict[object, list[int]] = {}
     for number, leaf in enumerate(jax.tree.leaves(tree)):
-        apart = leaf.size > SMALL or not jax.typeof(leaf).sharding.mesh.empty
-        groups.setdefault(number if apart else leaf.dtype, []).append(number)
+        groups.setdefault(leaf.dtype if trees.is_small(leaf) else number, []).append(number)
     return Packing(trees.structure_of(tree), tuple(map(tuple, groups.values())))
 
 

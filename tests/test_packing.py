@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 import curvax
-from curvax.packing import SMALL, packing_of
+from curvax import trees
+from curvax.packing import packing_of
+from curvax.trees import SMALL
 
 
 def _tree():
@@ -74,3 +76,51 @@ def test_solvers_give_pytrees_to_the_functions_of_the_caller(solver):
     exact = np.linalg.solve(matrix.astype(np.float64), np.concatenate([leaf.ravel() for leaf in b.values()]))
     value = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(found.value)])
     np.testing.assert_allclose(value, exact, rtol=1e-4, atol=1e-5)
+
+
+def _pairs():
+    """Trees of one structure whose leaves are small, large, empty and of several dtypes."""
+    generator = np.random.default_rng(0)
+    return [
+        jax.tree.map(lambda leaf: jnp.asarray(generator.normal(size=leaf.shape), leaf.dtype), _tree()) for _ in "abcd"
+    ]
+
+
+def test_several_inner_products_are_those_of_each_pair():
+    a, b, c, d = _pairs()
+    together = jax.jit(lambda *pairs: trees.vdots(*pairs))((a, b), (c, c), (a, d))
+    assert together.dtype == jnp.float32
+    for found, pair in zip(np.asarray(together), ((a, b), (c, c), (a, d)), strict=True):
+        x, y = (np.concatenate([np.ravel(leaf).astype(float) for leaf in jax.tree.leaves(tree)]) for tree in pair)
+        assert abs(found - x @ y) < 1e-6 * np.linalg.norm(x) * np.linalg.norm(y)
+
+
+@pytest.mark.parametrize("place", ["large", "half", "kernel", "scalar"])
+@pytest.mark.parametrize("entry", [-100.0, jnp.inf, jnp.nan])
+def test_the_largest_entries_of_several_trees_wherever_they_stand(place, entry):
+    a, b, c, _ = _pairs()
+    b = {**b, place: b[place].at[(-1,) * b[place].ndim].set(entry)}
+    together, apart = jax.jit(lambda *all: (trees.largests(*all), [trees.largest(tree) for tree in all]))(a, b, c)
+    np.testing.assert_array_equal(together, apart)
+    assert together[1] == 100 if np.isfinite(entry) else not np.isfinite(together[1])
+
+
+@pytest.mark.parametrize("size", [10, 3000, 5000, SMALL, SMALL + 1, 100_000])
+@pytest.mark.parametrize("entry", [jnp.nan, jnp.inf, -jnp.inf])
+def test_an_entry_that_is_not_finite_is_found_in_leaves_of_all_sizes(size, entry):
+    whole = jnp.linspace(-1.0, 1.0, size, dtype=jnp.float32)
+    finite = jax.jit(trees.all_finite)
+    assert finite({"a": whole, "b": jnp.ones(3)})
+    for place in (0, size // 2, -1):
+        assert not finite({"a": whole.at[place].set(entry), "b": jnp.ones(3)})
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 7])
+def test_a_tree_is_chosen_leaf_by_leaf_whatever_their_sizes(number):
+    a, b, c, _ = _pairs()
+    b = {**b, "kernel": a["kernel"]}
+    c = {**c, "kernel": a["kernel"]}
+    chosen = jax.jit(trees.choose)(jnp.int32(number), a, b, c)
+    jax.tree.map(np.testing.assert_array_equal, chosen, (a, b, c)[min(number, 2)])
+    several = jax.vmap(lambda n: trees.choose(n, a, b, c))(jnp.array([number, 0], jnp.int32))
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[0], y), several, chosen)

@@ -42,13 +42,17 @@ class ScaledSystem:
 
     def probe(self, direction: PyTree) -> Probe:
         product = self.multiply(direction)
-        norm = trees.norm(product)
-        norm = jnp.where(norm == 0, 1, norm)
-        unit_product = trees.scale(1 / norm, product)
-        slope = trees.vdot(direction, unit_product)
+        size = trees.largest(product)
+        size = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
+        scaled = trees.scale(1 / size, product)
+        square, slope, length = trees.vdots((scaled, scaled), (direction, scaled), (direction, direction))
+        norm = jnp.where(square == 0, 1, jnp.sqrt(square))
+        slope = slope / norm
         # A cosine between p and A p below rounding says nothing about its sign. For definite A the cosine is at least
         # 2 / sqrt(condition number), so that this spares all but hopeless systems.
-        flat = slope <= jnp.finfo(slope.dtype).eps * jnp.sqrt(trees.vdot(direction, direction))
+        flat = slope <= jnp.finfo(slope.dtype).eps * jnp.sqrt(length)
+        unit_product = trees.scale(1 / norm, scaled)
+        norm = size * norm
         return Probe(unit_product, norm, jnp.where(flat, 1, slope), flat)
 
     def precondition(self, residual: PyTree) -> PyTree:
@@ -90,14 +94,17 @@ def scaled_system(matvec, b, x0, preconditioner) -> tuple[ScaledSystem, PyTree, 
     if preconditioner is not None:
         preconditioner = packing.inside(preconditioner, "preconditioner")
     right = wide(b)
-    size = trees.largest(right)
+    downhill = trees.scale(-1.0, right)
     if x0 is None:
-        start, residual = trees.zeros_like(right), trees.scale(-1.0, right)
+        start, residual = trees.zeros_like(right), downhill
+        size = residual_size = trees.largest(right)
     else:
         start = wide(packing.pack(x0))
-        start = trees.where((size > 0) & trees.all_finite(start), start, trees.zeros_like(start))
         residual = trees.sub(product(matvec, start, b), right)
-    residual_size = size if x0 is None else trees.largest(residual)
+        size, start_size, residual_size = trees.largests(right, start, residual)
+        useful = (size > 0) & jnp.isfinite(start_size)
+        start, residual = trees.where(useful, (start, residual), (trees.zeros_like(start), downhill))
+        residual_size = jnp.where(useful, residual_size, size)
     unit = power_of_two(jnp.maximum(size, residual_size))
 
     def inward(vector):
@@ -114,18 +121,41 @@ def scaled_system(matvec, b, x0, preconditioner) -> tuple[ScaledSystem, PyTree, 
     return system, inward(start), residual
 
 
-def start_of_run(system: ScaledSystem, residual: PyTree, model_value: Scalar, threshold: Array):
-    """What a run begins with: |r_0|, r_0^T P^{-1} r_0, the direction -P^{-1} r_0, and the reason to end at once."""
+class Start(NamedTuple):
+    """What a run begins with.
+
+    Attributes:
+        threshold: Of |r|, below which the run ends.
+        model_value: q(x_0).
+        descent: r_0^T P^{-1} r_0.
+        direction: -P^{-1} r_0.
+        reason: The reason to end at once, if there is one.
+    """
+
+    threshold: Array
+    residual_norm: Array
+    model_value: Array
+    descent: Array
+    direction: PyTree
+    reason: Array
+
+
+def start_of_run(system: ScaledSystem, x: PyTree, residual: PyTree, tolerance: Scalar) -> Start:
+    """The start at x_0 with residual r_0; the run is to end at |r| <= tolerance |b|."""
     preconditioned = system.precondition(residual)
-    descent = trees.vdot(residual, preconditioned)
-    residual_norm = jnp.sqrt(trees.vdot(residual, residual))
+    right = system.right
+    squares = (right, right), (residual, residual)
+    sums = trees.vdots(*squares, (trees.sub(residual, right), x), (residual, preconditioned))
+    (length, residual_norm), (model_value, descent) = jnp.sqrt(sums[:2]), sums[2:]
+    model_value, threshold = 0.5 * model_value, jnp.asarray(tolerance, length.dtype) * length
     reason = first_reason(
         (~jnp.isfinite(residual_norm + model_value), StopReason.NON_FINITE),
         (residual_norm <= threshold, StopReason.CONVERGED),
         (~jnp.isfinite(descent), StopReason.NON_FINITE),
         (descent <= 0, StopReason.BREAKDOWN),
     )
-    return residual_norm, descent, narrow(trees.scale(-1.0, preconditioned), system.like), reason
+    direction = narrow(trees.scale(-1.0, preconditioned), system.like)
+    return Start(threshold, residual_norm, model_value, descent, direction, reason)
 
 
 def product(function, vector, like) -> PyTree:

@@ -110,14 +110,14 @@ def cg(
     if not isinstance(cap, int) and not (progress_tolerance is None and store_at is None):
         raise ValueError("progress_tolerance= and store_at= need max_iterations as a Python integer, not a traced one")
     system, x, residual = scaled_system(matvec, b, x0, preconditioner)
-    threshold = jnp.asarray(tolerance, system.unit.dtype) * jnp.sqrt(trees.vdot(system.right, system.right))
-    state = _start(system, x, residual, threshold, cap, store_at, monitor)
+    start = start_of_run(system, x, residual, tolerance)
+    state = _start(system, start, x, residual, cap, store_at, monitor)
 
     def running(state):
         return (state.reason == StopReason.MAX_ITERATIONS) & (state.iteration < cap)
 
     def step(state):
-        return _step(system, state, threshold, progress_tolerance, monitor)
+        return _step(system, state, start.threshold, progress_tolerance, monitor)
 
     return _result(system, jax.lax.while_loop(running, step, state))
 
@@ -157,18 +157,12 @@ class _Store(NamedTuple):
     numbers: Array
 
 
-def _start(system, x, residual, threshold, cap, store_at, monitor):
-    model_value = _model_value(system, x, residual)
-    residual_norm, descent, direction, reason = start_of_run(system, residual, model_value, threshold)
-    trace = jnp.full((cap + 1,), model_value) if isinstance(cap, int) else None
+def _start(system, start, x, residual, cap, store_at, monitor):
+    trace = jnp.full((cap + 1,), start.model_value) if isinstance(cap, int) else None
     stored = None if store_at is None else _empty_store(system, x, store_at, cap)
     watched, zero = None if monitor is None else monitor.state, jnp.zeros((), jnp.int32)
-    run = x, residual, direction, descent, residual_norm, model_value
-    return _State(zero, reason, *run, trace, stored, watched)
-
-
-def _model_value(system, x, residual):
-    return 0.5 * trees.vdot(trees.sub(residual, system.right), x)
+    run = x, residual, start.direction, start.descent, start.residual_norm, start.model_value
+    return _State(zero, start.reason, *run, trace, stored, watched)
 
 
 # The textbook's run (Hestenes and Stiefel 1952), which jax.scipy.sparse.linalg.cg is, but for this:
@@ -183,8 +177,8 @@ def _step(system: ScaledSystem, state: _State, threshold, progress_tolerance, mo
     length = state.descent / slope
     x = trees.add_scaled(state.x, length / product_norm, p)
     residual = trees.add_scaled(state.residual, length, unit_product)
-    residual_norm = jnp.sqrt(trees.vdot(residual, residual))
-    model_value = _model_value(system, x, residual)
+    sums = trees.vdots((residual, residual), (trees.sub(residual, system.right), x))
+    residual_norm, model_value = jnp.sqrt(sums[0]), 0.5 * sums[1]
     defect = first_reason(
         (~jnp.isfinite(product_norm), StopReason.NON_FINITE),
         (flat, StopReason.NEGATIVE_CURVATURE),

@@ -16,7 +16,6 @@ from curvax import trees
 from curvax.layers.per_example import split_uses
 from curvax.layers.taps import TappedPoint
 from curvax.layers.use import LayerUse, sum_in_chunks
-from curvax.matrices.curvature import example_keys
 from curvax.matrices.linear_map import Noise
 from curvax.objectives.output_matrix import OutputMatrix, num_columns, unit_vector
 from curvax.objectives.point import CurvaturePoint
@@ -96,13 +95,12 @@ def sampled_squares(
     scales = [cases.scale for cases in tapped.point.cases]
     ones = [jnp.ones(tapped.point.num_examples(term), scale.dtype) for term, scale in enumerate(scales)]
 
-    def seed(matrix, scale, keys):
-        example = trees.example_structure(matrix.root_structure)
-        noise = jax.vmap(lambda key: distribution(key, example))(keys)
+    def seed(matrix, scale, key):
+        noise = distribution(key, matrix.root_structure)
         return scale_cases(jnp.sqrt(scale), matrix.sqrt_transpose_product(noise))
 
     def one(total, key):
-        keys = example_keys(tapped.point, key)
+        keys = trees.split_key(key, len(matrices))
         captured = tapped.pull_back(tuple(map(seed, matrices, scales, keys)))
         return trees.add(total, products(tapped, captured, captured, ones)), None
 

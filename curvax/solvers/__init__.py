@@ -6,8 +6,10 @@ from curvax.krylov.monitors import Monitor as Monitor
 from curvax.krylov.monitors import lookback_monitor as lookback_monitor
 from curvax.krylov.monitors import reduction_monitor as reduction_monitor
 from curvax.krylov.stop_reasons import StopReason as StopReason
+from curvax.solvers.backtracking import Choice as Choice
 from curvax.solvers.backtracking import backtrack as backtrack
 from curvax.solvers.backtracking import best_stored as best_stored
+from curvax.solvers.backtracking import choose_and_search as choose_and_search
 from curvax.solvers.backtracking import last_stored as last_stored
 from curvax.solvers.krylov_subspace import krylov_subspace as krylov_subspace
 from curvax.solvers.krylov_subspace import minimize_in_subspace as minimize_in_subspace

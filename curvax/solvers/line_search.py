@@ -17,6 +17,7 @@ class LineSearch(NamedTuple):
     step_size: Array
     value: Array
     found: Array  # whether it falls enough; if not, no step should be taken
+    slope: Array  # f'(0)
 
 
 def backtracking_line_search(
@@ -50,22 +51,47 @@ def backtracking_line_search(
         (0.25, True)
     """
     slope = jnp.asarray(slope)
-    start, sufficient_decrease, shrink, initial = (
-        jnp.asarray(x, slope.dtype) for x in (start, sufficient_decrease, shrink, initial)
-    )
+    rule = Shortening(start, slope, sufficient_decrease, shrink, max_tries)
+    initial = jnp.asarray(initial, slope.dtype)
+    begun = rule.begun(initial, loss_at(initial) if first is None else first)
+    return rule.result(jax.lax.while_loop(rule.goes_on, lambda trial: rule.next(trial, loss_at), begun))
 
-    def sufficient(step_size, value):
-        return (value <= start + sufficient_decrease * step_size * slope) & (slope <= 0)
 
-    def searching(carry):
-        step_size, value, tries = carry
-        return ~sufficient(step_size, value) & (slope <= 0) & (tries < jnp.asarray(max_tries, jnp.int32))
+class Trial(NamedTuple):
+    """A step size, the loss there, and how many were tried before."""
 
-    def shorten(carry):
-        step_size, _, tries = carry
-        step_size = shrink * step_size
-        return step_size, jnp.asarray(loss_at(step_size), slope.dtype), tries + 1
+    step_size: Array
+    value: Array
+    tries: Array
 
-    first = jnp.asarray(loss_at(initial) if first is None else first, slope.dtype)
-    step_size, value, _ = jax.lax.while_loop(searching, shorten, (initial, first, jnp.zeros((), jnp.int32)))
-    return LineSearch(step_size, value, sufficient(step_size, value))
+
+class Shortening:
+    """The search as a rule on trials, for loops that have more to do: f(0), f'(0), c, rho and the most tries."""
+
+    def __init__(self, start: Scalar, slope: Array, sufficient_decrease: Scalar, shrink: Scalar, max_tries: Scalar):
+        self.slope, self.max_tries = slope, jnp.asarray(max_tries, jnp.int32)
+        numbers = start, sufficient_decrease, shrink
+        self.start, self.sufficient_decrease, self.shrink = (jnp.asarray(x, slope.dtype) for x in numbers)
+
+    def begun(self, step_size: Scalar, value: Scalar) -> Trial:
+        """The first trial."""
+        dtype = self.slope.dtype
+        return Trial(jnp.asarray(step_size, dtype), jnp.asarray(value, dtype), jnp.zeros((), jnp.int32))
+
+    def goes_on(self, trial: Trial) -> Array:
+        """Whether a shorter step is to be tried."""
+        return ~self.sufficient(trial) & (self.slope <= 0) & (trial.tries < self.max_tries)
+
+    def next(self, trial: Trial, loss_at: Callable[[Array], Array]) -> Trial:
+        """The next trial."""
+        step_size = self.shrink * trial.step_size
+        return Trial(step_size, jnp.asarray(loss_at(step_size), self.slope.dtype), trial.tries + 1)
+
+    def sufficient(self, trial: Trial) -> Array:
+        """Whether the loss has fallen enough."""
+        bound = self.start + self.sufficient_decrease * trial.step_size * self.slope
+        return (trial.value <= bound) & (self.slope <= 0)
+
+    def result(self, trial: Trial) -> LineSearch:
+        """What the search has come to."""
+        return LineSearch(trial.step_size, trial.value, self.sufficient(trial), self.slope)

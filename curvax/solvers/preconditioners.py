@@ -38,7 +38,9 @@ def diagonal_preconditioner(diagonal: PyTree, *, offset: Scalar = 0.0, exponent:
     diagonal = wide(jax.tree.map(jnp.asarray, diagonal))
     shifted = jax.tree.map(lambda leaf: leaf + jnp.asarray(offset, leaf.dtype), diagonal)
     dtype = trees.wide_dtype(*jax.tree.leaves(shifted))
-    largest = functools.reduce(jnp.maximum, [jnp.max(leaf).astype(dtype) for leaf in jax.tree.leaves(shifted)])
+    # Clipped in front of the maximum, as XLA takes that of a joint vector leaf by leaf again.
+    tops = [jnp.max(jnp.maximum(leaf, 0)).astype(dtype) for leaf in jax.tree.leaves(shifted)]
+    largest = functools.reduce(jnp.maximum, tops)
     largest = jnp.where(largest > 0, largest, 1)
 
     def inverse_power(leaf):

@@ -77,7 +77,7 @@ def steihaug(
     cap = check_at_least("max_iterations", max_iterations, 1)
     system, zero, residual = scaled_system(matvec, b, None, preconditioner)
     dtype, root = system.unit.dtype, jnp.sqrt(system.preconditioner_unit)
-    threshold = jnp.asarray(tolerance, dtype) * trees.norm(system.right)
+    start = start_of_run(system, zero, residual, tolerance)
     # x is held in units of the radius, so that neither a tiny nor a huge one is lost in the squares.
     limit = jnp.asarray(radius, dtype) * root
     x_unit = jnp.minimum(limit, system.unit / jnp.finfo(dtype).eps ** 2)
@@ -101,17 +101,18 @@ def steihaug(
         factor = descent / state.descent
         direction = system.descent(preconditioned, factor, p)
         if preconditioner is None:
-            image, xx = None, trees.vdot(x, x)
+            image = None
+            xx, xp, pp = trees.vdots((x, x), (x, direction), (direction, direction))
         else:
             image = trees.add_scaled(trees.scale(-1.0, residual), factor, state.image)
             xx = state.xx + length * (2 * state.xp + length * state.pp)
-        xp, pp = (trees.vdot(vector, direction if image is None else image) for vector in (x, direction))
+            xp, pp = trees.vdots((x, image), (direction, image))
 
         verdict = first_reason(
             (~jnp.isfinite(product_norm + residual_norm), StopReason.NON_FINITE),
             (flat, StopReason.NEGATIVE_CURVATURE),
             (~inside, StopReason.BOUNDARY),
-            (residual_norm <= threshold, StopReason.CONVERGED),
+            (residual_norm <= start.threshold, StopReason.CONVERGED),
             (~jnp.isfinite(descent), StopReason.NON_FINITE),
             (descent <= 0, StopReason.BREAKDOWN),
         )
@@ -123,7 +124,7 @@ def steihaug(
     def running(state):
         return (state.reason == StopReason.MAX_ITERATIONS) & (state.iteration < cap)
 
-    state = jax.lax.while_loop(running, step, _start(system, zero, residual, threshold))
+    state = jax.lax.while_loop(running, step, _start(system, start, zero, residual))
     negative = state.reason == StopReason.NEGATIVE_CURVATURE
     return SteihaugResult(
         value=system.packing.unpack(narrow(trees.scale(x_unit, state.x), system.like)),
@@ -151,8 +152,8 @@ class _State(NamedTuple):
     pp: Array  # p^T P p
 
 
-def _start(system, zero, residual, threshold):
-    residual_norm, descent, direction, reason = start_of_run(system, residual, 0.0, threshold)
+def _start(system, start, zero, residual):
     image = None if system.preconditioner is None else trees.scale(-1.0, residual)
-    none, iteration = jnp.zeros_like(descent), jnp.zeros((), jnp.int32)
-    return _State(iteration, reason, zero, residual, residual_norm, direction, image, descent, none, none, descent)
+    none, iteration = jnp.zeros_like(start.descent), jnp.zeros((), jnp.int32)
+    run = residual, start.residual_norm, start.direction, image, start.descent
+    return _State(iteration, start.reason, zero, *run, none, none, start.descent)

@@ -19,6 +19,7 @@ from curvax.layers.inverses import kronecker_preconditioner
 from curvax.layers.taps import tap
 from curvax.matrices.curvature import Curvature, Fisher, GaussNewton, check_curvature
 from curvax.matrices.quadratic_model import reduction_ratio
+from curvax.packing import packing_of
 from curvax.transforms._arguments import check_arguments, static_count
 from curvax.transforms._judge import JudgedBy, adapted_at_once, judging
 from curvax.transforms._step import Given, Step, stepper
@@ -155,7 +156,7 @@ def hessian_free(
     damping_matrix = tikhonov() if damping_matrix is None else damping_matrix
     curvature = GaussNewton() if curvature is None else curvature
     check_curvature("hessian_free", curvature)
-    choose = _named("choice", choice, _CHOICES)
+    way = _named("choice", choice, _CHOICES)
     make_monitor = _named("stop", stop, _MONITORS)
     _named("warm_start_from", warm_start_from, {"last": 0, "best": 0, "gradient": 0})
     kronecker = _named("preconditioner", preconditioner, {"diagonal": False, "kronecker": True})
@@ -170,22 +171,25 @@ def hessian_free(
         count = static_count("hessian_free", "max_iterations", max_iterations, 50)
         matrix = curvature.at(local, given.key).restrict(given.gradient)
         damped = damping_matrix.matrix(local, curvature, given.strength, given.key)
+        # Small leaves are one vector throughout, iterates and all.
+        packing = packing_of(given.gradient)
+        gradient, memory = packing.pack(given.gradient), packing.pack(given.memory)
         if kronecker:
-            precondition = _kronecker_preconditioner(given, given.other_key, layers)
+            precondition = _kronecker_preconditioner(given, packing, layers)
         else:
             power = preconditioner_exponent, preconditioner_offset
-            precondition = _diagonal_preconditioner(damped, given, given.other_key, layers, *power)
+            precondition = _diagonal_preconditioner(damped, given, packing, layers, *power)
 
         def loss_on(point):
-            return lambda delta: point.loss_along(delta).astype(dtype)
+            return lambda delta: point.loss_along(packing.unpack(delta)).astype(dtype)
 
         judged_at = at if held_out is None else held_out
         loss, judged = at.loss.astype(dtype), judged_at.loss.astype(dtype)
-        origin = trees.scale(-1.0, given.gradient) if warm_start_from == "gradient" else given.memory
+        downhill = trees.scale(-1.0, gradient)
         result = solvers.cg(
-            damped.restrict(given.gradient),
-            trees.scale(-1.0, given.gradient),
-            x0=trees.scale(given.number(warm_start), origin),
+            packing.inside(damped.restrict(given.gradient), "the damped matrix"),
+            downhill,
+            x0=trees.scale(given.number(warm_start), downhill if warm_start_from == "gradient" else memory),
             preconditioner=precondition,
             max_iterations=count,
             tolerance=float(jnp.finfo(dtype).eps),
@@ -194,27 +198,25 @@ def hessian_free(
             monitor=make_monitor(loss_on(local), local, static_count("hessian_free", "stop_period", stop_period, 5)),
         )
         assert result.stored is not None
-        chosen = choose(result.stored, loss_on(judged_at), judged)
+        # An ascent direction (possible from a warm start that was cut short) is not followed.
+        chosen, search = solvers.choose_and_search(
+            result.stored,
+            loss_on(judged_at),
+            judged,
+            gradient,
+            choice=way,
+            sufficient_decrease=given.number(sufficient_decrease),
+        )
         delta, new_judged = chosen.value, chosen.objective
         best = solvers.best_stored(result.stored, loss_on(local)) if warm_start_from == "best" else result
 
         new_loss = new_judged if held_out is None else loss_on(at)(delta)
-        slope = trees.vdot(given.gradient, delta)
-        predicted = (slope + matrix.quadratic(delta).astype(slope.dtype) / 2).astype(dtype)
+        slope, length = search.slope, trees.norm(delta)
+        predicted = (slope + matrix.quadratic(packing.unpack(delta)).astype(slope.dtype) / 2).astype(dtype)
         # A run that only rose needs more damping, and so does a matrix that is not positive definite, however well the
         # part of the step fared.
         failed = chosen.stayed | (result.reason == solvers.StopReason.NEGATIVE_CURVATURE)
         ratio = jnp.where(failed, -jnp.inf, reduction_ratio(loss, new_loss, predicted).astype(dtype))
-        # An ascent direction (possible from a warm start that was cut short) is not followed.
-        search = solvers.backtracking_line_search(
-            lambda step_size: loss_on(judged_at)(trees.scale(step_size, delta)),
-            judged,
-            slope.astype(dtype),
-            sufficient_decrease=given.number(sufficient_decrease),
-            shrink=0.8,
-            max_tries=60,
-            first=new_judged,
-        )
         accepted = search.found & ~chosen.stayed
         step_size = jnp.where(accepted, search.step_size, 0)
         nowhere = jnp.full((), jnp.nan, dtype)
@@ -230,18 +232,19 @@ def hessian_free(
             "step_size": step_size,
             "inner_iterations": result.iterations,
             "reason": result.reason,
-            "update_norm": trees.norm(delta),
+            "gradient_norm": trees.norm(gradient),
+            "update_norm": length,
             "chosen_iteration": chosen.iteration,
             "held_out_loss": nowhere if held_out is None else judged,
             "new_held_out_loss": nowhere if held_out is None else new_judged,
         }
         return Step(
-            trees.scale(step_size, delta),
+            packing.unpack(trees.scale(step_size, delta)),
             figures,
-            memory=given.memory if warm_start_from == "gradient" else best.value,
+            memory=given.memory if warm_start_from == "gradient" else packing.unpack(best.value),
             strength=adapted_at_once(judge, rule, given, ratio, accepted & ~failed),
             accepted=accepted,
-            finite=trees.all_finite(loss, judged, delta, predicted),
+            finite=trees.all_finite(loss, judged, predicted, length),
             change=change.astype(dtype),
             loss_behind=jnp.where(search.step_size == 1, new_loss, behind),
         )
@@ -259,34 +262,34 @@ def hessian_free(
     )
 
 
-def _kronecker_preconditioner(given, key, layers):
+def _kronecker_preconditioner(given, packing, layers):
     """F^{-1} by the factors of the curvature batch, with the damping of the step."""
     point = given.curvature_at
     layers = find_layers_at(point) if layers is None else layers
     own = layers.restricted(trees.leaf_paths(given.gradient))
     # Of a point in chunks a part of the size of one.
     part = point if point.chunk_size is None else point.subset(-(-point.num_examples(0) // point.chunk_size))
-    factors = factors_of(tap(own, part), key, Fisher(num_samples=1), "expand", ())
+    factors = factors_of(tap(own, part), given.other_key, Fisher(num_samples=1), "expand", ())
     # A damping within the rounding of the factors would not keep them definite.
     least = 1e-5 * mean_curvature(own, factors).astype(given.dtype)
     solve = kronecker_preconditioner(own, factors, damping=jnp.maximum(given.strength, least))
-    return lambda v: trees.extract(solve(trees.embed(v, point.params)), v)
+
+    def precondition(v):
+        return trees.extract(solve(trees.embed(v, point.params)), v)
+
+    return packing.inside(precondition, "the preconditioner")
 
 
-def _diagonal_preconditioner(damped, given, key, layers, exponent, offset):
+def _diagonal_preconditioner(damped, given, packing, layers, exponent, offset):
     """(diag(G + lambda D) + kappa)^xi: the estimate takes the penalty's and a diagonal damping's part exactly."""
     if exponent is None:
         return None
-    diagonal = trees.extract(chapelle_erhan_diagonal(damped, key, layers=layers), given.gradient)
+    whole = chapelle_erhan_diagonal(damped, given.other_key, layers=layers)
+    diagonal = packing.pack(trees.extract(whole, given.gradient))
     return solvers.diagonal_preconditioner(diagonal, offset=given.number(offset), exponent=given.number(exponent))
 
 
-_CHOICES = {
-    "walk": solvers.backtrack,
-    "best": solvers.best_stored,
-    "best_held_out": solvers.best_stored,
-    "last": solvers.last_stored,
-}
+_CHOICES: dict[str, solvers.Choice] = {"walk": "walk", "best": "best", "best_held_out": "best", "last": "last"}
 
 _MONITORS = {
     "progress": lambda loss_at, point, period: None,

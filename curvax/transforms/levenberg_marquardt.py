@@ -53,7 +53,7 @@ def levenberg_marquardt(
         >>> tx = curvax.levenberg_marquardt(initial_damping=1e-6)
         >>> w, batch = jnp.zeros((2, 1)), (jnp.array([[1.0, 0.0], [0.0, 100.0]]), jnp.array([[1.0], [100.0]]))
         >>> loss, grads, at = objective.value_and_grad(w, batch)
-        >>> updates, state = tx.update(grads, tx.init(w), w, at=at)
+        >>> updates, state = jax.jit(tx.update)(grads, tx.init(w), w, at=at)
         >>> optax.apply_updates(w, updates).round(3)
         Array([[1.],
                [1.]], dtype=float...)

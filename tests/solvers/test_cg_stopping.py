@@ -218,6 +218,44 @@ def test_where_nothing_is_better_than_zero_zero_is_chosen(choose, values, chosen
     assert result.model_value == -chosen
 
 
+@pytest.mark.parametrize("choice", ["walk", "best", "last"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        objective,
+        lambda x: jnp.sqrt(1 + 1e3 * jnp.sum((x - 1e-3 * B) ** 2)),  # the chosen iterate leads too far as well
+        lambda x: jnp.where(jnp.sum(x**2) > 30.0, jnp.nan, -jnp.sum(B * x)),
+        lambda x: jnp.sum(x**2) + 1.0,  # nothing is better than zero
+        lambda x: jnp.sum(B * x),  # an ascent direction
+    ],
+)
+def test_choosing_and_searching_in_one_loop_is_one_after_the_other(choice, loss):
+    stored = run(B, np.zeros(N), 1e-4, store_at=solvers.geometric_iterations(CAP)).stored
+    here, gradient = (
+        loss(jnp.zeros(N)),
+        jax.grad(lambda x: jnp.where(jnp.isfinite(loss(x)), loss(x), 0.0))(jnp.zeros(N)),
+    )
+    choose = {"walk": solvers.backtrack, "best": solvers.best_stored, "last": solvers.last_stored}[choice]
+
+    @jax.jit
+    def one_after_the_other(stored):
+        chosen = choose(stored, loss, here)
+        search = solvers.backtracking_line_search(
+            lambda a: loss(a * chosen.value),
+            here,
+            gradient @ chosen.value,
+            sufficient_decrease=1e-2,
+            shrink=0.8,
+            max_tries=60,
+            first=chosen.objective,
+        )
+        return chosen, search
+
+    together = jax.jit(lambda s: solvers.choose_and_search(s, loss, here, gradient, choice=choice))(stored)
+    expected = one_after_the_other(stored)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-12), together, expected)
+
+
 def test_monitor_stops_at_a_non_finite_objective():
     result = monitored(solvers.lookback_monitor(lambda x: jnp.nan * jnp.sum(x), 1.0))
     assert result.iterations == 1

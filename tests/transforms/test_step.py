@@ -136,6 +136,28 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(guarded):
     assert_same_bits(after._replace(info=expected.info), expected)
 
 
+@pytest.mark.parametrize("inputs", [60, 200])
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_one_entry_of_a_large_leaf_that_is_not_finite_is_seen(inputs, bad):
+    """XLA's maximum on CPU loses what is not a number among several thousand entries."""
+    params = jnp.zeros((inputs, 100))
+    goal = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
+    data = jnp.ones((3, inputs)), jnp.ones((3, 100))
+    tx = method()
+
+    @jax.jit
+    def step(state, entry):
+        _, gradient, at = goal.value_and_grad(params, data)
+        return tx.update(gradient.at[inputs // 2, 50].add(entry), state, params, at=at)
+
+    state = tx.init(params)
+    updates, skipped = step(state, bad)
+    assert skipped.info.skipped_steps == 1
+    np.testing.assert_array_equal(updates, 0)
+    assert_same_bits(skipped.memory, state.memory)
+    assert step(state, 0.0)[1].info.skipped_steps == 0
+
+
 def test_a_method_without_a_point_takes_gradients_from_any_loop():
     """Without parameters, with whatever else a chain is given, and of a device's own part of the data."""
     tx = stepper("method", lambda given: Step(trees.scale(-0.1, given.gradient), {}), points=())
