@@ -131,6 +131,10 @@ def damped(name: str, make: Callable[..., Any]) -> dict[str, Solver]:
     }
 
 
+_EXACT = functools.partial(
+    curvax.levenberg_marquardt, curvature=curvax.Hessian(), absolute=True, judged_by="same_batch"
+)
+
 SOLVERS = {
     "sgd with momentum": Solver(
         lambda h: optax.sgd(h[0], h[1]),
@@ -143,8 +147,8 @@ SOLVERS = {
         tuple(itertools.product(RATES, (0.9, 0.99), (0.99, 0.999))),
     ),
     "bfgs": Solver(lambda _: optax.lbfgs(memory_size=20)),
-    **damped("levenberg-marquardt", curvax.levenberg_marquardt),
-    **damped("exact hessian", functools.partial(curvax.levenberg_marquardt, curvature=curvax.Hessian(), absolute=True)),
+    **damped("levenberg-marquardt", functools.partial(curvax.levenberg_marquardt, judged_by="same_batch")),
+    **damped("exact hessian", _EXACT),
     **damped("curveball", functools.partial(curvax.curveball, judged_by="same_batch")),
 }
 
