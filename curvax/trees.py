@@ -38,23 +38,19 @@ def vdot(left: PyTree, right: PyTree) -> jax.Array:
 
 
 def vdots(*pairs: tuple[PyTree, PyTree]) -> jax.Array:
-    """The inner products of several pairs of pytrees, shape (len(pairs),), all of one structure.
+    """The inner products of several pairs of pytrees of one structure, shape (len(pairs),).
 
-    What is small is summed for all pairs together: on CPU XLA makes four kernels of a sum.
+    Small leaves of all pairs are summed together: on CPU XLA makes four kernels of a sum.
 
     >>> vdots(({"a": jnp.array([1.0, 2.0])}, {"a": jnp.array([3.0, 4.0])}), ({"a": jnp.ones(2)}, {"a": jnp.ones(2)}))
     Array([11.,  2.], dtype=float...)
     """
-    flat = [(jax.tree.leaves(left), jax.tree.leaves(right)) for left, right in pairs]
-    dtype = wide_dtype(jnp.zeros((), jnp.float32), *[leaf for pair in flat for leaves in pair for leaf in leaves])
-    total = jnp.zeros(len(pairs), dtype)
-    for number in range(len(flat[0][0])):
-        factors = [(left[number].astype(dtype), right[number].astype(dtype)) for left, right in flat]
-        if is_small(factors[0][0]):
-            total += jnp.sum(jnp.stack([(x * y).ravel() for x, y in factors]), axis=1)
-        else:
-            total += jnp.stack([jnp.sum(x * y) for x, y in factors])
-    return total
+    dtype = wide_dtype(*jax.tree.leaves(pairs))
+
+    def products(left, right):
+        return [x.astype(dtype) * y.astype(dtype) for x, y in zip(*map(jax.tree.leaves, (left, right)), strict=True)]
+
+    return _reduced([products(*pair) for pair in pairs], dtype, jnp.add, lambda rows: jnp.sum(rows, axis=-1), jnp.sum)
 
 
 def norm(tree: PyTree) -> jax.Array:
@@ -63,10 +59,17 @@ def norm(tree: PyTree) -> jax.Array:
     >>> norm({"a": jnp.array([3.0]), "b": jnp.array([4.0])}).item()
     5.0
     """
-    size = _largest(tree, lambda leaf: jnp.max(jnp.abs(leaf)))  # where an entry is not finite the sum shows it
-    safe = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
-    scaled = jax.tree.map(lambda leaf: leaf.astype(safe.dtype) / safe, tree)
-    return safe * jnp.sqrt(vdot(scaled, scaled))
+    return norms(tree)[0]
+
+
+def norms(*trees: PyTree) -> jax.Array:
+    """``norm`` of several pytrees of one structure, shape (len(trees),), by the sums of ``vdots``."""
+    safe = units(*trees)
+    scaled = [
+        jax.tree.map(lambda leaf, unit=unit: leaf.astype(safe.dtype) / unit, tree)
+        for tree, unit in zip(trees, safe, strict=True)
+    ]
+    return safe * jnp.sqrt(vdots(*zip(scaled, scaled, strict=True)))
 
 
 def largest(tree: PyTree) -> jax.Array:
@@ -75,41 +78,51 @@ def largest(tree: PyTree) -> jax.Array:
     >>> largest({"a": jnp.array([3.0, -5.0]), "b": jnp.zeros(0)}).item()
     5.0
     """
-    return _largest(tree, lambda leaf: jnp.max(jnp.abs(leaf)) + jnp.sum(0 * leaf).real)
+    return largests(tree)[0]
 
 
 def largests(*trees: PyTree) -> jax.Array:
-    """``largest`` of several pytrees of one structure, shape (len(trees),), small leaves at once as in ``vdots``."""
-    flat = [jax.tree.leaves(tree) for tree in trees]
-    dtype = wide_dtype(*[leaf for leaves in flat for leaf in leaves])
-    most = jnp.zeros(len(trees), dtype)
-    for leaves in zip(*flat, strict=True):
-        sizes = [jnp.abs(leaf.astype(dtype)) for leaf in leaves]
-        if not sizes[0].size:
-            continue
-        if is_small(sizes[0]):
-            tops = _largest_of_small(jnp.stack([size.ravel() for size in sizes]))
-        else:
-            tops = jnp.stack([jnp.max(size) + jnp.sum(0 * size) for size in sizes])
-        most = jnp.maximum(most, tops)
-    return most
+    """``largest`` of several pytrees of one structure, shape (len(trees),)."""
+    return _largests(trees, lambda sizes: jnp.max(sizes) + jnp.sum(0 * sizes))
+
+
+def units(*trees: PyTree) -> jax.Array:
+    """Positive numbers near the largest magnitudes of pytrees of one structure, to divide by before squaring.
+
+    1 for zero, and any number where an entry is not finite, which the sum of squares then shows.
+    """
+    sizes = _largests(trees, jnp.max)
+    return jnp.where((sizes > 0) & jnp.isfinite(sizes), sizes, 1)
 
 
 # XLA's maximum on CPU loses what is not a number among more than 4,000 entries (JAX 0.10.2); its sum does not. A sum of
-# zero times the entries is one pass more over a large leaf; a small one has its maximum by its bits.
-def _largest(tree, of_large):
-    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree) if leaf.size]
-    dtype = wide_dtype(*leaves)
-    small = [jnp.abs(leaf).astype(dtype).ravel() for leaf in leaves if is_small(leaf)]
-    tops = [_largest_of_small(jnp.concatenate(small))] if small else []
-    tops += [of_large(leaf).astype(dtype) for leaf in leaves if not is_small(leaf)]
-    return functools.reduce(jnp.maximum, tops, jnp.zeros((), dtype))
+# zero times the entries is one pass more over a large leaf; small ones have their maximum by their bits, which are
+# ordered as magnitudes are, with NaN above infinity.
+def _largests(trees, of_large):
+    magnitudes = [[jnp.abs(leaf) for leaf in jax.tree.leaves(tree)] for tree in trees]
+    dtype = wide_dtype(*jax.tree.leaves(magnitudes))
+
+    def of_small(rows):
+        bits = jax.lax.bitcast_convert_type(rows, jnp.dtype(f"uint{8 * rows.dtype.itemsize}"))
+        return jax.lax.bitcast_convert_type(jnp.max(bits, axis=-1), rows.dtype)
+
+    return _reduced(magnitudes, dtype, jnp.maximum, of_small, of_large)
 
 
-def _largest_of_small(magnitudes):
-    """Along the last axis, by bits, which are ordered as magnitudes are, and NaN above infinity."""
-    bits = jax.lax.bitcast_convert_type(magnitudes, jnp.dtype(f"uint{8 * magnitudes.dtype.itemsize}"))
-    return jax.lax.bitcast_convert_type(jnp.max(bits, axis=-1), magnitudes.dtype)
+def _reduced(rows, dtype, combine, of_small, of_large):
+    """One number for each list of leaves, lists of one structure; small leaves of all lists are reduced at once."""
+    small, parts = [], []
+    for leaves in zip(*rows, strict=True):
+        leaves = list(map(jnp.asarray, leaves))
+        if not leaves[0].size:
+            continue
+        if all(map(is_small, leaves)):
+            small.append([leaf.astype(dtype).ravel() for leaf in leaves])
+        else:
+            parts.append(jnp.stack([of_large(leaf).astype(dtype) for leaf in leaves]))
+    if small:
+        parts.append(of_small(jnp.stack([jnp.concatenate(row) for row in zip(*small, strict=True)])))
+    return functools.reduce(combine, parts, jnp.zeros(len(rows), dtype))
 
 
 SMALL = 2**14  # entries: 64 kilobytes in float32
@@ -186,22 +199,27 @@ def choose(number: jax.Array, *cases: PyTree) -> PyTree:
     >>> choose(jnp.array(1), {"a": jnp.zeros(2)}, {"a": jnp.ones(2)})
     {'a': Array([1., 1.], dtype=float...)}
     """
-    structure = jax.tree.structure(cases[0])
-    found: list[Any] = []
-    branched: list[tuple[int, tuple[Any, ...]]] = []
-    for place, leaves in enumerate(zip(*map(jax.tree.leaves, cases), strict=True)):
+    structure = jax.tree.structure(cases[-1])
+    found, branched = [], []
+    for leaves in zip(*map(structure.flatten_up_to, cases), strict=True):
+        if any(leaf is not leaves[0] for leaf in leaves):
+            leaves = [jnp.asarray(leaf).astype(jnp.result_type(*leaves)) for leaf in leaves]
+            if all(map(is_small, leaves)):
+                branched.append((len(found), leaves))
+            else:
+                for index, leaf in reversed(list(enumerate(leaves[:-1]))):
+                    leaves[-1] = jnp.where(number == index, leaf, leaves[-1])
         found.append(leaves[-1])
-        if all(leaf is leaves[0] for leaf in leaves):
-            continue
-        if all(is_small(leaf) for leaf in leaves):
-            branched.append((place, leaves))
-            continue
-        for index, leaf in reversed(list(enumerate(leaves[:-1]))):
-            found[place] = jnp.where(number == index, leaf, found[place])
-    branches = [lambda case=case: [leaves[case] for _, leaves in branched] for case in range(len(cases))]
-    for (place, _), leaf in zip(branched, jax.lax.switch(number, branches), strict=True):
-        found[place] = leaf
+    if branched:
+        places, leaves = zip(*branched, strict=True)
+        for place, leaf in zip(places, _branch(number, list(zip(*leaves, strict=True))), strict=True):
+            found[place] = leaf
     return structure.unflatten(found)
+
+
+@functools.partial(jax.jit, inline=True)  # outside of jit it is then compiled once
+def _branch(number, cases):
+    return jax.lax.switch(number, [lambda case=case: case for case in cases])
 
 
 def zeros_like(tree: PyTree) -> PyTree:
@@ -235,12 +253,20 @@ def cast_like(tree: PyTree, like: PyTree) -> PyTree:
 
 
 def all_finite(*trees: PyTree) -> jax.Array:
-    """Whether every entry of every leaf is finite, as a boolean scalar.
+    """Whether every entry of every leaf is finite, as a boolean scalar."""
+    leaves = [leaf for leaf in jax.tree.leaves(trees) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return are_finite(leaves)[0]
+
+
+def are_finite(*trees: PyTree) -> jax.Array:
+    """Whether every entry is finite, for several pytrees of one structure, shape (len(trees),).
 
     Of small leaves by the largest magnitude, which a norm needs as well: a compiler then works it out once for both.
+
+    >>> are_finite({"a": jnp.ones(2)}, {"a": jnp.array([1.0, jnp.nan])})
+    Array([ True, False], dtype=bool)
     """
-    leaves = [leaf for leaf in jax.tree.leaves(trees) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return jnp.isfinite(_largest(leaves, lambda leaf: jnp.abs(jnp.sum(0 * leaf))))
+    return jnp.isfinite(_largests(trees, lambda sizes: jnp.sum(0 * sizes)))
 
 
 def size(tree: PyTree) -> int:

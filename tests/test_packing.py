@@ -108,11 +108,54 @@ def test_the_largest_entries_of_several_trees_wherever_they_stand(place, entry):
 @pytest.mark.parametrize("size", [10, 3000, 5000, SMALL, SMALL + 1, 100_000])
 @pytest.mark.parametrize("entry", [jnp.nan, jnp.inf, -jnp.inf])
 def test_an_entry_that_is_not_finite_is_found_in_leaves_of_all_sizes(size, entry):
-    whole = jnp.linspace(-1.0, 1.0, size, dtype=jnp.float32)
+    whole = jnp.linspace(-1e38, 1e38, size, dtype=jnp.float32)
     finite = jax.jit(trees.all_finite)
     assert finite({"a": whole, "b": jnp.ones(3)})
+    assert finite({"a": jnp.full_like(whole, 3e38), "b": jnp.ones(3)})
     for place in (0, size // 2, -1):
         assert not finite({"a": whole.at[place].set(entry), "b": jnp.ones(3)})
+
+
+def test_what_is_complex_half_or_empty_is_looked_at_as_well():
+    leaves = [jnp.full(5, 1 + 1j, jnp.complex64), jnp.ones(20_000, jnp.complex64), jnp.ones(3, jnp.bfloat16)]
+    finite = jax.jit(lambda *leaves: trees.all_finite(leaves, jnp.zeros((0, 3)), jnp.arange(3)))
+    assert finite(*leaves)
+    assert trees.all_finite([])
+    for number, leaf in enumerate(leaves):
+        bad = [*leaves[:number], leaf.at[2].set(jnp.nan), *leaves[number + 1 :]]
+        assert not finite(*bad)
+
+
+def test_several_at_once_under_vmap_and_on_a_mesh():
+    a, b, _, _ = _pairs()
+
+    def figures(x):
+        y = trees.scale(2.0, x)
+        return trees.vdots((x, b), (x, y)), trees.largests(x, y), trees.are_finite(x, y), trees.norms(x, y)
+
+    def lane(tree):
+        return jax.tree.map(lambda leaf: leaf[0], tree)
+
+    batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), a, trees.scale(3.0, b))
+    alone, together = jax.jit(lambda batch: (figures(lane(batch)), lane(jax.vmap(figures)(batch))))(batch)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), alone, together)
+
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    placed = jax.device_put(a, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    beside = jax.device_put(b, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    on_mesh = jax.jit(lambda x, y: (trees.vdots((x, y)), trees.largests(x), trees.are_finite(x), trees.norms(x)))
+    for x, y in zip(on_mesh(placed, beside), on_mesh(a, b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5)
+
+
+def test_choosing_outside_of_jit_compiles_once():
+    tree = {"a": jnp.zeros(3), "b": jnp.zeros(())}
+    other = trees.scale(1.0, tree)
+    trees.choose(jnp.array(0), tree, other)
+    before = trees._branch._cache_size()
+    for number in (0, 1, 1):
+        trees.choose(jnp.array(number), tree, other)
+    assert trees._branch._cache_size() == before
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 7])

@@ -42,8 +42,7 @@ class ScaledSystem:
 
     def probe(self, direction: PyTree) -> Probe:
         product = self.multiply(direction)
-        size = trees.largest(product)
-        size = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
+        size = trees.units(product)[0]
         scaled = trees.scale(1 / size, product)
         square, slope, length = trees.vdots((scaled, scaled), (direction, scaled), (direction, direction))
         norm = jnp.where(square == 0, 1, jnp.sqrt(square))
@@ -126,6 +125,7 @@ class Start(NamedTuple):
 
     Attributes:
         threshold: Of |r|, below which the run ends.
+        residual_norm: |r_0|.
         model_value: q(x_0).
         descent: r_0^T P^{-1} r_0.
         direction: -P^{-1} r_0.

@@ -41,6 +41,7 @@ class StopReason(Reason):
 
 def first_reason(*cases: tuple[Array, StopReason]) -> Array:
     """The reason of the first case whose condition holds, or MAX_ITERATIONS, the code of a run that goes on."""
+    # XLA copies the expression into every kernel that asks for the reason, but packed runs have few leaves.
     first = jnp.array(StopReason.MAX_ITERATIONS.value, jnp.int32)
     for condition, reason in reversed(cases):
         first = jnp.where(condition, jnp.array(reason.value, jnp.int32), first)

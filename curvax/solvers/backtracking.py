@@ -86,8 +86,8 @@ def choose_and_search(
 ) -> tuple[BacktrackResult, LineSearch]:
     """The choice among stored iterates, and ``backtracking_line_search`` along the one that was chosen.
 
-    The same as one after the other, in one loop, so that the objective is in the compiled program once. Source: Martens
-    2016, sections 4.6.7 and 4.6.8.
+    The same as one after the other, in one loop, so that the objective is in the compiled program once; an objective
+    that is not a number counts as infinite. Source: Martens 2016, sections 4.6.7 and 4.6.8.
 
     Args:
         stored: As for ``backtrack``, and so are ``objective`` and ``initial_value``.
@@ -102,7 +102,7 @@ def choose_and_search(
         >>> chosen.value.item(), round(search.step_size.item(), 3), search.found.item()      # from 1 by factors of 0.8
         (1.0, 0.328, True)
     """
-    slopes = blocks.inner_products(stored.values, gradient)
+    slopes = jax.vmap(trees.vdot, in_axes=(0, None))(stored.values, gradient)
 
     def rule(walk):
         slope = jnp.where(_stays(walk, initial_value, choice), 0, slopes[walk.best]).astype(walk.value.dtype)

@@ -283,8 +283,8 @@ def stepper(
             info=_info(taken, accepted, added, given),
         )
         # What a method tried and not what is left of it: the info has its norm, and the largest entry with that.
-        tried = trees.all_finite(moved) | ~accepted
-        finite = tried & trees.all_finite(updates if taken.reads_updates else ()) & taken.finite
+        tried, given_finite = trees.are_finite(moved, updates)
+        finite = (tried | ~accepted) & (given_finite if taken.reads_updates else True) & taken.finite
         skipped_steps = jnp.asarray(optax.safe_increment(state.info.skipped_steps))
         skipped = state._replace(info=state.info._replace(skipped_steps=skipped_steps))
         if taken.guarded:

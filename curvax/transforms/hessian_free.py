@@ -156,7 +156,7 @@ def hessian_free(
     damping_matrix = tikhonov() if damping_matrix is None else damping_matrix
     curvature = GaussNewton() if curvature is None else curvature
     check_curvature("hessian_free", curvature)
-    way = _named("choice", choice, _CHOICES)
+    kind_of_choice = _named("choice", choice, _CHOICES)
     make_monitor = _named("stop", stop, _MONITORS)
     _named("warm_start_from", warm_start_from, {"last": 0, "best": 0, "gradient": 0})
     kronecker = _named("preconditioner", preconditioner, {"diagonal": False, "kronecker": True})
@@ -204,14 +204,14 @@ def hessian_free(
             loss_on(judged_at),
             judged,
             gradient,
-            choice=way,
+            choice=kind_of_choice,
             sufficient_decrease=given.number(sufficient_decrease),
         )
         delta, new_judged = chosen.value, chosen.objective
         best = solvers.best_stored(result.stored, loss_on(local)) if warm_start_from == "best" else result
 
         new_loss = new_judged if held_out is None else loss_on(at)(delta)
-        slope, length = search.slope, trees.norm(delta)
+        slope, (gradient_norm, length) = search.slope, trees.norms(gradient, delta)
         predicted = (slope + matrix.quadratic(packing.unpack(delta)).astype(slope.dtype) / 2).astype(dtype)
         # A run that only rose needs more damping, and so does a matrix that is not positive definite, however well the
         # part of the step fared.
@@ -232,7 +232,7 @@ def hessian_free(
             "step_size": step_size,
             "inner_iterations": result.iterations,
             "reason": result.reason,
-            "gradient_norm": trees.norm(gradient),
+            "gradient_norm": gradient_norm,
             "update_norm": length,
             "chosen_iteration": chosen.iteration,
             "held_out_loss": nowhere if held_out is None else judged,

@@ -247,7 +247,7 @@ def test_sharded_vectors_give_the_same_solution(axis_type):
 
     @jax.jit
     def run(diagonal, b):
-        return solvers.cg(
+        result = solvers.cg(
             lambda v: diagonal * v,
             b,
             x0=b,
@@ -256,14 +256,17 @@ def test_sharded_vectors_give_the_same_solution(axis_type):
             tolerance=1e-10,
             store_at=(3,),
         )
+        loss = lambda x: jnp.sum(diagonal * x**2 / 2 - b * x) + jnp.sum(x**4)  # noqa: E731
+        return result, solvers.choose_and_search(result.stored, loss, 0.0, -b, sufficient_decrease=0.4)
 
-    expected = run(diagonal, b)
+    expected, expected_choice = run(diagonal, b)
     with jax.set_mesh(mesh):
         sharding = NamedSharding(mesh, PartitionSpec("data"))
-        actual = run(jax.device_put(diagonal, sharding), jax.device_put(b, sharding))
+        actual, choice = run(jax.device_put(diagonal, sharding), jax.device_put(b, sharding))
     assert actual.value.sharding.spec == PartitionSpec("data", None) or axis_type == AxisType.Auto
     close(actual.value, expected.value, 1e-12)
     close(actual.stored.values, expected.stored.values, 1e-12)
+    jax.tree.map(lambda x, y: close(x, y, 1e-10), choice, expected_choice)
 
 
 def test_no_warning_and_no_dtype_surprise_without_x64():
