@@ -45,12 +45,7 @@ def vdots(*pairs: tuple[PyTree, PyTree]) -> jax.Array:
     >>> vdots(({"a": jnp.array([1.0, 2.0])}, {"a": jnp.array([3.0, 4.0])}), ({"a": jnp.ones(2)}, {"a": jnp.ones(2)}))
     Array([11.,  2.], dtype=float...)
     """
-    dtype = wide_dtype(*jax.tree.leaves(pairs))
-
-    def products(left, right):
-        return [x.astype(dtype) * y.astype(dtype) for x, y in zip(*map(jax.tree.leaves, (left, right)), strict=True)]
-
-    return _reduced([products(*pair) for pair in pairs], dtype, jnp.add, lambda rows: jnp.sum(rows, axis=-1), jnp.sum)
+    return _vdots([(jax.tree.leaves(left), jax.tree.leaves(right)) for left, right in pairs])
 
 
 def norm(tree: PyTree) -> jax.Array:
@@ -83,7 +78,7 @@ def largest(tree: PyTree) -> jax.Array:
 
 def largests(*trees: PyTree) -> jax.Array:
     """``largest`` of several pytrees of one structure, shape (len(trees),)."""
-    return _largests(trees, lambda sizes: jnp.max(sizes) + jnp.sum(0 * sizes))
+    return _largests(list(map(jax.tree.leaves, trees)), _top_or_nan)
 
 
 def units(*trees: PyTree) -> jax.Array:
@@ -91,15 +86,24 @@ def units(*trees: PyTree) -> jax.Array:
 
     1 for zero, and any number where an entry is not finite, which the sum of squares then shows.
     """
-    sizes = _largests(trees, jnp.max)
+    sizes = _largests(list(map(jax.tree.leaves, trees)), jnp.max)
     return jnp.where((sizes > 0) & jnp.isfinite(sizes), sizes, 1)
+
+
+# Programs of their own outside of jit, so that few are compiled there, and part of the caller's inside.
+@functools.partial(jax.jit, inline=True)
+def _vdots(pairs):
+    dtype = wide_dtype(*jax.tree.leaves(pairs))
+    products = [[x.astype(dtype) * y.astype(dtype) for x, y in zip(*pair, strict=True)] for pair in pairs]
+    return _reduced(products, dtype, jnp.add, lambda rows: jnp.sum(rows, axis=-1), jnp.sum)
 
 
 # XLA's maximum on CPU loses what is not a number among more than 4,000 entries (JAX 0.10.2); its sum does not. A sum of
 # zero times the entries is one pass more over a large leaf; small ones have their maximum by their bits, which are
 # ordered as magnitudes are, with NaN above infinity.
-def _largests(trees, of_large):
-    magnitudes = [[jnp.abs(leaf) for leaf in jax.tree.leaves(tree)] for tree in trees]
+@functools.partial(jax.jit, inline=True, static_argnums=1)
+def _largests(rows, of_large):
+    magnitudes = [list(map(jnp.abs, leaves)) for leaves in rows]
     dtype = wide_dtype(*jax.tree.leaves(magnitudes))
 
     def of_small(rows):
@@ -107,6 +111,14 @@ def _largests(trees, of_large):
         return jax.lax.bitcast_convert_type(jnp.max(bits, axis=-1), rows.dtype)
 
     return _reduced(magnitudes, dtype, jnp.maximum, of_small, of_large)
+
+
+def _top_or_nan(magnitudes):
+    return jnp.max(magnitudes) + _zero_or_nan(magnitudes)
+
+
+def _zero_or_nan(magnitudes):
+    return jnp.sum(0 * magnitudes)
 
 
 def _reduced(rows, dtype, combine, of_small, of_large):
@@ -266,7 +278,7 @@ def are_finite(*trees: PyTree) -> jax.Array:
     >>> are_finite({"a": jnp.ones(2)}, {"a": jnp.array([1.0, jnp.nan])})
     Array([ True, False], dtype=bool)
     """
-    return jnp.isfinite(_largests(trees, lambda sizes: jnp.sum(0 * sizes)))
+    return jnp.isfinite(_largests(list(map(jax.tree.leaves, trees)), _zero_or_nan))
 
 
 def size(tree: PyTree) -> int:

@@ -25,6 +25,7 @@ raise.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -283,8 +284,9 @@ def stepper(
             info=_info(taken, accepted, added, given),
         )
         # What a method tried and not what is left of it: the info has its norm, and the largest entry with that.
-        tried, given_finite = trees.are_finite(moved, updates)
-        finite = (tried | ~accepted) & (given_finite if taken.reads_updates else True) & taken.finite
+        # Updates that are not read are not looked at either, so that a compiler need not work them out.
+        tried, *read = trees.are_finite(moved, updates) if taken.reads_updates else trees.are_finite(moved)
+        finite = functools.reduce(jnp.logical_and, read, tried | ~accepted) & taken.finite
         skipped_steps = jnp.asarray(optax.safe_increment(state.info.skipped_steps))
         skipped = state._replace(info=state.info._replace(skipped_steps=skipped_steps))
         if taken.guarded:
