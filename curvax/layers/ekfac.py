@@ -12,12 +12,15 @@ that it follows the curvature at every step while the eigenvectors wait.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+import itertools
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from curvax import trees
+from curvax.checks import check_choice
+from curvax.layers.factor_damping import damping_ratio
 from curvax.layers.factors import (
     KroneckerFactors,
     running_average,
@@ -28,7 +31,7 @@ from curvax.layers.factors import (
 )
 from curvax.layers.find import Layers
 from curvax.layers.inverses import Inverse, Matrices, two_sided
-from curvax.layers.kronecker import Bases, decompose, from_basis, root_of, to_basis
+from curvax.layers.kronecker import Bases, decompose, from_basis, products_of, root_of, to_basis
 from curvax.layers.taps import TappedPoint, tap
 from curvax.layers.use import replicated, sum_over_examples, with_ones
 from curvax.matrices.curvature import Fisher, OutputCurvature, check_curvature
@@ -91,36 +94,71 @@ def corrections_of(tapped: TappedPoint, bases: Bases, key: Any, curvature: Outpu
 
 
 class EigenBasis(NamedTuple):
-    """What ``EigenCorrected`` prepares: eigenvectors, eigenvalues in their basis, and the damping of these."""
+    """What ``EigenCorrected`` prepares.
+
+    Attributes:
+        bases: For each block the eigenvectors (Q_A, Q_G).
+        values: For each block s, of shape (blocks, inputs, outputs).
+        cross: For each block (u, v), of shapes (blocks, inputs) and (blocks, outputs).
+        gamma: gamma (u_i + v_j) + gamma^2 is added to s_ij.
+    """
 
     bases: Bases
     values: tuple[Array, ...]
-    damping: Array
+    cross: tuple[tuple[Array, Array], ...]
+    gamma: Array
 
 
 @dataclasses.dataclass(frozen=True)
 class EigenCorrected(Inverse):
-    r"""The inverse of Q (s + lambda I) Q^T, with Q the eigenvectors of the factors and s observed at every step.
+    r"""The inverse of Q (s + D) Q^T, with Q the eigenvectors of the factors, s observed at every step and D damping.
 
     ``prepare`` decomposes the factors, on a period. Between, ``observe`` keeps a running average of s in the basis that
     there is. When the basis changes, s is projected to the new one: it becomes the diagonal there of the matrix that it
     was, (Q'^T Q)^2 s, in each of the two sides. Restarted from the products of the factors' eigenvalues, which is what
-    the first preparation does, it would be K-FAC's again after every period, and lose what it is there for. Damping is
-    exact, by lambda = gamma^2.
+    the first preparation does, it would be K-FAC's again after every period, and lose what it is there for.
+
+    Damping is K-FAC's by default, that of (A + pi gamma I) (x) (G + gamma / pi I) with s in place of the eigenvalues
+    a_i g_j of A (x) G,
+
+        s_ij + gamma (a_i / pi + pi g_j) + gamma^2
+
+    Its cross terms hold back the first steps in directions of which few draws have told anything. George et al. 2018
+    have s + gamma^2 and tune it; where gamma^2 adapts from a first guess, that was seen to throw a deep autoencoder to
+    where all outputs are the same.
+
+    Attributes:
+        damping: "factored", as above, or "exact", gamma^2 alone.
 
     Source: George et al. 2018, with its running average of the eigenvalues.
     """
+
+    damping: Literal["factored", "exact"] = "factored"
+
+    def __post_init__(self):
+        check_choice("damping", self.damping, ("factored", "exact"))
 
     def start(self, layers: Layers) -> EigenBasis:
         factors, blocks = zero_factors(layers), layers.treatment.kronecker
         values = tuple(jnp.zeros(block.shape, a.dtype) for block, a in zip(blocks, factors.inputs, strict=True))
         bases = tuple(zip(factors.inputs, factors.outputs, strict=True))
-        return EigenBasis(bases, values, jnp.zeros((), trees.wide_dtype(*layers.structs)))
+        cross = tuple((jnp.zeros_like(s[:, :, 0]), jnp.zeros_like(s[:, 0])) for s in values)
+        return EigenBasis(bases, values, cross, jnp.zeros((), trees.wide_dtype(*layers.structs)))
 
     def prepare(self, layers: Layers, factors: KroneckerFactors, gamma: Scalar, previous: EigenBasis) -> EigenBasis:
-        bases, products = decompose(layers, factors)
+        bases, eigenvalues = decompose(layers, factors)
+        products = itertools.starmap(products_of, eigenvalues)
         values = tuple(map(_projected, previous.bases, previous.values, bases, products))
-        return EigenBasis(bases, values, jnp.square(jnp.asarray(gamma).astype(previous.damping.dtype)))
+        cross = tuple(itertools.starmap(self._cross_terms, eigenvalues))
+        return EigenBasis(bases, values, cross, jnp.asarray(gamma).astype(previous.gamma.dtype))
+
+    def _cross_terms(self, a, g):
+        """a / pi and pi g."""
+        pi = damping_ratio(a, g)[:, None]
+        return (a / pi, pi * g) if self.damping == "factored" else (jnp.zeros_like(a), jnp.zeros_like(g))
+
+    def redamp(self, layers: Layers, factors: KroneckerFactors, gamma: Scalar, prepared: EigenBasis) -> EigenBasis:
+        return prepared._replace(gamma=jnp.asarray(gamma).astype(prepared.gamma.dtype))
 
     def observe(
         self,
@@ -146,14 +184,16 @@ class EigenCorrected(Inverse):
         return prepared._replace(values=values)
 
     def apply(self, layers: Layers, prepared: EigenBasis, matrices: Matrices) -> Matrices:
-        parts = zip(layers.treatment.kronecker, prepared.bases, prepared.values, matrices, strict=True)
-        return tuple(_solve(block, basis, s, prepared.damping, v) for block, basis, s, v in parts)
+        parts = zip(layers.treatment.kronecker, prepared.bases, prepared.values, prepared.cross, matrices, strict=True)
+        return tuple(_solve(*part, prepared.gamma) for part in parts)
 
 
-def _solve(block, basis, values, damping, matrix):
+def _solve(block, basis, values, cross, matrix, gamma):
+    (of_inputs, of_outputs), gamma = cross, gamma.astype(values.dtype)
+    damped = values + (gamma * of_inputs + gamma**2)[:, :, None] + (gamma * of_outputs)[:, None]
     root = root_of(block, values.dtype)
     matrix = matrix.astype(values.dtype) if root is None else root * matrix.astype(values.dtype)
-    solved = from_basis(basis, to_basis(basis, matrix) / (values + damping.astype(values.dtype)))
+    solved = from_basis(basis, to_basis(basis, matrix) / damped)
     return solved if root is None else root * solved
 
 

@@ -9,6 +9,7 @@ eigenvalues, or what EKFAC puts in their place.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -101,7 +102,8 @@ class KroneckerMap(LinearMap):
     def decomposed(self) -> EigenKroneckerMap:
         """The same matrix by the eigenvectors of its factors."""
         bases, values = decompose(self.layers, self.factors)
-        return EigenKroneckerMap(bases, values, self.factors.diagonals, self.layers, self.like)
+        products = tuple(itertools.starmap(products_of, values))
+        return EigenKroneckerMap(bases, products, self.factors.diagonals, self.layers, self.like)
 
     def _solve(self, vector, damping):
         return self.decomposed().solve(vector, damping=damping)
@@ -193,16 +195,20 @@ class EigenKroneckerMap(LinearMap):
 # --- eigenvectors ---------------------------------------------------------------------------------------------------
 
 
-def decompose(layers: Layers, factors: KroneckerFactors) -> tuple[Bases, tuple[Array, ...]]:
-    """The eigenvectors of the factors of all blocks, and the products of their eigenvalues."""
+def decompose(layers: Layers, factors: KroneckerFactors) -> tuple[Bases, tuple[tuple[Array, Array], ...]]:
+    """The eigenvectors of the two factors of all blocks, and their eigenvalues, of shape (blocks, n)."""
     flat, treedef = jax.tree.flatten(scaled_factors(layers, factors))
     matrices = [factor for factor in flat if factor.ndim == 3]
     found = iter(sequenced([jnp.linalg.eigh] * len(matrices), matrices))
     # Second moments are positive semi-definite: what is below zero is rounding.
     pairs = [next(found) if factor.ndim == 3 else (factor, jnp.ones_like(factor)) for factor in flat]
     values = treedef.unflatten([jnp.maximum(values, 0) for values, _ in pairs])
-    bases = treedef.unflatten([vectors for _, vectors in pairs])
-    return bases, tuple(a[:, :, None] * g[:, None] for a, g in values)
+    return treedef.unflatten([vectors for _, vectors in pairs]), values
+
+
+def products_of(inputs: Array, outputs: Array) -> Array:
+    """All products of the eigenvalues of two factors, of shape (blocks, inputs, outputs)."""
+    return inputs[:, :, None] * outputs[:, None]
 
 
 def scaled_factors(layers: Layers, factors: KroneckerFactors) -> Bases:

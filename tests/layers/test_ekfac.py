@@ -162,7 +162,7 @@ def test_draws_converge_to_the_exact_corrections():
 def test_the_inverse_is_that_of_the_map_with_exact_damping(make):
     (objective, params, batch), _ = make()
     layers = curvax.find_layers(objective, params, batch)
-    inverse, gamma = curvax.layers.EigenCorrected(), 0.7
+    inverse, gamma = curvax.layers.EigenCorrected(damping="exact"), 0.7
 
     @jax.jit
     def compute(params, batch, vector):
@@ -215,7 +215,37 @@ def test_a_new_basis_takes_the_eigenvalues_along():
         q, p = (np.kron(x.bases[i][0][0], x.bases[i][1][0]) for x in (old, new))
         matrix = q @ np.diag(np.ravel(s)) @ q.T
         np.testing.assert_allclose(np.ravel(new.values[i]), np.diag(p.T @ matrix @ p), atol=1e-12)
-    np.testing.assert_allclose(same.damping, 0.04, rtol=1e-12)
+    np.testing.assert_allclose(same.gamma, 0.2, rtol=1e-12)
+
+
+def test_factored_damping_is_that_of_k_fac_until_something_else_is_observed():
+    """On the products of the factors' eigenvalues the inverse is BlockDiagonal's, and redamped as prepared anew."""
+    (objective, params, batch), _ = mlp()
+    layers = curvax.find_layers(objective, params, batch)
+    inverse, of_factors = curvax.layers.EigenCorrected(), curvax.layers.BlockDiagonal()
+
+    @jax.jit
+    def compute(params, batch):
+        tapped = curvax.tap(layers, objective.linearize(params, batch))
+        factors = curvax.layers.kronecker_factors(tapped, curvature=EXACT)
+        prepared = inverse.prepare(layers, factors, 0.3, inverse.start(layers))
+        matrices = tuple(block.to_matrices(params) for block in layers.treatment.kronecker)
+        expected = of_factors.apply(layers, of_factors.prepare(layers, factors, 0.7, None), matrices)
+        redamped = inverse.redamp(layers, factors, 0.7, prepared)
+        observed = inverse.observe(layers, redamped, tapped, None, curvature=EXACT, count=1)
+        found = [inverse.apply(layers, own, matrices) for own in (redamped, observed)]
+        return factors, observed, matrices, found, expected
+
+    factors, observed, matrices, (found, corrected), expected = compute(params, batch)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10)
+    for place, (a, g) in enumerate(zip(factors.inputs, factors.outputs, strict=True)):
+        a, g, v = (np.asarray(x[0]) for x in (a, g, matrices[place]))
+        pi = np.sqrt(np.trace(a) / len(a) / (np.trace(g) / len(g)))
+        q, s = np.kron(*(x[0] for x in observed.bases[place])), np.ravel(observed.values[place])
+        added = 0.7 * (np.kron(a, np.eye(len(g))) / pi + np.kron(np.eye(len(a)), g) * pi) + 0.49 * np.eye(v.size)
+        dense = np.linalg.solve(q @ np.diag(s) @ q.T + added, v.ravel())
+        np.testing.assert_allclose(np.ravel(corrected[place]), dense, rtol=1e-9)
 
 
 def test_observations_are_averaged_and_what_is_not_finite_is_left_out():
