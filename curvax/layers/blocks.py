@@ -129,15 +129,14 @@ class Block:
         weights = self._to_matrices(self.weights, gradient)
         if self.bias is None:
             return weights
-        row = self._to_matrices(self.bias, gradient).reshape(-1)[np.array(self.bias_order)]
+        row = _ordered(self._to_matrices(self.bias, gradient).reshape(-1), np.array(self.bias_order))
         return jnp.concatenate([weights, row.reshape(weights.shape[0], 1, -1).astype(weights.dtype)], axis=1)
 
     def to_params(self, matrices: Array) -> dict[int, Array]:
         """The change of the parameters whose matrices these are, L^+ V: the leaves of the block by their places."""
         if self.bias is None:
             return self._to_leaves(self.weights, matrices)
-        order = np.argsort(np.array(self.bias_order))
-        row = matrices[:, -1].reshape(-1)[order].reshape(1, 1, -1)
+        row = _ordered(matrices[:, -1].reshape(-1), np.argsort(np.array(self.bias_order))).reshape(1, 1, -1)
         moved = self._to_leaves(self.weights, matrices[:, :-1])
         for place, leaf in self._to_leaves(self.bias, row).items():  # weights and bias may be parts of one leaf
             moved[place] = moved[place] + leaf if place in moved else leaf
@@ -295,6 +294,10 @@ def _squared_rows(layers, layer) -> np.ndarray:
             " on the matrices cannot be taken back; leave the layer to another method"
         )
     return squares
+
+
+def _ordered(row, order):
+    return row if np.array_equal(order, np.arange(len(order))) else row[order]
 
 
 def _first(layers: Layers, layer: Layer) -> Geometry:

@@ -7,7 +7,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from curvax.layers.factors import KroneckerFactors
+from curvax.layers.factors import KroneckerFactors, diagonals_of
 from curvax.layers.find import Layers
 from curvax.types import Array, Scalar
 
@@ -44,14 +44,14 @@ def damping_ratio(inputs: Array, outputs: Array) -> Array:
 
 def mean_eigenvalue(factor: Array) -> Array:
     """The trace over the size, for each matrix; of a diagonal factor too."""
-    return jnp.mean(factor if factor.ndim == 2 else jnp.diagonal(factor, axis1=-2, axis2=-1), axis=-1)
+    return jnp.mean(diagonals_of(factor), axis=-1)
 
 
 def mean_curvature(layers: Layers, factors: KroneckerFactors) -> Array:
     """The mean eigenvalue of the curvature on the parameters that have one, blocks and diagonals."""
     treatment, total, count = layers.treatment, jnp.zeros(()), 0
     for block, *sides in zip(treatment.kronecker, factors.inputs, factors.outputs, strict=True):
-        a, g = (x if x.ndim == 2 else jnp.diagonal(x, axis1=-2, axis2=-1) for x in sides)
+        a, g = map(diagonals_of, sides)
         products = jnp.sum(a, 1) * jnp.sum(g, 1)
         if block.squares is not None:  # the trace of L^T (A (x) G) L
             products = jnp.einsum("bi,bio,bo->b", a, jnp.asarray(block.squares, a.dtype), g)

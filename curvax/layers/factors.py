@@ -224,9 +224,25 @@ def running_average(old: PyTree, new: PyTree, count: Scalar, decay: Scalar, fini
 
 def factors_are_finite(factors: KroneckerFactors) -> Array:
     """Whether all factors are finite: no entry of a second moment is above the largest of its diagonal."""
-    sides = factors.inputs + factors.outputs
-    diagonals = [jnp.diagonal(x, axis1=-2, axis2=-1) if x.ndim == 3 else x for x in sides]
-    return trees.all_finite(diagonals, factors.diagonals)
+    return trees.all_finite(list(map(diagonals_of, factors.inputs + factors.outputs)), factors.diagonals)
+
+
+def sides_are_finite(sides: Iterable[tuple[Array, Array]]) -> Array:
+    """For each pair of inverses of factors, whether both are finite, (pairs,); by their diagonals likewise."""
+    rows = [jnp.concatenate([diagonals_of(side).ravel() for side in pair]) for pair in sides]
+    longest = max((row.size for row in rows), default=0)
+    return trees.are_finite(*[jnp.pad(row, (0, longest - row.size)) for row in rows])
+
+
+def diagonals_of(factor: Array) -> Array:
+    """The diagonal of each matrix of a stack, (blocks, n); a diagonal factor is one itself.
+
+    By a strided slice: ``jnp.diagonal`` makes an array of indices and gathers.
+    """
+    if factor.ndim == 2:
+        return factor
+    blocks, n, _ = factor.shape
+    return factor.reshape(blocks, n * n)[:, :: n + 1]
 
 
 def factors_over_batches(
@@ -483,7 +499,7 @@ def _as(factor, diagonal):
 
 
 def _trace(factor):
-    return jnp.sum(factor if factor.ndim == 2 else jnp.diagonal(factor, axis1=-2, axis2=-1), axis=-1)
+    return jnp.sum(diagonals_of(factor), axis=-1)
 
 
 def _spread(scalars, factor):

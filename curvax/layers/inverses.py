@@ -26,7 +26,7 @@ from curvax.layers.find import Layers
 from curvax.layers.taps import TappedPoint, tap
 from curvax.layers.use import sum_over_examples, with_ones
 from curvax.matrices.curvature import OutputCurvature
-from curvax.matrices.inverses import InverseMethod, inverse_of, over_blocks, sequenced
+from curvax.matrices.inverses import InverseMethod, inverses_of_stacks, over_blocks, sequenced
 from curvax.objectives.point import CurvaturePoint
 from curvax.objectives.term import scale_cases
 from curvax.types import Array, PyTree, Scalar
@@ -297,8 +297,8 @@ def precondition(
 def inverses_of(damped: Sides, method: InverseMethod, previous: Sides | None, after: Any = None) -> Sides:
     """(A^{-1}, G^{-1}) for each block, see ``inverse_of``; one after another, and after what else is given."""
     flat, treedef = jax.tree.flatten(damped)
-    starts = [None] * len(flat) if previous is None else treedef.flatten_up_to(previous)
-    return treedef.unflatten(sequenced([lambda m, s=s: inverse_of(m, method, s) for s in starts], flat, after))
+    starts = None if previous is None else treedef.flatten_up_to(previous)
+    return treedef.unflatten(inverses_of_stacks(flat, method, starts, after))
 
 
 def two_sided(left: Array, matrix: Array, right: Array) -> Array:

@@ -19,7 +19,7 @@ import numpy as np
 from jax.tree_util import register_dataclass
 
 from curvax import trees
-from curvax.layers.factors import KroneckerFactors
+from curvax.layers.factors import KroneckerFactors, diagonals_of
 from curvax.layers.find import Layers
 from curvax.layers.inverses import two_sided
 from curvax.layers.taps import check_leaves
@@ -116,13 +116,14 @@ class KroneckerMap(LinearMap):
 
     def trace(self) -> Array:
         blocks = [
-            jnp.sum(_diagonal(a).sum(1) * _diagonal(g).sum(1)) for a, g in scaled_factors(self.layers, self.factors)
+            jnp.sum(diagonals_of(a).sum(1) * diagonals_of(g).sum(1))
+            for a, g in scaled_factors(self.layers, self.factors)
         ]
         return _total(self.layers, blocks, self.factors.diagonals, lambda d: d)
 
     def diagonal(self) -> PyTree:
         diagonals = [
-            _diagonal(a)[:, :, None] * _diagonal(g)[:, None] for a, g in scaled_factors(self.layers, self.factors)
+            diagonals_of(a)[:, :, None] * diagonals_of(g)[:, None] for a, g in scaled_factors(self.layers, self.factors)
         ]
         return _diagonal_on_leaves(self.layers, diagonals, self.factors.diagonals, self.structure)
 
@@ -354,10 +355,6 @@ def _incomplete(layers):
         if dimensions + sum(own.get(i, 0) for i in leaves) < sum(layers.structs[i].size for i in leaves)
         for place in leaves
     )
-
-
-def _diagonal(factor):
-    return factor if factor.ndim == 2 else jnp.diagonal(factor, axis1=1, axis2=2)
 
 
 def _transpose(basis):

@@ -25,7 +25,7 @@ from curvax.layers.factor_damping import damped_factors
 from curvax.layers.factors import KroneckerFactors, Pairs
 from curvax.layers.find import Layers
 from curvax.layers.inverses import Inverse, Matrices, Sides, inverses_of, two_sided
-from curvax.matrices.inverses import InverseMethod, inverse_cholesky, sequenced
+from curvax.matrices.inverses import InverseMethod, by_size, inverse_root, sequenced
 from curvax.matrices.stein import Stein, solve_stein, whitened_eigen
 from curvax.types import Array, Scalar
 
@@ -116,10 +116,9 @@ class BlockTridiagonal(Inverse):
         damped = [damped_factors(a, g, gamma) for a, g in zip(factors.inputs, factors.outputs, strict=True)]
         found, pairs = chains(layers), self.pairs(layers)
         chained = sorted({place for pair in pairs for place in pair})
-        # For each factor of a chain L^{-1}, from which all else follows by products.
-        flat = [damped[place][side][0] for place in chained for side in (0, 1)]
-        roots = iter(sequenced([inverse_cholesky] * len(flat), flat))
-        whiten = {place: (next(roots), next(roots)) for place in chained}
+        # For each factor of a chain L^{-T}, from which all else follows by products.
+        roots = by_size(inverse_root, [(damped[place][side],) for place in chained for side in (0, 1)])
+        whiten = {place: (a[0], g[0]) for place, a, g in zip(chained, roots[::2], roots[1::2], strict=True)}
         sides = []
         for (i, j), *cross in zip(pairs, factors.cross_inputs, factors.cross_outputs, strict=True):
             sides += [(whiten[i][side], cross[side], whiten[j][side]) for side in (0, 1)]
@@ -160,17 +159,17 @@ class _Half(NamedTuple):
 
 
 def _half(own, cross, following):
-    """One side of a link, from L_i^{-1}, A_ij and L_j^{-1}.
+    """One side of a link, from L_i^{-T}, A_ij and L_j^{-T}.
 
     The s are squared canonical correlations, the squared singular values of R = L_i^{-1} A_ij L_j^{-T}: the whitened
     PsiA A_jj PsiA^T is R R^T, which rounding leaves positive semi-definite.
     """
     with jax.default_matmul_precision("highest"):
-        half = cross @ following.T
-        correlation = own @ half
-        return _Half(half @ following, *whitened_eigen(own, correlation @ correlation.T))
+        half = cross @ following
+        correlation = own.T @ half
+        return _Half(half @ following.T, *whitened_eigen(own, correlation @ correlation.T))
 
 
 def _inverses(left, right):
     with jax.default_matmul_precision("highest"):
-        return (left.T @ left)[None], (right.T @ right)[None]
+        return (left @ left.T)[None], (right @ right.T)[None]

@@ -13,7 +13,7 @@ from curvax.types import Array
 InverseMethod = Literal["cholesky", "schur", "eigen", "newton_schulz"]
 
 # Where halving ends. LAPACK's calls are slow on loaded cores, and each half more is compiled.
-_SMALL = 256
+_SMALL = 512
 
 
 def inverse_of(matrix: Array, method: InverseMethod = "cholesky", previous: Array | None = None) -> Array:
@@ -47,34 +47,116 @@ def inverse_of(matrix: Array, method: InverseMethod = "cholesky", previous: Arra
 
     Source: Pan and Schreiber 1991 for Newton-Schulz; Martens 2016, section 6.8, on its use here.
     """
-    if matrix.ndim == 2:
-        return 1 / matrix
-    # Loops over single matrices: batched products are slow on CPUs. Full precision, as accelerators round their
-    # operands to some ten bits otherwise, too few for a matrix that is at all ill-conditioned.
-    starts = [None] * len(matrix) if previous is None else list(previous)
+    return inverses_of_stacks([matrix], method, None if previous is None else [previous])[0]
+
+
+def inverses_of_stacks(
+    stacks: Sequence[Array],
+    method: InverseMethod = "cholesky",
+    previous: Sequence[Array] | None = None,
+    after: Any = None,
+) -> list[Array]:
+    """``inverse_of`` each of several stacks, by programs that those of near sizes share; see ``by_size``.
+
+    Args:
+        previous: What to start from, for each of them.
+        after: What is to be there before the first is worked on.
+    """
+    full = [place for place, stack in enumerate(stacks) if stack.ndim == 3]
+    warm = method == "newton_schulz" and previous is not None
+
+    def inverse(matrix, start=None):
+        return _symmetric(_METHODS[method](matrix, start))
+
+    arguments = [(stacks[i], previous[i]) if warm and previous else (stacks[i],) for i in full]
+    # Full precision, as accelerators round their operands to some ten bits otherwise, too few for a matrix that is at
+    # all ill-conditioned.
     with jax.default_matmul_precision("highest"):
-        functions = [lambda m, s=s: _symmetric(_METHODS[method](m, s)) for s in starts]
-        return jnp.stack(sequenced(functions, list(matrix)))
+        found = dict(zip(full, by_size(inverse, arguments, after), strict=True))
+    return [found[place] if place in found else 1 / stack for place, stack in enumerate(stacks)]
 
 
-def inverse_cholesky(matrix: Array) -> Array:
-    r"""X = L^{-1} for A = L L^T, one matrix: X^T X is the inverse and X A X^T = I.
+def inverse_root(matrix: Array) -> Array:
+    r"""Y = L^{-T} for A = L L^T, one matrix: Y Y^T is the inverse and Y^T A Y = I.
 
     By halves down to small matrices, as products run several times as fast as triangular solves:
 
-        X = [X_1                  0  ]
-            [-X_2 W^T X_1         X_2]    for A = [A_1 B; B^T D], W = X_1 B and X_2 that of D - W^T W
+        Y = [Y_1  -Y_1 W Y_2]
+            [0     Y_2      ]    for A = [A_1 B; B^T D], W = Y_1^T B and Y_2 that of D - W^T W
     """
     n = len(matrix)
     if n <= _SMALL:
-        # Reads the lower triangle alone, which saves a program for each size over making the matrix symmetric first.
-        factor = jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
-        return jax.scipy.linalg.solve_triangular(factor, jnp.eye(n, dtype=matrix.dtype), lower=True)
+        # LAPACK works by columns, so that what it is given and what it returns transposed needs no copy; the barriers
+        # keep XLA from turning it before. It reads one triangle alone, which saves a program for each size over making
+        # the matrix symmetric first.
+        matrix, identity = jax.lax.optimization_barrier((matrix, jnp.eye(n, dtype=matrix.dtype)))
+        factor = jax.lax.linalg.cholesky(matrix.T, symmetrize_input=False)
+        inverse = jax.lax.linalg.triangular_solve(factor, identity.T, left_side=True, lower=True)
+        return jax.lax.optimization_barrier(inverse.T)
     half = n // 2
-    first = inverse_cholesky(matrix[:half, :half])
-    w = first @ matrix[:half, half:]
-    second = inverse_cholesky(matrix[half:, half:] - w.T @ w)
-    return jnp.block([[first, jnp.zeros((half, n - half), matrix.dtype)], [-second @ (w.T @ first), second]])
+    first = inverse_root(matrix[:half, :half])
+    w = first.T @ matrix[:half, half:]
+    second = inverse_root(matrix[half:, half:] - w.T @ w)
+    return jnp.block([[first, -first @ (w @ second)], [jnp.zeros((n - half, half), matrix.dtype), second]])
+
+
+def by_size(function: Callable[..., Array], stacks: Sequence[tuple[Array, ...]], after: Any = None) -> list[Array]:
+    """A function of each of the matrices of stacks (blocks, n, n), one by one, those of near sizes in one loop.
+
+    Compiled once for a size, a function of products by halves is some thirty kernels, and the layers of a network have
+    many matrices of a few sizes, or of sizes that differ by a bias. A matrix A is filled up to diag(A, c I) with c the
+    mean of its diagonal, and the part of A is cut out of the result, so that the function has to keep the two apart,
+    as inverses and Cholesky factors do. One by one, as batched products are slow on CPUs.
+
+    Args:
+        function: Of a matrix, or of a matrix and another that goes with it and is filled up by 1 / c.
+        stacks: For each its arguments, of equal shapes.
+        after: What is to be there before the first call.
+    """
+    groups: dict[Any, list[int]] = {}
+    for place, (stack, *_) in enumerate(stacks):
+        alone = None if jax.typeof(stack).sharding.mesh.empty else place  # joined, its sharding would be lost
+        groups.setdefault((_size_class(stack.shape[-1]), stack.dtype, alone), []).append(place)
+
+    def of_group(own):
+        size = _even(max(stack.shape[-1] for stack, *_ in own))
+        columns = [jnp.concatenate(column) for column in zip(*[_filled(each, size) for each in own], strict=True)]
+        if len(columns[0]) == 1:
+            return function(*(column[0] for column in columns))[None]
+        return jax.lax.map(lambda matrices: function(*matrices), tuple(columns))
+
+    found: list[Any] = [None] * len(stacks)
+    joined = sequenced([of_group] * len(groups), [[stacks[i] for i in own] for own in groups.values()], after)
+    for own, results in zip(groups.values(), joined, strict=True):
+        start = 0
+        for place in own:
+            count, size, _ = stacks[place][0].shape
+            found[place] = results[start : start + count, :size, :size]
+            start += count
+    return found
+
+
+def _size_class(n):
+    """Sizes of a class differ by less than a sixteenth, small ones by less than 32."""
+    step = max(32, 2 ** (n - 1).bit_length() // 32)
+    return -(-n // step) * step
+
+
+def _even(n):
+    """The next size that can be halved down to where halving ends."""
+    halvings = max(0, -(-n // _SMALL) - 1).bit_length()
+    return -(-n // 2**halvings) * 2**halvings
+
+
+def _filled(stacks, size):
+    """diag(A, c I) for the first of them, diag(A, I / c) for the second."""
+    n = stacks[0].shape[-1]
+    if n == size:
+        return stacks
+    mean = jnp.trace(stacks[0], axis1=1, axis2=2)[:, None, None] / n
+    corner = jnp.diag((jnp.arange(size) >= n).astype(mean.dtype))
+    padded = [jnp.pad(stack, ((0, 0), (0, size - n), (0, size - n))) for stack in stacks]
+    return tuple(stack + share * corner for stack, share in zip(padded, (mean, 1 / mean), strict=False))
 
 
 def sequenced(functions: Sequence[Callable[[Any], Any]], arguments: Sequence[Any], after: Any = None) -> list[Any]:
@@ -105,13 +187,13 @@ def over_blocks(function: Callable[..., Array], *stacks: Array) -> Array:
 
 def _by_cholesky(matrix, previous):
     del previous
-    x = inverse_cholesky(matrix)
-    if len(x) <= _SMALL:
-        return x.T @ x
-    half = len(x) // 2  # half of the operations are with the zeros above the diagonal
-    left, corner = x[:, :half], x[half:, half:]
-    across = corner.T @ left[half:]
-    return jnp.block([[left.T @ left, across.T], [across, corner.T @ corner]])
+    root = inverse_root(matrix)
+    if len(root) <= _SMALL:
+        return root @ root.T
+    half = len(root) // 2  # half of the operations are with the zeros below the diagonal
+    above, corner = root[:half], root[half:, half:]
+    across = above[:, half:] @ corner.T
+    return jnp.block([[above @ above.T, across], [across.T, corner @ corner.T]])
 
 
 def _by_schur(matrix, previous):

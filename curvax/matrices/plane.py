@@ -25,27 +25,24 @@ def products_in_plane(
 
     def one(piece):
         matrix = curvature.output_matrix(piece)
-        tangents = [piece.jvp(v) for v in (first, second)]
-        curved = [scale_cases(piece.scale, matrix.product(t)) for t in tangents]
-        cross = trees.vdot(tangents[1], curved[0])
-        forms = jnp.stack([trees.vdot(tangents[0], curved[0]), cross, cross, trees.vdot(tangents[1], curved[1])])
-        return forms.reshape(2, 2)
+        x, y = (piece.jvp(v) for v in (first, second))
+        curved_x, curved_y = (scale_cases(piece.scale, matrix.product(t)) for t in (x, y))
+        return _symmetric(trees.vdots((x, curved_x), (y, curved_x), (y, curved_y)))
 
     total = at.accumulate(one, curvature.keys(at, key))
     if at.penalty:
-        weights = at.penalty.curvature(at.params)
-        total = total + inner_products(first, second, weights).astype(total.dtype)
+        pairs = (first, first), (first, second), (second, second)
+        total = total + _symmetric(at.penalty.inner_products(at.params, *pairs)).astype(total.dtype)
     return total
 
 
-def inner_products(first: PyTree, second: PyTree, weights: PyTree | None = None) -> Array:
-    """The matrix of the inner products of two vectors; with ``weights``, of a diagonal matrix given by leaf."""
+def inner_products(first: PyTree, second: PyTree) -> Array:
+    """The matrix of the inner products of two vectors."""
+    return _symmetric(trees.vdots((first, first), (first, second), (second, second)))
 
-    def inner(x, y):
-        return trees.vdot(x, y if weights is None else trees.multiply(y, weights))
 
-    cross = inner(first, second)
-    return jnp.stack([inner(first, first), cross, cross, inner(second, second)]).reshape(2, 2)
+def _symmetric(entries):
+    return entries[jnp.array([[0, 1], [1, 2]])]
 
 
 def minimum_in_plane(products: Array, slopes: Array, fixed: tuple[Any, Any] = (None, None)) -> Array:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from curvax.matrices.inverses import inverse_cholesky
+from curvax.matrices.inverses import inverse_root
 from curvax.types import Array, Scalar
 
 
@@ -71,14 +71,14 @@ def solve_stein(stein: Stein, v: Array, *, sign: int, identity: Scalar = 1.0) ->
 def generalised_eigen(a: Array, c: Array) -> tuple[Array, Array]:
     """(K, s) with K^T A K = I and K^T C K = diag(s), s >= 0 and ascending."""
     with jax.default_matmul_precision("highest"):
-        inverse = inverse_cholesky(a)
-        return whitened_eigen(inverse, inverse @ c @ inverse.T)
+        root = inverse_root(a)
+        return whitened_eigen(root, root.T @ c @ root)
 
 
-def whitened_eigen(inverse: Array, whitened: Array) -> tuple[Array, Array]:
-    """``generalised_eigen`` from L^{-1} and L^{-1} C L^{-T}."""
+def whitened_eigen(root: Array, whitened: Array) -> tuple[Array, Array]:
+    """``generalised_eigen`` from L^{-T} and L^{-1} C L^{-T}."""
     values, vectors = jnp.linalg.eigh(whitened)
-    return jnp.matmul(inverse.T, vectors, precision="highest"), jnp.maximum(values, 0)
+    return jnp.matmul(root, vectors, precision="highest"), jnp.maximum(values, 0)
 
 
 def smith(

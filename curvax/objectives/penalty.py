@@ -54,7 +54,18 @@ class Penalty:
         """eta/2 ||theta||^2, a scalar."""
         if not self:
             return jnp.zeros((), trees.wide_dtype(*jax.tree.leaves(params)))
-        return trees.vdot(params, self.gradient(params)) / 2
+        own = self.penalised(params, params)
+        return self._strength(params) / 2 * trees.vdot(own, own)
+
+    def inner_products(self, params: PyTree, *pairs: tuple[PyTree, PyTree]) -> jax.Array:
+        """u^T (eta I) v for each of the pairs of vectors, with I on the leaves that are penalised."""
+        own = [tuple(self.penalised(params, v) for v in pair) for pair in pairs]
+        return self._strength(params) * trees.vdots(*own)
+
+    def penalised(self, params: PyTree, tree: PyTree) -> list[jax.Array]:
+        """Those leaves of a pytree like the parameters that are penalised."""
+        leaves = zip(jax.tree.leaves(tree), self._marks(params), strict=True)
+        return [leaf for leaf, on in leaves if on]
 
     def gradient(self, params: PyTree) -> PyTree:
         """eta theta on the leaves that are penalised, zeros on the others."""
@@ -62,14 +73,20 @@ class Penalty:
 
     def curvature(self, params: PyTree) -> PyTree:
         """The Hessian: one scalar for each leaf, eta or 0."""
-        mask = jax.tree.map(lambda _: True, params) if self.mask is None else self.mask(params)
-        trees.check_same_leaves(mask, params, "l2_mask")
-        l2 = jnp.asarray(0.0 if self.l2 is None else self.l2)
-        scalars = [
-            l2.astype(leaf.dtype) * jnp.asarray(on, leaf.dtype)
-            for on, leaf in zip(jax.tree.leaves(mask), jax.tree.leaves(params), strict=True)
-        ]
+        strength = jnp.asarray(0.0 if self.l2 is None else self.l2)
+        leaves = zip(jax.tree.leaves(params), self._marks(params), strict=True)
+        scalars = [strength.astype(leaf.dtype) * jnp.asarray(on, leaf.dtype) for leaf, on in leaves]
         return jax.tree.structure(params).unflatten(scalars)
+
+    def _strength(self, params):
+        return jnp.asarray(self.l2).astype(trees.wide_dtype(*jax.tree.leaves(params)))
+
+    def _marks(self, params):
+        if self.mask is None:
+            return [True] * len(jax.tree.leaves(params))
+        mask = self.mask(params)
+        trees.check_same_leaves(mask, params, "l2_mask")
+        return list(map(bool, jax.tree.leaves(mask)))
 
 
 class Constant(trees.Static):

@@ -23,6 +23,7 @@ from curvax.layers.factors import (
     factors_are_finite,
     factors_of,
     running_average,
+    sides_are_finite,
     zero_factors,
 )
 from curvax.layers.find import Layers
@@ -154,13 +155,14 @@ def kfac(
             begun = (given.steps > 0) | seen.informative
         gradient, before = (trees.embed(v, at.params) for v in (given.gradient, given.last_change))
         rate, share = (None if x is None else given.number(x) for x in (learning_rate, momentum))
+        fixed = None if rate is None else -rate, share
 
-        def model(direction) -> tuple[Array, Array]:
-            """(alpha, mu) and M(alpha direction + mu before) - M(0), exactly on a part of the batch (KF-10, KF-11)."""
-            exact = products_in_plane(part, curvature, direction, before, given.other_key).astype(dtype)
-            products = exact + damping * inner_products(direction, before).astype(dtype)
-            slopes = jnp.stack([trees.vdot(gradient, v) for v in (direction, before)]).astype(dtype)
-            coefficients = minimum_in_plane(products, slopes, (rate, share))
+        def model(natural) -> tuple[Array, Array]:
+            """(-alpha, mu) and M(-alpha natural + mu before) - M(0), exactly on a part of the batch (KF-10, KF-11)."""
+            exact = products_in_plane(part, curvature, natural, before, given.other_key).astype(dtype)
+            products = exact + damping * inner_products(natural, before).astype(dtype)
+            slopes = trees.vdots((gradient, natural), (gradient, before)).astype(dtype)
+            coefficients = minimum_in_plane(products, slopes, fixed)
             if max_divergence is not None:
                 divergence = coefficients @ exact @ coefficients / 2
                 allowed = given.number(max_divergence) / jnp.where(divergence > 0, divergence, 1)
@@ -168,8 +170,8 @@ def kfac(
             return coefficients, coefficients @ slopes + coefficients @ products @ coefficients / 2
 
         def attempt(gamma, prepared):
-            direction = trees.scale(-1.0, preconditioner(given, seen, prepared, gamma))
-            return Attempt(gamma, prepared, direction, *model(direction))
+            natural = preconditioner(given, seen, prepared, gamma)
+            return Attempt(gamma, prepared, natural, *model(natural))
 
         gamma = _gamma(given, damping)
         if gamma_rule is not None:  # it begins with that of lambda and the penalty, and then has a life of its own
@@ -179,15 +181,15 @@ def kfac(
             due = gamma_rule.due(given.steps + 1) & seen.usable
             best = _best_of_three(due, gamma_rule, best, lambda g, p: attempt(g, preconditioner.redamped(seen, p, g)))
         kept_gamma = () if gamma_rule is None else jnp.where(seen.usable, best.gamma, given.memory.gamma)
-        alpha, mu = best.coefficients
-        delta = trees.extract(trees.add_scaled(trees.scale(alpha, best.direction), mu, before), given.gradient)
+        rise, mu = best.coefficients
+        delta = trees.extract(trees.add_scaled(trees.scale(rise, best.natural), mu, before), given.gradient)
         loss = given.at.loss.astype(dtype)
         figures = {
             "loss": loss,
             "predicted_change": best.predicted,
             "damping": damping,
             "step_ratio": given.info.step_ratio,
-            "step_size": alpha,
+            "step_size": -rise,
             "momentum": mu,
             "gamma": best.gamma,
         }
@@ -276,11 +278,11 @@ def scale_by_kfac(
 
 
 class Attempt(NamedTuple):
-    """A direction -F^{-1} g by inverses with that gamma, and what the model says of the best step along it."""
+    """The natural gradient F^{-1} g by inverses with that gamma, and what the model says of the best step along it."""
 
     gamma: Array
     prepared: Any
-    direction: PyTree
+    natural: PyTree
     coefficients: Array
     predicted: Array
 
@@ -406,8 +408,11 @@ class _Preconditioner:
         # Rounding can make a factor indefinite: then the last inverse has to do.
         prepared = self.inverse.prepare(layers, factors, gamma, previous)
         if self.inverse.has_two_sides:
-            pairs = zip(prepared, previous, strict=True)
-            return tuple(trees.where(trees.all_finite(new), new, old) for new, old in pairs)
+
+            def usable(finite, new, old):  # by a branch, which passes on what is there
+                return jax.lax.cond(finite, lambda: new, lambda: old)
+
+            return tuple(map(usable, sides_are_finite(prepared), prepared, previous))
         return trees.where(trees.all_finite(prepared), prepared, previous)
 
     def _some_refreshed(self, seen, gamma, previous, period, due):

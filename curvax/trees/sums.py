@@ -43,12 +43,7 @@ def norm(tree: PyTree) -> jax.Array:
 
 def norms(*trees: PyTree) -> jax.Array:
     """``norm`` of several pytrees of one structure, shape (len(trees),), by the sums of ``vdots``."""
-    safe = units(*trees)
-    scaled = [
-        jax.tree.map(lambda leaf, unit=unit: leaf.astype(safe.dtype) / unit, tree)
-        for tree, unit in zip(trees, safe, strict=True)
-    ]
-    return safe * jnp.sqrt(vdots(*zip(scaled, scaled, strict=True)))
+    return _norms(list(map(jax.tree.leaves, trees)))
 
 
 def largest(tree: PyTree) -> jax.Array:
@@ -70,8 +65,7 @@ def units(*trees: PyTree) -> jax.Array:
 
     1 for zero, and any number where an entry is not finite, which the sum of squares then shows.
     """
-    sizes = _largests(list(map(jax.tree.leaves, trees)), jnp.max)
-    return jnp.where((sizes > 0) & jnp.isfinite(sizes), sizes, 1)
+    return _units(list(map(jax.tree.leaves, trees)))
 
 
 def all_finite(*trees: PyTree) -> jax.Array:
@@ -91,12 +85,30 @@ def are_finite(*trees: PyTree) -> jax.Array:
     return jnp.isfinite(_largests(list(map(jax.tree.leaves, trees)), _zero_or_nan))
 
 
-# Programs of their own outside of jit, so that few are compiled there, and part of the caller's inside.
+# Programs of their own outside of jit, so that few are compiled there, and part of the caller's inside. Small leaves
+# are joined before anything is done to them, so that it is done once, and one joint vector serves all who read it.
 @functools.partial(jax.jit, inline=True)
 def _vdots(pairs):
     dtype = wide_dtype(*jax.tree.leaves(pairs))
-    products = [[x.astype(dtype) * y.astype(dtype) for x, y in zip(*pair, strict=True)] for pair in pairs]
+    parts = _joined([leaves for pair in pairs for leaves in pair], dtype)
+    products = [jax.tree.map(jnp.multiply, left, right) for left, right in zip(parts[::2], parts[1::2], strict=True)]
     return _reduced(products, dtype, jnp.add, lambda rows: jnp.sum(rows, axis=-1), jnp.sum)
+
+
+@functools.partial(jax.jit, inline=True)
+def _norms(rows):
+    safe = _units(rows)
+    scaled = [
+        jax.tree.map(lambda leaf, unit=unit: leaf / unit, parts)
+        for parts, unit in zip(_joined(rows, safe.dtype), safe, strict=True)
+    ]
+    squares = jax.tree.map(jnp.square, scaled)
+    return safe * jnp.sqrt(_reduced(squares, safe.dtype, jnp.add, lambda rows: jnp.sum(rows, axis=-1), jnp.sum))
+
+
+def _units(rows):
+    sizes = _largests(rows, jnp.max)
+    return jnp.where((sizes > 0) & jnp.isfinite(sizes), sizes, 1)
 
 
 # XLA's maximum on CPU loses what is not a number among more than 4,000 entries (JAX 0.10.2); its sum does not. A sum of
@@ -104,14 +116,14 @@ def _vdots(pairs):
 # ordered as magnitudes are, with NaN above infinity.
 @functools.partial(jax.jit, inline=True, static_argnums=1)
 def _largests(rows, of_large):
-    magnitudes = [list(map(jnp.abs, leaves)) for leaves in rows]
-    dtype = wide_dtype(*jax.tree.leaves(magnitudes))
+    real = [[jnp.abs(leaf) if jnp.iscomplexobj(leaf) else leaf for leaf in leaves] for leaves in rows]
+    dtype = wide_dtype(*jax.tree.leaves(real))
 
     def of_small(rows):
         bits = jax.lax.bitcast_convert_type(rows, jnp.dtype(f"uint{8 * rows.dtype.itemsize}"))
         return jax.lax.bitcast_convert_type(jnp.max(bits, axis=-1), rows.dtype)
 
-    return _reduced(magnitudes, dtype, jnp.maximum, of_small, of_large)
+    return _reduced(jax.tree.map(jnp.abs, _joined(real, dtype)), dtype, jnp.maximum, of_small, of_large)
 
 
 def _top_or_nan(magnitudes):
@@ -122,17 +134,22 @@ def _zero_or_nan(magnitudes):
     return jnp.sum(0 * magnitudes)
 
 
-def _reduced(rows, dtype, combine, of_small, of_large):
-    """One number for each list of leaves, lists of one structure; small leaves of all lists are reduced at once."""
-    small, parts = [], []
-    for leaves in zip(*rows, strict=True):
-        leaves = list(map(jnp.asarray, leaves))
-        if not leaves[0].size:
-            continue
-        if all(map(is_small, leaves)):
-            small.append([leaf.astype(dtype).ravel() for leaf in leaves])
-        else:
-            parts.append(jnp.stack([of_large(leaf).astype(dtype) for leaf in leaves]))
-    if small:
-        parts.append(of_small(jnp.stack([jnp.concatenate(row) for row in zip(*small, strict=True)])))
-    return functools.reduce(combine, parts, jnp.zeros(len(rows), dtype))
+def _joined(rows, dtype):
+    """For each of several lists of leaves, all of one structure, (the large ones, the small ones as one vector)."""
+    places = [place for place, leaves in enumerate(zip(*rows, strict=True)) if leaves[0].size]
+    small = [place for place in places if all(is_small(row[place]) for row in rows)]
+
+    def joined(row):
+        row = {place: row[place].astype(dtype) for place in places}
+        large = [leaf for place, leaf in row.items() if place not in small]
+        return large, [jnp.concatenate([row[place].ravel() for place in small])] if small else []
+
+    return [joined(list(map(jnp.asarray, row))) for row in rows]
+
+
+def _reduced(parts, dtype, combine, of_small, of_large):
+    """One number for each of what ``_joined`` returns; small leaves of all of them are reduced at once."""
+    large, small = (list(zip(*columns, strict=True)) for columns in zip(*parts, strict=True))
+    numbers = [jnp.stack([of_large(leaf) for leaf in leaves]) for leaves in large]
+    numbers += [of_small(jnp.stack(vectors)) for vectors in small]
+    return functools.reduce(combine, numbers, jnp.zeros(len(parts), dtype))

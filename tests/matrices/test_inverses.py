@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from curvax.matrices.inverses import inverse_of, over_blocks, sequenced
+from curvax.matrices.inverses import inverse_of, inverse_root, inverses_of_stacks, over_blocks, sequenced
 from tests.tolerances import rounding
 
 METHODS = ["cholesky", "schur", "eigen", "newton_schulz"]
@@ -31,7 +31,7 @@ def backward_errors(inverse, matrix):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("size", [1, 7, 300])
+@pytest.mark.parametrize("size", [1, 7, 601])
 def test_stacks_are_inverted_one_by_one_and_to_symmetric_matrices(method, size):
     stack = np.stack([spd(seed, size, 50.0) for seed in (0, 1)])
     found = invert(stack, method)
@@ -48,18 +48,59 @@ def test_diagonals_are_inverted_entry_by_entry():
 @pytest.mark.parametrize("condition", [1e2, 1e4, 1e5])
 def test_float32_inverts_ill_conditioned_factors(method, condition):
     """The residual is the condition times rounding: the error of an inverse that is computed from rounded entries."""
-    matrix = spd(2, 300, condition, np.float32)
+    matrix = spd(2, 601, condition, np.float32)
     found = invert(matrix[None], method)[0]
     assert found.dtype == np.float32
-    assert backward_errors(found, matrix) < rounding(np.float32, 300, condition=condition)
+    assert backward_errors(found, matrix) < rounding(np.float32, 601, condition=condition)
     assert np.all(np.linalg.eigvalsh(found.astype(np.float64)) > 0)
 
 
 def test_cholesky_factors_by_halves_invert_what_float32_can_hardly_tell_from_singular():
-    matrix = spd(2, 300, 1e6, np.float32)
+    matrix = spd(2, 601, 1e6, np.float32)
     found = invert(matrix[None], "cholesky")[0]
-    assert backward_errors(found, matrix) < rounding(np.float32, 300, condition=1e6)
+    assert backward_errors(found, matrix) < rounding(np.float32, 601, condition=1e6)
     assert np.all(np.linalg.eigvalsh(found.astype(np.float64)) > 0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_matrices_of_near_sizes_and_any_scale_are_inverted_together(method):
+    """Sizes that share a loop and sizes that do not, filled up and not, diagonals between them, from starts or none."""
+    sizes, scales = [(2, 7), (1, 9), (3, 8), (1, 40), (2, 5), (1, 9)], [1.0, 1e6, 1e-6, 1.0, 3.0, 1e-3]
+    stacks = [
+        scale * np.stack([spd(7 * seed + n, n, 30.0) for seed in range(count)])
+        for (count, n), scale in zip(sizes, scales, strict=True)
+    ]
+    stacks.insert(2, np.array([[1.0, 4.0]]))
+    exact = [1 / stack if stack.ndim == 2 else np.linalg.inv(stack) for stack in stacks]
+    invert_all = jax.jit(lambda stacks, starts: inverses_of_stacks(stacks, method, starts))
+    for starts in (None, [1.1 * inverse for inverse in exact]):
+        for found, inverse in zip(invert_all(stacks, starts), exact, strict=True):
+            scale = np.max(np.abs(inverse))
+            np.testing.assert_allclose(found, inverse, atol=rounding(np.float64, 100, scale=scale, condition=30.0))
+            assert found.shape == inverse.shape
+
+
+def test_those_of_near_sizes_are_compiled_once():
+    """By the Cholesky factors that the program takes: one for each class of sizes, however many matrices there are."""
+    stacks = [jnp.zeros((1, n, n)) for n in (30, 31, 31, 65, 66, 250, 251)]
+    text = jax.jit(lambda stacks: inverses_of_stacks(stacks)).lower(stacks).as_text()
+    assert text.count("stablehlo.cholesky") + text.count("potrf") == 3
+
+
+def test_one_that_is_not_positive_definite_does_not_spoil_those_beside_it():
+    stacks = [np.stack([spd(1, 6, 10.0), -np.eye(6), spd(2, 6, 10.0)]), spd(3, 7, 10.0)[None]]
+    found = jax.jit(lambda stacks: inverses_of_stacks(stacks))(stacks)
+    finite = [bool(np.all(np.isfinite(matrix))) for stack in found for matrix in stack]
+    assert finite == [True, False, True, True]
+    assert not np.any(np.isfinite(np.diagonal(found[0][1])))
+
+
+@pytest.mark.parametrize("size", [3, 700])
+def test_the_root_of_an_inverse_is_triangular_and_makes_the_matrix_the_identity(size):
+    matrix = spd(8, size, 100.0)
+    root = np.asarray(jax.jit(inverse_root)(matrix))
+    np.testing.assert_array_equal(root, np.triu(root))
+    np.testing.assert_allclose(root.T @ matrix @ root, np.eye(size), atol=rounding(np.float64, size, condition=100.0))
 
 
 def test_eigenvalues_that_rounding_made_negative_are_raised():
