@@ -119,7 +119,7 @@ class EigenCorrected(Inverse):
     the first preparation does, it would be K-FAC's again after every period, and lose what it is there for.
 
     Damping is K-FAC's by default, that of (A + pi gamma I) (x) (G + gamma / pi I) with s in place of the eigenvalues
-    a_i g_j of A (x) G,
+    a_i g_j of A (x) G, in orthonormal coordinates of the parameters where a model scales them,
 
         s_ij + gamma (a_i / pi + pi g_j) + gamma^2
 

@@ -63,16 +63,13 @@ def inverses_of_stacks(
         after: What is to be there before the first is worked on.
     """
     full = [place for place, stack in enumerate(stacks) if stack.ndim == 3]
-    warm = method == "newton_schulz" and previous is not None
 
     def inverse(matrix, start=None):
         return _symmetric(_METHODS[method](matrix, start))
 
-    arguments = [(stacks[i], previous[i]) if warm and previous else (stacks[i],) for i in full]
-    # Full precision, as accelerators round their operands to some ten bits otherwise, too few for a matrix that is at
-    # all ill-conditioned.
-    with jax.default_matmul_precision("highest"):
-        found = dict(zip(full, by_size(inverse, arguments, after), strict=True))
+    starts = previous if method == "newton_schulz" else None
+    arguments = [(stacks[i],) if starts is None else (stacks[i], starts[i]) for i in full]
+    found = dict(zip(full, by_size(inverse, arguments, after), strict=True))
     return [found[place] if place in found else 1 / stack for place, stack in enumerate(stacks)]
 
 
@@ -106,7 +103,8 @@ def by_size(function: Callable[..., Array], stacks: Sequence[tuple[Array, ...]],
     Compiled once for a size, a function of products by halves is some thirty kernels, and the layers of a network have
     many matrices of a few sizes, or of sizes that differ by a bias. A matrix A is filled up to diag(A, c I) with c the
     mean of its diagonal, and the part of A is cut out of the result, so that the function has to keep the two apart,
-    as inverses and Cholesky factors do. One by one, as batched products are slow on CPUs.
+    as inverses and Cholesky factors do. One by one, as batched products are slow on CPUs, and in full precision, as
+    accelerators round operands to some ten bits otherwise, too few for a matrix that is at all ill-conditioned.
 
     Args:
         function: Of a matrix, or of a matrix and another that goes with it and is filled up by 1 / c.
@@ -126,7 +124,8 @@ def by_size(function: Callable[..., Array], stacks: Sequence[tuple[Array, ...]],
         return jax.lax.map(lambda matrices: function(*matrices), tuple(columns))
 
     found: list[Any] = [None] * len(stacks)
-    joined = sequenced([of_group] * len(groups), [[stacks[i] for i in own] for own in groups.values()], after)
+    with jax.default_matmul_precision("highest"):
+        joined = sequenced([of_group] * len(groups), [[stacks[i] for i in own] for own in groups.values()], after)
     for own, results in zip(groups.values(), joined, strict=True):
         start = 0
         for place in own:

@@ -54,18 +54,18 @@ class Penalty:
         """eta/2 ||theta||^2, a scalar."""
         if not self:
             return jnp.zeros((), trees.wide_dtype(*jax.tree.leaves(params)))
-        own = self.penalised(params, params)
-        return self._strength(params) / 2 * trees.vdot(own, own)
+        return self.inner_products(params, (params, params))[0] / 2
 
     def inner_products(self, params: PyTree, *pairs: tuple[PyTree, PyTree]) -> jax.Array:
         """u^T (eta I) v for each of the pairs of vectors, with I on the leaves that are penalised."""
-        own = [tuple(self.penalised(params, v) for v in pair) for pair in pairs]
-        return self._strength(params) * trees.vdots(*own)
+        marks = self._marks(params)
 
-    def penalised(self, params: PyTree, tree: PyTree) -> list[jax.Array]:
-        """Those leaves of a pytree like the parameters that are penalised."""
-        leaves = zip(jax.tree.leaves(tree), self._marks(params), strict=True)
-        return [leaf for leaf, on in leaves if on]
+        def penalised(vector):
+            return [leaf for leaf, on in zip(jax.tree.leaves(vector), marks, strict=True) if on]
+
+        strength = jnp.asarray(self.l2).astype(trees.wide_dtype(*jax.tree.leaves((params, pairs))))
+        products = trees.vdots(*[(penalised(left), penalised(right)) for left, right in pairs])
+        return strength * products.astype(strength.dtype)
 
     def gradient(self, params: PyTree) -> PyTree:
         """eta theta on the leaves that are penalised, zeros on the others."""
@@ -78,14 +78,17 @@ class Penalty:
         scalars = [strength.astype(leaf.dtype) * jnp.asarray(on, leaf.dtype) for leaf, on in leaves]
         return jax.tree.structure(params).unflatten(scalars)
 
-    def _strength(self, params):
-        return jnp.asarray(self.l2).astype(trees.wide_dtype(*jax.tree.leaves(params)))
-
     def _marks(self, params):
         if self.mask is None:
             return [True] * len(jax.tree.leaves(params))
         mask = self.mask(params)
         trees.check_same_leaves(mask, params, "l2_mask")
+        for path, on in zip(trees.leaf_paths(mask), jax.tree.leaves(mask), strict=True):
+            if isinstance(on, Tracer) or jnp.shape(on) or jnp.result_type(on) != jnp.dtype(bool):
+                raise TypeError(
+                    f"l2_mask[{path!r}] is {on!r}; a leaf is penalised or not, which a bool says, such as"
+                    " leaf.ndim > 1: made by jnp inside of jit it is a traced array"
+                )
         return list(map(bool, jax.tree.leaves(mask)))
 
 

@@ -138,7 +138,7 @@ class Given:
         assert self.last is not None
         now = self.at.params
         if jax.tree.structure(now) == jax.tree.structure(self.last.params):
-            return self.last.params
+            return trees.cast_like(self.last.params, now)
         hidden = trees.sub(now, trees.embed(trees.extract(now, self.gradient), now))
         return trees.add(hidden, trees.embed(self.last.params, now))
 

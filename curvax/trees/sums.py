@@ -29,7 +29,11 @@ def vdots(*pairs: tuple[PyTree, PyTree]) -> jax.Array:
     >>> vdots(({"a": jnp.array([1.0, 2.0])}, {"a": jnp.array([3.0, 4.0])}), ({"a": jnp.ones(2)}, {"a": jnp.ones(2)}))
     Array([11.,  2.], dtype=float...)
     """
-    return _vdots([(jax.tree.leaves(left), jax.tree.structure(left).flatten_up_to(right)) for left, right in pairs])
+    flat = [(jax.tree.leaves(left), jax.tree.structure(left).flatten_up_to(right)) for left, right in pairs]
+    for x, y in ((x, y) for left, right in flat for x, y in zip(left, right, strict=True)):
+        if jnp.shape(x) != jnp.shape(y):  # joined, only their sizes would have to agree
+            raise ValueError(f"inner product of leaves of shapes {jnp.shape(x)} and {jnp.shape(y)}")
+    return _vdots(flat)
 
 
 def norm(tree: PyTree) -> jax.Array:
@@ -137,19 +141,20 @@ def _zero_or_nan(magnitudes):
 def _joined(rows, dtype):
     """For each of several lists of leaves, all of one structure, (the large ones, the small ones as one vector)."""
     places = [place for place, leaves in enumerate(zip(*rows, strict=True)) if leaves[0].size]
-    small = [place for place in places if all(is_small(row[place]) for row in rows)]
+    small = {place for place in places if all(is_small(row[place]) for row in rows)}
 
     def joined(row):
-        row = {place: row[place].astype(dtype) for place in places}
-        large = [leaf for place, leaf in row.items() if place not in small]
-        return large, [jnp.concatenate([row[place].ravel() for place in small])] if small else []
+        leaves = {place: row[place].astype(dtype) for place in places}
+        vectors = [leaf.ravel() for place, leaf in leaves.items() if place in small]
+        large = [leaf for place, leaf in leaves.items() if place not in small]
+        return large, [jnp.concatenate(vectors)] if vectors else []
 
     return [joined(list(map(jnp.asarray, row))) for row in rows]
 
 
 def _reduced(parts, dtype, combine, of_small, of_large):
     """One number for each of what ``_joined`` returns; small leaves of all of them are reduced at once."""
-    large, small = (list(zip(*columns, strict=True)) for columns in zip(*parts, strict=True))
-    numbers = [jnp.stack([of_large(leaf) for leaf in leaves]) for leaves in large]
-    numbers += [of_small(jnp.stack(vectors)) for vectors in small]
+    large, small = ([part[i] for part in parts] for i in (0, 1))
+    numbers = [jnp.stack([of_large(leaf) for leaf in leaves]) for leaves in zip(*large, strict=True)]
+    numbers += [of_small(jnp.stack(vectors)) for vectors in zip(*small, strict=True)]
     return functools.reduce(combine, numbers, jnp.zeros(len(parts), dtype))

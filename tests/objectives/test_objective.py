@@ -114,6 +114,27 @@ def test_penalty_of_the_leaves_the_user_chooses(mask):
     close(with_penalty[2] - without[2], 0.4 * np.diag([float(mask is None)] * 2 + [1.0] * 6))
 
 
+@pytest.mark.parametrize("marks", [(True, False), (False, True), (False, False)])
+def test_penalised_leaves_may_be_narrower_than_the_others(marks):
+    params = {"b": jnp.array([2.0, 3.0], jnp.float32), "w": jnp.asarray(PARAMS["w"], jnp.float64)}
+    penalty = curvax.Objective(
+        lambda p, x: x @ p["w"] + p["b"].astype(x.dtype),
+        curvax.losses.squared_error(),
+        l2=0.4,
+        l2_mask=dict(zip("bw", marks, strict=True)),
+    ).penalty
+    squares = [np.sum(np.asarray(params[name], float) ** 2) * on for name, on in zip("bw", marks, strict=True)]
+    close(penalty.value(params), 0.2 * sum(squares), 1e-6)
+    close(penalty.inner_products(params, (params, params)), [0.4 * sum(squares)], 1e-6)
+
+
+@pytest.mark.parametrize("make", [lambda leaf: jnp.array(leaf.ndim > 1), lambda leaf: 0.5, lambda leaf: leaf > 0])
+def test_a_mask_of_the_penalty_that_is_no_bool_is_refused(make):
+    objective = squares(l2=0.1, l2_mask=lambda params: jax.tree.map(make, params))
+    with pytest.raises(TypeError, match=r"l2_mask\['w'\] is .*bool"):
+        jax.jit(objective)(PARAMS, BATCH)
+
+
 def test_strength_of_penalty_and_weight_of_a_term_are_traced_and_compile_once():
     traces = []
     term = curvax.Term(linear, curvax.losses.squared_error())

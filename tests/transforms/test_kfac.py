@@ -365,6 +365,34 @@ def test_a_batch_that_is_nearly_or_altogether_masked():
 
 
 @pytest.mark.many_compilations("the states are compared leaf by leaf outside of jit")
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_model_or_a_mask_without_any_matrix(hidden):
+    """Scales alone, by their diagonals: of a model that has nothing else, or with its matrix hidden."""
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(4, 2)))
+    params = {"gain": jnp.ones(4), "w": w} if hidden else {"gain": jnp.ones(4)}
+    objective = curvax.Objective(
+        lambda p, x: (x * p["gain"]) @ (p["w"] if hidden else w), curvax.losses.squared_error()
+    )
+    batch = DATA[0], jnp.ones((12, 2))
+    layers = curvax.find_layers(objective, params, batch)
+    tx = curvax.kfac(layers, curvature_stride=1, statistics_stride=1)
+    tx = optax.masked(tx, {"gain": True, "w": False}) if hidden else tx
+
+    @jax.jit
+    def step(params, state):
+        before, grads, at = objective.value_and_grad(params, batch)
+        grads = grads | {name: jnp.zeros_like(grads[name]) for name in grads if name == "w"}
+        updates, state = tx.update(grads, state, params, at=at)
+        return before, optax.apply_updates(params, updates), state
+
+    losses, state = [], tx.init(params)
+    for _ in range(6):
+        before, params, state = step(params, state)
+        losses.append(float(before))
+    assert losses[-1] < 0.9 * losses[0]
+    np.testing.assert_array_equal(params.get("w", w), w)
+
+
 def test_a_skipped_step_leaves_factors_and_inverses():
     """A target that is not finite: the factors, which targets do not enter, are not taken in; nor at a refresh."""
     objective = masked_objective()

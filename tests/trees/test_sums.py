@@ -76,3 +76,15 @@ def test_trees_of_other_structures_are_refused():
     for other in ({"a": jnp.ones(2), "b": jnp.ones(2)}, [jnp.ones(2)], {"b": jnp.ones(2)}):
         with pytest.raises(ValueError, match=r"(?i)dict"):
             trees.vdot({"a": jnp.ones(2)}, other)
+
+
+def test_leaves_of_other_shapes_are_refused_even_where_all_together_have_as_many_entries():
+    for left, right in (({"w": (2, 3)}, {"w": (3, 2)}), ({"a": (2,), "b": (3,)}, {"a": (3,), "b": (2,)})):
+        left, right = ({name: jnp.ones(shape) for name, shape in sizes.items()} for sizes in (left, right))
+        with pytest.raises(ValueError, match="shapes"):
+            trees.vdot(left, right)
+
+
+def test_sums_of_nothing():
+    assert trees.vdots().shape == trees.norms().shape == trees.largests().shape == trees.are_finite().shape == (0,)
+    assert [float(trees.vdot([], [])), float(trees.norm([])), float(trees.norm([jnp.zeros((0, 2))]))] == [0.0] * 3
