@@ -70,10 +70,11 @@ def hessian_free(
     r"""Hessian-free optimisation: (G + lambda D) delta = -g solved inexactly by preconditioned conjugate gradients.
 
     One step, as in Martens 2016, algorithm 3: conjugate gradients start from ``warm_start`` times where the last run
-    ended and stop by relative progress (eq. 4.2), by a further rule of your choice or at the cap; one of the iterates
-    kept on the way is chosen by the loss itself; lambda adapts by the reduction ratio; a backtracking line search has
-    the last word. The preconditioner is (diag(G + lambda D) + kappa)^xi with the diagonal from one pull back of noise,
-    squared per example (Chapelle and Erhan 2011; algorithm 6). Three settings are Martens's recipes of section 4.11:
+    ended (or from 0, if nothing of it was taken) and stop by relative progress (eq. 4.2), by a further rule of your
+    choice or at the cap; one of the iterates kept on the way is chosen by the loss itself; lambda adapts by the
+    reduction ratio; a backtracking line search has the last word. The preconditioner is (diag(G + lambda D) + kappa)^xi
+    with the diagonal from one pull back of noise, squared per example (Chapelle and Erhan 2011; algorithm 6). Three
+    settings are Martens's recipes of section 4.11:
 
     - ``hessian_free(**curvax.transforms.RECIPE_A)``: 250 iterations, CG-backtracking (Martens 2010).
     - ``RECIPE_B``: stop when the loss on the curvature batch turns; choose on ``held_out_at=``; warm start from the
@@ -241,7 +242,10 @@ def hessian_free(
         return Step(
             packing.unpack(trees.scale(step_size, delta)),
             figures,
-            memory=given.memory if warm_start_from == "gradient" else packing.unpack(best.value),
+            # From where no iterate was below the loss the next run would start above it too, however large lambda.
+            memory=given.memory
+            if warm_start_from == "gradient"
+            else packing.unpack(trees.where(accepted, best.value, trees.zeros_like(best.value))),
             strength=adapted_at_once(judge, rule, given, ratio, accepted & ~failed),
             accepted=accepted,
             finite=trees.all_finite(loss, judged, predicted, length),

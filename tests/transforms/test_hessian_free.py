@@ -96,7 +96,6 @@ def test_two_steps_are_those_of_algorithm_3():
             x, new = x + alpha * p, r + alpha * product
             p, r, y = -new / scale + (new @ (new / scale)) / (r @ y) * p, new, new / scale
             kept.append(x)
-        direction = x
 
         def after(delta, here=here):
             return loss(goal, moved(here, delta), data)
@@ -106,6 +105,7 @@ def test_two_steps_are_those_of_algorithm_3():
         while chosen >= 0 and (losses[chosen] > here_loss or (chosen and losses[chosen - 1] < losses[chosen])):
             chosen -= 1  # at last to delta = 0, where there is no iterate
         delta = kept[chosen] if chosen >= 0 else 0 * x
+        direction = x if chosen >= 0 else 0 * x  # beyond the algorithm: a run of which nothing was taken is forgotten
         model = slopes @ delta + delta @ ggn @ delta / 2
         ratio = (after(delta) - here_loss) / model if chosen >= 0 else -np.inf
         size = armijo(lambda size, delta=delta, after=after: after(size * delta), slopes @ delta)
@@ -269,19 +269,25 @@ def test_the_reduction_rule_ends_a_run_that_turns_bad():
     assert ended.info.inner_iterations < free.info.inner_iterations
 
 
-def test_an_ascent_direction_is_never_followed():
-    """A warm start far uphill, cut short after one iteration, points uphill still: no step, and more damping."""
+@pytest.mark.parametrize("choice", ["last", "best", "walk"])
+def test_an_ascent_direction_is_never_followed_and_never_started_from_again(choice):
+    """A warm start far uphill, cut short after one iteration, points uphill still: no step, more damping, no memory."""
     tx = curvax.hessian_free(
-        max_iterations=1, choice="last", warm_start=1.0, preconditioner_exponent=None, initial_damping=0.1
+        max_iterations=1, choice=choice, warm_start=1.0, preconditioner_exponent=None, initial_damping=0.1
     )
     slopes = gradient(objective, weights(), batch(0))
-    state = jax.jit(tx.init)(weights())._replace(memory=tree_of(100 * slopes, weights()))
-    updates, state = one_step(tx, objective, weights(), batch(0), state=state)
-    assert slopes @ flat(state.memory) > 0, "the case is to be an ascent direction"
+    uphill = jax.jit(tx.init)(weights())._replace(memory=tree_of(100 * slopes, weights()))
+    updates, state = one_step(tx, objective, weights(), batch(0), state=uphill)
+    if choice == "last":
+        assert state.info.update_norm > 0, "the case is to be a direction"
     assert state.info.step_size == 0
     assert not flat(updates).any()
     assert not state.info.accepted
     np.testing.assert_allclose(state.strength, 0.1 * 3 / 2, rtol=1e-12)
+    assert not flat(state.memory).any()
+    updates, state = one_step(tx, objective, weights(), batch(0), state=state)
+    assert state.info.accepted
+    assert slopes @ flat(updates) < 0
 
 
 def test_an_indefinite_matrix_ends_the_run_and_raises_the_damping_until_a_step_works():
