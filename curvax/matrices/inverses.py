@@ -100,7 +100,7 @@ def inverse_root(matrix: Array) -> Array:
 def by_size(function: Callable[..., Array], stacks: Sequence[tuple[Array, ...]], after: Any = None) -> list[Array]:
     """A function of each of the matrices of stacks (blocks, n, n), one by one, those of near sizes in one loop.
 
-    Compiled once for a size, a function of products by halves is some thirty kernels, and the layers of a network have
+    Compiled once for a size, a function of products by halves is some twenty kernels, and the layers of a network have
     many matrices of a few sizes, or of sizes that differ by a bias. A matrix A is filled up to diag(A, c I) with c the
     mean of its diagonal, and the part of A is cut out of the result, so that the function has to keep the two apart,
     as inverses and Cholesky factors do. One by one, as batched products are slow on CPUs, and in full precision, as
