@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from curvax import trees
 from curvax.layers.geometry import Geometry
 from curvax.programs.views import places_given
 from curvax.types import Array, PyTree
@@ -132,13 +133,16 @@ class Block:
         row = _ordered(self._to_matrices(self.bias, gradient).reshape(-1), np.array(self.bias_order))
         return jnp.concatenate([weights, row.reshape(weights.shape[0], 1, -1).astype(weights.dtype)], axis=1)
 
-    def to_params(self, matrices: Array) -> dict[int, Array]:
-        """The change of the parameters whose matrices these are, L^+ V: the leaves of the block by their places."""
+    def to_params(self, matrices: Array, *, wide: bool = False) -> dict[int, Array]:
+        """The change of the parameters whose matrices these are, L^+ V: the leaves of the block by their places.
+
+        In the dtypes of the parameters, or with ``wide`` in float32 at least: squares leave the range of float16.
+        """
         if self.bias is None:
-            return self._to_leaves(self.weights, matrices)
+            return self._to_leaves(self.weights, matrices, wide)
         row = _ordered(matrices[:, -1].reshape(-1), np.argsort(np.array(self.bias_order))).reshape(1, 1, -1)
-        moved = self._to_leaves(self.weights, matrices[:, :-1])
-        for place, leaf in self._to_leaves(self.bias, row).items():  # weights and bias may be parts of one leaf
+        moved = self._to_leaves(self.weights, matrices[:, :-1], wide)
+        for place, leaf in self._to_leaves(self.bias, row, wide).items():  # weights and bias may be parts of one leaf
             moved[place] = moved[place] + leaf if place in moved else leaf
         return moved
 
@@ -150,8 +154,8 @@ class Block:
         moved = jax.jvp(function, zeros, tuple(x.astype(s.dtype) for x, s in zip(own, structs, strict=True)))[1]
         return moved if layer.only_moves else moved / self._squares(layer).astype(moved.dtype)
 
-    def _to_leaves(self, layer, matrices):
-        function, structs = layer_map(self.layers, layer)
+    def _to_leaves(self, layer, matrices, wide):
+        function, structs = layer_map(self.layers, layer, wide=wide)
         if not layer.only_moves:
             matrices = matrices / self._squares(layer).astype(matrices.dtype)
         like = jax.eval_shape(function, *structs)
@@ -248,8 +252,8 @@ def blocks_of(layers: Layers) -> tuple[Block, ...]:
     return tuple(Block(layers, layer, *ridden.get(layer.name, (None,))) for layer in rest)
 
 
-def layer_map(layers: Layers, layer: Layer) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
-    """(the leaves of a layer -> its matrices, an affine function; what the leaves are)."""
+def layer_map(layers: Layers, layer: Layer, *, wide: bool = False) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
+    """(the leaves of a layer -> its matrices, an affine function; what those are), ``wide`` in float32 at least."""
     geometry = _first(layers, layer)
     if places_given(geometry.base):
         raise ValueError(f"layer {layer.name!r} depends on the data of a batch; its matrices are not the parameters'")
@@ -258,9 +262,10 @@ def layer_map(layers: Layers, layer: Layer) -> tuple[Any, tuple[jax.ShapeDtypeSt
         filled: list[Any] = [None] * len(layers.paths)
         for i, leaf in zip(layer.leaves, own, strict=True):
             filled[i] = leaf
-        return geometry.matrices(geometry.base_value(filled, {}))
+        return geometry.matrices(geometry.base_value(filled, {}, wide=wide))
 
-    return function, tuple(layers.structs[i] for i in layer.leaves)
+    structs = tuple(layers.structs[i] for i in layer.leaves)
+    return function, trees.wide_structure(structs) if wide else structs
 
 
 def _linear(function, structs):

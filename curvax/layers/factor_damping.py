@@ -16,7 +16,8 @@ def damped_factors(inputs: Array, outputs: Array, gamma: Scalar, *, balanced: bo
     r"""(A + pi gamma I, G + gamma / pi I) with pi^2 the ratio of the mean eigenvalues of A and G; factored Tikhonov.
 
     Their product is A (x) G + gamma^2 I and two cross terms, which this pi keeps smallest in the trace norm. Factors
-    are as in ``KroneckerFactors``; of a factor without trace pi is 1.
+    are as in ``KroneckerFactors``; of a factor without trace pi is 1. Damping that is lost in the rounding of a factor
+    is raised to 32 eps n^{1/2} times the mean eigenvalue, or a singular factor would have no inverse, or one of noise.
 
     Args:
         gamma: The square root of the damping, of lambda and the penalty's strength.
@@ -32,7 +33,12 @@ def damped_factors(inputs: Array, outputs: Array, gamma: Scalar, *, balanced: bo
     pi = damping_ratio(inputs, outputs)
     pi = pi if balanced else jnp.ones_like(pi)
     gamma = jnp.asarray(gamma).astype(pi.dtype)
-    return add_to_diagonal(inputs, pi * gamma), add_to_diagonal(outputs, gamma / pi)
+    return _damped(inputs, pi * gamma), _damped(outputs, gamma / pi)
+
+
+def _damped(factor, damping):
+    least = 32 * factor.shape[-1] ** 0.5 * jnp.finfo(factor.dtype).eps * mean_eigenvalue(factor)
+    return add_to_diagonal(factor, jnp.maximum(damping, least))
 
 
 def damping_ratio(inputs: Array, outputs: Array) -> Array:
@@ -67,4 +73,4 @@ def add_to_diagonal(factor: Array, scalars: Array) -> Array:
     """A + s I, for each matrix."""
     if factor.ndim == 2:
         return factor + scalars[:, None]
-    return factor + scalars[:, None, None] * jnp.eye(factor.shape[-1], dtype=factor.dtype)
+    return factor + scalars[:, None, None] * jnp.eye(factor.shape[-1], dtype=factor.dtype)[None]

@@ -214,6 +214,8 @@ def _rank_is_low(layers, block, at):
     """Whether the two sides of the rows of a batch take fewer operations than those of the matrix."""
     if len(block.weights.members) != 1 or any(block.diagonal_factors) or block.weights.kind == "embedding":
         return False
+    if set(block.leaves) & set(layers.treatment.diagonal):  # a further use has its part in the gradient
+        return False
     (member,) = block.weights.members
     _, inputs, outputs = block.shape
     rows = at.num_examples(member.term) * block.weights.shared

@@ -285,12 +285,12 @@ def to_block(block, vector):
     return matrix if root is None else root * matrix
 
 
-def _sum_on_leaves(blocks, matrices, count):
+def _sum_on_leaves(blocks, matrices, count, wide=False):
     """The sum of U V over the blocks, for each leaf; None where there are none."""
     leaves: list[Any] = [None] * count
     for block, matrix in zip(blocks, matrices, strict=True):
         root = root_of(block, matrix.dtype)
-        for place, leaf in block.to_params(matrix if root is None else root * matrix).items():
+        for place, leaf in block.to_params(matrix if root is None else root * matrix, wide=wide).items():
             leaves[place] = leaf if leaves[place] is None else leaves[place] + leaf
     return leaves
 
@@ -299,15 +299,17 @@ def _diagonal_on_leaves(layers, of_blocks, diagonals, structure):
     """The diagonal of U K U^T from that of K, and those of the other leaves."""
     treatment = layers.treatment
     like, treedef = jax.tree.flatten(structure)
-    leaves = _sum_on_leaves(treatment.kronecker, of_blocks, len(like))
+    # Not in the dtype of the parameters: a diagonal of half precision would be 0 or infinite where curvature is not.
+    leaves = _sum_on_leaves(treatment.kronecker, of_blocks, len(like), wide=True)
     if any(block.roots is not None for block in treatment.kronecker):
         # Each entry of a leaf is in one entry of the matrices alone, so its squared coefficient is found so.
-        ones = _sum_on_leaves(treatment.kronecker, [jnp.ones_like(x) for x in of_blocks], len(like))
+        ones = _sum_on_leaves(treatment.kronecker, [jnp.ones_like(x) for x in of_blocks], len(like), wide=True)
         leaves = [None if leaf is None else leaf * one for leaf, one in zip(leaves, ones, strict=True)]
     for place, d, covered in zip(treatment.diagonal, diagonals, treatment.covered, strict=True):
         leaves[place] = d if covered is None else jnp.where(covered, leaves[place].astype(d.dtype), d)
     filled = [jnp.zeros(s.shape) if leaf is None else leaf for leaf, s in zip(leaves, like, strict=True)]
-    return treedef.unflatten([leaf.astype(s.dtype) for leaf, s in zip(filled, like, strict=True)])
+    dtypes = [trees.wide_dtype(s) for s in like]
+    return treedef.unflatten([leaf.astype(dtype) for leaf, dtype in zip(filled, dtypes, strict=True)])
 
 
 def _total(layers, of_blocks, diagonals, function):

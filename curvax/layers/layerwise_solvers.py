@@ -114,7 +114,7 @@ class EACG(LayerwiseSolver):
             length = jnp.linalg.norm(system.mean)
             direction = system.mean / jnp.where(length > 0, length, 1)
             along = direction @ system.weights
-            rest = system.weights - direction[:, None] * along
+            rest = system.weights - direction[:, None] * along[None]
             sides = [(jnp.linalg.norm(rest), along, jnp.square(length))]
             if system.bias is not None:
                 sides.append((jnp.zeros_like(length), system.bias, system.bias_size))

@@ -216,14 +216,14 @@ def cumulant_bound(
     def third(i, j):
         """kappa(a_i, g_i, g_j), of shape (inputs of i, outputs of i, outputs of j)."""
         moment = (parts[i].T @ cotangents[j]).reshape(*sizes[i], sizes[j][1])
-        return moment - means[i][:, None, None] * seconds[i][j]
+        return moment - means[i][:, None, None] * seconds[i][j][None]
 
     thirds = [[third(i, j) for j in range(len(chain))] for i in range(len(chain))]
 
     def bound(i, j):
         # Axes: inputs of i, outputs of i, inputs of j, outputs of j.
-        of_j = means[i][:, None, None, None] * thirds[j][i].transpose(2, 0, 1)
-        of_i = means[j][:, None] * thirds[i][j][:, :, None]
+        of_j = means[i][:, None, None, None] * thirds[j][i].transpose(2, 0, 1)[None]
+        of_i = means[j][None, None, :, None] * thirds[i][j][:, :, None]
         product = jnp.einsum("ik,jl->ijkl", joint.inputs[i][j], joint.outputs[i][j])
         fourth = (parts[i].T @ parts[j]).reshape(product.shape) - product - of_i - of_j
         return (jnp.abs(fourth) + jnp.abs(of_i) + jnp.abs(of_j)).reshape(sizes[i][0] * sizes[i][1], -1)

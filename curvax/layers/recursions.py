@@ -217,7 +217,7 @@ def _exact(point, *, layers):
 def positive_part(matrix: Array, replace: Callable[[Array], Array]) -> Array:
     """Pos-Eig: a symmetric matrix with ``replace`` of its eigenvalues in their place (Chen et al. 2018, eq. 8)."""
     values, vectors = jnp.linalg.eigh(matrix)
-    return (vectors * replace(values)) @ vectors.T
+    return (vectors * replace(values)[None]) @ vectors.T
 
 
 def _clipped(values):

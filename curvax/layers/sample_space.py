@@ -205,7 +205,7 @@ class SampleSpace:
         for root, part in zip(self.roots, self._by_terms(rows), strict=True):
             root = replicated(root).astype(rows.dtype)
             mean = jnp.tensordot(root, part, 1) / jnp.maximum(jnp.sum(jnp.square(root)), jnp.finfo(root.dtype).tiny)
-            parts.append((part - root.reshape(-1, *(1,) * (part.ndim - 1)) * mean).reshape(-1, *rows.shape[1:]))
+            parts.append((part - root.reshape(-1, *(1,) * (part.ndim - 1)) * mean[None]).reshape(-1, *rows.shape[1:]))
         return jnp.concatenate(parts)
 
     def _by_terms(self, rows):

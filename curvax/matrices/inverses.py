@@ -155,7 +155,7 @@ def _filled(stacks, size):
     mean = jnp.trace(stacks[0], axis1=1, axis2=2)[:, None, None] / n
     corner = jnp.diag((jnp.arange(size) >= n).astype(mean.dtype))
     padded = [jnp.pad(stack, ((0, 0), (0, size - n), (0, size - n))) for stack in stacks]
-    return tuple(stack + share * corner for stack, share in zip(padded, (mean, 1 / mean), strict=False))
+    return tuple(stack + share * corner[None] for stack, share in zip(padded, (mean, 1 / mean), strict=False))
 
 
 def sequenced(functions: Sequence[Callable[[Any], Any]], arguments: Sequence[Any], after: Any = None) -> list[Any]:
@@ -212,7 +212,7 @@ def _by_eigenvalues(matrix, previous):
     del previous
     values, vectors = jnp.linalg.eigh(matrix)
     floor = len(matrix) ** 0.5 * jnp.finfo(matrix.dtype).eps * values[-1]
-    return (vectors / jnp.maximum(values, floor)) @ vectors.T
+    return (vectors / jnp.maximum(values, floor)[None]) @ vectors.T
 
 
 def _by_newton_schulz(matrix, previous):

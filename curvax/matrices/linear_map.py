@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.tree_util import register_dataclass
 
 from curvax import trees
@@ -481,6 +482,8 @@ class Sum(Combined):
         return self.maps[0].structure
 
     def sample(self, key: jax.Array, distribution: Noise = trees.random_normal) -> PyTree:
+        if any(isinstance(a, Scaled) and a.is_negative for a in self.maps):  # it has no draws of its own
+            return super().sample(key, distribution)
         keys = iter(trees.split_key(key, len(self.maps)))
         return self._of(lambda a: a.sample(next(keys), distribution))
 
@@ -500,7 +503,14 @@ class Scaled(Combined):
     def structure(self) -> PyTree:
         return self.map.structure
 
+    @property
+    def is_negative(self) -> bool:
+        """Whether the scalar is known to be below zero; one that is traced is taken for one that is not."""
+        return not isinstance(self.scalar, Tracer) and float(np.asarray(self.scalar)) < 0
+
     def sample(self, key: jax.Array, distribution: Noise = trees.random_normal) -> PyTree:
+        if self.is_negative:
+            return super().sample(key, distribution)
         return trees.scale(jnp.sqrt(jnp.asarray(self.scalar)), self.map.sample(key, distribution))
 
     def _of(self, function):

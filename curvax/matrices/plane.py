@@ -17,7 +17,7 @@ from curvax.types import Array, PyTree
 def products_in_plane(
     at: CurvaturePoint, curvature: OutputCurvature, first: PyTree, second: PyTree, key: Array | None = None
 ) -> Array:
-    r"""The matrix of x^T B y over x and y in (first, second), penalty included: two push forwards, no pull back.
+    r"""The matrix of x^T B y over x and y in (first, second), without the penalty: two push forwards, no pull back.
 
     Args:
         key: For a curvature that draws.
@@ -29,11 +29,12 @@ def products_in_plane(
         curved_x, curved_y = (scale_cases(piece.scale, matrix.product(t)) for t in (x, y))
         return _symmetric(trees.vdots((x, curved_x), (y, curved_x), (y, curved_y)))
 
-    total = at.accumulate(one, curvature.keys(at, key))
-    if at.penalty:
-        pairs = (first, first), (first, second), (second, second)
-        total = total + _symmetric(at.penalty.inner_products(at.params, *pairs)).astype(total.dtype)
-    return total
+    return at.accumulate(one, curvature.keys(at, key))
+
+
+def penalty_in_plane(at: CurvaturePoint, first: PyTree, second: PyTree) -> Array:
+    """The matrix of x^T (eta I) y over the same, with eta the penalty's strength on each leaf."""
+    return _symmetric(at.penalty.inner_products(at.params, (first, first), (first, second), (second, second)))
 
 
 def inner_products(first: PyTree, second: PyTree) -> Array:

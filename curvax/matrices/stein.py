@@ -60,7 +60,7 @@ def solve_stein(stein: Stein, v: Array, *, sign: int, identity: Scalar = 1.0) ->
         identity: xi, in place of the 1 in the denominator: with orthogonal K_1 and K_2, the eigenvectors of C and D,
             U solves xi U +- C U D = V.
     """
-    values = sign * stein.input_values[:, None] * stein.output_values
+    values = sign * stein.input_values[:, None] * stein.output_values[None]
     eps = max(v.shape) * jnp.finfo(values.dtype).eps
     denominators = jnp.asarray(identity).astype(values.dtype) + values
     if sign < 0:

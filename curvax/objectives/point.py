@@ -63,6 +63,13 @@ class CurvaturePoint:
         data = self.accumulate(lambda p: weighted_sum(p.scale, p.loss.value(p.outputs, p.targets)))
         return trees.add(data, self.penalty.value(self.params))
 
+    @property
+    def loss_is_nonnegative(self) -> bool | jax.Array:
+        """Whether the loss is known not to be below zero: no term's loss is, and no case has a negative factor."""
+        if not all(term.loss.nonnegative and term.loss.has_value for term in self.terms):
+            return False
+        return functools.reduce(jnp.logical_and, [jnp.all(cases.scale >= 0) for cases in self.cases])
+
     def loss_at(self, params: PyTree) -> jax.Array:
         """The loss at other parameters on the same batch, by one forward pass."""
         return trees.add(self.accumulate(lambda piece: piece.value_at(params)), self.penalty.value(params))
@@ -161,6 +168,22 @@ class CurvaturePoint:
             )
         return int(lengths.pop())
 
+    @property
+    def has_parts(self) -> bool:
+        """Whether every leaf of the data has the examples of the loss where ``example_axes`` says, for ``subset``."""
+        if self.chunk_size is not None:
+            return True
+
+        def fits(leaf, axis, count):
+            return axis is None or (axis < jnp.ndim(leaf) and jnp.shape(leaf)[axis] == count)
+
+        parts = enumerate(zip(self.terms, self.cases, strict=True))
+        return all(
+            fits(*pair, self.num_examples(index))
+            for index, (term, whole) in parts
+            for pair in jax.tree.leaves(located_examples(term, (whole.inputs, whole.targets)))
+        )
+
     def subset(self, stride: int, offset: Any = 0) -> CurvaturePoint:
         """The point on every ``stride``-th example, from number ``offset`` (mod ``stride``, may be traced) on.
 
@@ -190,7 +213,8 @@ class CurvaturePoint:
                 if axis >= jnp.ndim(leaf) or jnp.shape(leaf)[axis] != count:
                     raise ValueError(
                         f"cannot take some of the {count} examples of a leaf of shape {jnp.shape(leaf)} along axis"
-                        f" {axis}; say in example_axes where the examples are (None for what they share)"
+                        f" {axis}; say in example_axes where the examples are (None for what they share), or take all"
+                        " of them, by a stride of 1"
                     )
                 kept = jax.lax.slice_in_dim(leaf, 0, count // step * step, axis=axis)
                 kept = kept.reshape(*kept.shape[:axis], count // step, step, *kept.shape[axis + 1 :])

@@ -77,7 +77,7 @@ def annealed_covariance(hessian: Array, curvature: Array, noise: Array) -> Expan
     """
     modes = modes_of(hessian, curvature, noise)
     smallest = modes.values[0]
-    one, other = modes.values[:, None], modes.values
+    one, other = modes.values[:, None], modes.values[None]
     first = modes.noise / (one + other - 1)
     # (mu_i - 1)(mu_j - 1) / (mu_i + mu_j - 2) is at most the smaller factor, so 0 where both are; below it is rounding.
     one, other = jnp.maximum(one - 1, 0), jnp.maximum(other - 1, 0)

@@ -134,7 +134,7 @@ def constant_rate_moments(
     else:
         with jax.default_matmul_precision("highest"):
             first = modes.inverse @ jnp.asarray(covariance, limit.dtype) @ modes.inverse.T
-    entries = limit + factor[:, None] * (first - limit) * factor
+    entries = limit + factor[:, None] * (first - limit) * factor[None]
     with jax.default_matmul_precision("highest"):
         mean = modes.vectors @ (factor * modes.coordinates(start))
         return moments_from(jnp.asarray(hessian, mean.dtype), mean, modes.matrix(entries))

@@ -97,7 +97,7 @@ def stationary_lyapunov(hessian: Array, curvature: Array, noise: Array, rate: Sc
     rate = jnp.asarray(rate, hessian.dtype)
     with jax.default_matmul_precision("highest"):
         values, vectors = jnp.linalg.eigh(hessian)
-        root = (vectors * jnp.sqrt(values)) @ vectors.T
+        root = (vectors * jnp.sqrt(values)[None]) @ vectors.T
         inverse = jnp.linalg.solve(curvature - rate / 2 * hessian, root)  # B'^{-1} H^{1/2}
         return -root @ inverse, rate * inverse.T @ noise @ inverse
 

@@ -50,7 +50,7 @@ class Modes(NamedTuple):
 
     def stationary_entries(self, rate: Array) -> Array:
         """The covariance of x that it ends with: alpha S_ij / (mu_i + mu_j - alpha mu_i mu_j)."""
-        one, other = self.values[:, None], self.values
+        one, other = self.values[:, None], self.values[None]
         return rate * self.noise / (one + other - rate * one * other)
 
     def noise_floor(self, rate: Array) -> Array:

@@ -152,8 +152,11 @@ def part_of(name, argument, value, at, offset, *, most, least):
 def stride_of(name, argument, value, at, *, most, least):
     """The stride of a part of a batch: the one given, or the largest up to ``most`` that leaves ``least`` examples.
 
-    Of a point in chunks so large that the part is no more than one of them.
+    Of a point in chunks so large that the part is no more than one of them. Where inputs are not laid out by the
+    examples of the loss, as with steps of sequences that are folded into them, the whole.
     """
+    if value is None and not at.has_parts:
+        return 1
     count = min(at.num_examples(index) for index in range(len(at.terms)))
     chunks = 1 if at.chunk_size is None else -(-count // at.chunk_size)
     return static_count(name, argument, value, max(1, min(most, count // least), chunks))

@@ -21,11 +21,12 @@ from typing import Literal, TypeVar
 import jax
 import jax.numpy as jnp
 
+from curvax import trees
 from curvax.checks import check_choice
 from curvax.damping.rules import Rule
 from curvax.matrices.quadratic_model import reduction_ratio
 from curvax.transforms._step import Given, LastStep, Verdict
-from curvax.types import Array
+from curvax.types import Array, PyTree
 
 JudgedBy = Literal["next_batch", "same_batch"]
 R = TypeVar("R", bound=Rule)
@@ -60,6 +61,21 @@ def begun(strength: Array, first: Callable[[], Array]) -> tuple[Array, Array]:
     kept = jax.lax.cond(strength > 0, lambda: strength, lambda: first().astype(strength.dtype))
     kept = jnp.where(kept > 0, kept, 0)
     return kept, jnp.where(kept > 0, kept, 1)
+
+
+def judged_here(
+    rule: Rule, given: Given, strength: Array, update: PyTree, loss: Array, predicted: Array
+) -> tuple[Array, Array]:
+    """(rho, the strength behind it) of a step on its own batch; the loss behind it is taken where the rule is due."""
+
+    def measure() -> Array:
+        return reduction_ratio(loss, given.at.loss_along(update), predicted).astype(given.dtype)
+
+    count = given.steps + 1
+    ratio = jax.lax.cond(count % rule.period == 0, measure, lambda: given.info.step_ratio)
+    norm = trees.norm(update).astype(given.dtype)
+    # A strength of 0 has not begun.
+    return ratio, jnp.where(strength > 0, rule.adapt(strength, ratio, count=count, step_norm=norm), strength)
 
 
 def adapted_at_once(judge: NextBatch | None, rule: Rule, given: Given, ratio: Array, taken: Array) -> Array:
@@ -104,11 +120,11 @@ class NextBatch:
         unchanged = jnp.abs(here - last.loss) <= 32 * rounding
         promised = jnp.abs(last.predicted_change)
 
-        nonnegative = all(term.loss.nonnegative for term in given.at.terms)
+        nonnegative = given.at.loss_is_nonnegative
 
         def possible(loss):
             # A model may promise many times the loss that there is.
-            return jnp.minimum(promised, loss) if nonnegative else promised
+            return jnp.where(nonnegative, jnp.minimum(promised, jnp.abs(loss)), promised)
 
         def bound(loss):
             return ABSURD * (possible(loss) + rounding)

@@ -10,7 +10,7 @@ import optax
 
 from curvax import trees
 from curvax.checks import check_choice
-from curvax.damping.rules import DampingRule, next_batch_rule
+from curvax.damping.rules import DampingRule, kfac_rule, next_batch_rule
 from curvax.layers.find import Layers
 from curvax.layers.kronecker import apply_on_blocks, to_block
 from curvax.layers.layerwise_solvers import EACG, KFI, Damped, KroneckerCG, LayerSystem, LayerwiseSolver, Limits
@@ -20,7 +20,7 @@ from curvax.layers.use import replicated
 from curvax.matrices.curvature import GaussNewton
 from curvax.objectives.point import CurvaturePoint
 from curvax.transforms._arguments import check_arguments, part_of
-from curvax.transforms._judge import NextBatch, begun
+from curvax.transforms._judge import JudgedBy, begun, judged_here, judging
 from curvax.transforms._step import Given, Step, stepper
 from curvax.types import Array, PyTree
 
@@ -36,6 +36,7 @@ def ea_cg(
     alpha: optax.ScalarOrSchedule | None = None,
     initial_alpha: float | None = None,
     rule: DampingRule | None = None,
+    judged_by: JudgedBy = "next_batch",
     learning_rate: optax.ScalarOrSchedule | None = None,
     max_iterations: optax.ScalarOrSchedule = 20,
     tolerance: optax.ScalarOrSchedule = 1e-2,
@@ -67,7 +68,8 @@ def ea_cg(
         alpha: Between 0 and 1, a number or a schedule; None lets it adapt.
         initial_alpha: What adapting begins with; if None, lambda_0 is the geometric mean over the layers of their mean
             curvatures, the trace of C over its size.
-        rule: How lambda adapts, ``curvax.damping.next_batch_rule()`` if None.
+        rule: How lambda adapts; if None ``curvax.damping.next_batch_rule()``, or ``kfac_rule()`` by the "same_batch".
+        judged_by: "next_batch", or "same_batch" for the batch that the step comes from.
         learning_rate: eta, a number or a schedule; None for the best one by the exact Gauss-Newton matrix, or a
             shorter one where that promises more than the whole loss; also the most that is taken where alpha adapts.
         max_iterations: The most iterations on each layer.
@@ -101,10 +103,8 @@ def ea_cg(
     _check_alpha("ea_cg", alpha=alpha, initial_alpha=initial_alpha)
     if alpha is not None and not (initial_alpha is None and rule is None):
         raise ValueError("ea_cg: alpha= is one that stays; initial_alpha= and rule= are for one that adapts")
-    judge = None
-    if alpha is None:
-        rule = next_batch_rule() if rule is None else rule
-        judge = NextBatch(rule, rule)
+    own, judge = judging(judged_by, rule, kfac_rule(), next_batch_rule())
+    judge = judge if alpha is None else None
 
     def step(given: Given) -> Step:
         systems = solve.systems(given)
@@ -116,7 +116,7 @@ def ea_cg(
             kept, strength = begun(given.strength, lambda: _mean_curvature(systems))
         solution, figures = solve(given, systems, strength)
         rate = None if learning_rate is None else given.number(learning_rate)
-        if rate is None or judge is not None:
+        if rate is None or alpha is None:
             # C has no curvature orthogonal to E[h], so that it would promise many times what there is.
             stride, at = curvature_stride, given.curvature_at
             part = part_of("ea_cg", "curvature_stride", stride, at, given.steps, most=4, least=250)
@@ -128,10 +128,13 @@ def ea_cg(
             rate = best if rate is None else jnp.minimum(rate, best)
             figures |= {"predicted_change": -rate * slope + rate**2 * bend / 2, "step_size": rate}
         update = trees.scale(-rate, solution)
-        if judge is None:
+        if alpha is not None:
             return Step(update, figures, finite=jnp.isfinite(strength))
-        figures |= {"loss": given.at.loss, "step_ratio": given.info.step_ratio}
-        finite = trees.all_finite(given.at.loss, figures["predicted_change"])
+        loss, predicted = given.at.loss.astype(given.dtype), figures["predicted_change"]
+        figures |= {"loss": loss, "step_ratio": given.info.step_ratio}
+        if judge is None:
+            figures["step_ratio"], kept = judged_here(own, given, kept, update, loss, predicted)
+        finite = trees.all_finite(loss, predicted)
         return Step(update, figures, strength=kept, finite=finite)
 
     return stepper(
@@ -185,12 +188,13 @@ def scale_by_ea_cg(
 def _best_rate(slope: Array, bend: Array, at: CurvaturePoint) -> Array:
     """Where -eta s + eta^2 b / 2 is least; before it says more than all of a loss that is not below zero would go."""
     best = jnp.where(bend > 0, slope / jnp.where(bend > 0, bend, 1), 0)
-    if not all(term.loss.nonnegative and term.loss.has_value for term in at.terms):
+    bounded = at.loss_is_nonnegative
+    if bounded is False:  # there need not be a value
         return best
     promised = best * slope / 2
-    share = at.loss.astype(promised.dtype) / jnp.where(promised > 0, promised, 1)
+    share = jnp.abs(at.loss).astype(promised.dtype) / jnp.where(promised > 0, promised, 1)
     # 1 - sqrt(1 - share) without cancellation.
-    return jnp.where(share < 1, best * share / (1 + jnp.sqrt(jnp.maximum(1 - share, 0))), best)
+    return jnp.where(bounded & (share < 1), best * share / (1 + jnp.sqrt(jnp.maximum(1 - share, 0))), best)
 
 
 class _Solve:
@@ -257,7 +261,7 @@ def _system(block, curvature, mean, rows, matrix):
         inputs, outputs = (jnp.asarray(root[0], matrix.dtype) for root in block.roots)
         curvature, bias_size = curvature * jnp.outer(outputs, outputs), jnp.square(inputs[-1])
         inputs = inputs[: len(mean)]
-        mean, rows = inputs * mean, inputs * rows
+        mean, rows = inputs * mean, inputs[None] * rows
     return LayerSystem(curvature, mean, rows, weights, bias, bias_size)
 
 

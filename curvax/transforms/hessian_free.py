@@ -43,7 +43,7 @@ RECIPE_B = MappingProxyType(
 RECIPE_C = MappingProxyType({"max_iterations": 30, "choice": "last"})
 """Closest to momentum: short runs on small batches, the same for gradient and curvature; tune ``warm_start``, which
 Martens raises towards the end, when he also takes larger batches and a lower learning rate
-(``optax.chain(hessian_free(**RECIPE_C), optax.scale_by_schedule(...))``)."""
+(``optax.chain(hessian_free(**RECIPE_C, judged_by="same_batch"), optax.scale_by_schedule(...))``)."""
 
 
 def hessian_free(

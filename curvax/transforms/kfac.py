@@ -31,11 +31,10 @@ from curvax.layers.inverses import BlockDiagonal, ExactTikhonov, Inverse, precon
 from curvax.layers.taps import TappedPoint, tap
 from curvax.layers.tridiagonal import BlockTridiagonal
 from curvax.matrices.curvature import Fisher, GaussNewton, OutputCurvature, check_curvature
-from curvax.matrices.plane import inner_products, minimum_in_plane, products_in_plane
-from curvax.matrices.quadratic_model import reduction_ratio
+from curvax.matrices.plane import inner_products, minimum_in_plane, penalty_in_plane, products_in_plane
 from curvax.objectives.point import CurvaturePoint
 from curvax.transforms._arguments import check_arguments, part_of, stride_of
-from curvax.transforms._judge import JudgedBy, judging
+from curvax.transforms._judge import JudgedBy, judged_here, judging
 from curvax.transforms._step import Given, Step, stepper
 from curvax.types import Array, PyTree
 
@@ -52,6 +51,7 @@ def kfac(
     layers: Layers,
     *,
     inverse: InverseName | Inverse = "block_diagonal",
+    damping: optax.ScalarOrSchedule | None = None,
     initial_damping: float | None = None,
     rule: DampingRule | None = None,
     judged_by: JudgedBy = "next_batch",
@@ -93,8 +93,10 @@ def kfac(
     Args:
         layers: From ``curvax.find_layers``; printed, it shows which parameters have Kronecker factors. Others have the
             diagonal of their curvature, and with ``fallback="gradient"`` the mean curvature of the rest.
-        initial_damping: lambda_0; if None the mean curvature of the first batch, the trace of F over its size, which
-            follows the scale of the loss.
+        damping: lambda, a number or a schedule; None lets it adapt. With one that is given nothing is undone: it is to
+            be tuned, with the learning rate if that is given too.
+        initial_damping: What adapting begins with; if None the mean curvature of the first batch, the trace of F over
+            its size, which follows the scale of the loss.
         inverse: What is inverted, by name or as a value that holds more choices: "block_diagonal", "block_tridiagonal",
             "exact_tikhonov" or "eigen_corrected"; ``curvax.layers.BlockDiagonal()`` and so on.
         rule: How lambda adapts; ``next_batch_rule()`` or ``kfac_rule()`` of ``curvax.damping``, as ``judged_by`` says.
@@ -133,7 +135,10 @@ def kfac(
     Source: Martens and Grosse 2015; Martens 2016, chapter 6.
     """
     check_arguments(kfac, locals())
+    if damping is not None and not (initial_damping is None and rule is None):
+        raise ValueError("kfac: damping= is a lambda that stays; initial_damping= and rule= are for one that adapts")
     rule, judge = judging(judged_by, rule, kfac_rule(), next_batch_rule())
+    judge = judge if damping is None else None
     curvature = GaussNewton() if curvature is None else curvature
     check_curvature("kfac", curvature, OutputCurvature)
     preconditioner = _Preconditioner(
@@ -148,11 +153,10 @@ def kfac(
         at, dtype = given.curvature_at, given.dtype
         seen = preconditioner.seen(given, at, given.key)
         part = part_of("kfac", "curvature_stride", curvature_stride, at, given.steps, most=4, least=250)
-        damping, begun = given.strength, jnp.array(True)
-        if initial_damping is None:
+        strength = given.strength if damping is None else given.number(damping)
+        if damping is None and initial_damping is None:
             first = jnp.maximum(mean_curvature(seen.layers, seen.factors).astype(dtype), rule.minimum)
-            damping = jnp.where(given.steps == 0, first, damping)
-            begun = (given.steps > 0) | seen.informative
+            strength = jnp.where(given.steps == 0, first, strength)
         gradient, before = (trees.embed(v, at.params) for v in (given.gradient, given.last_change))
         rate, share = (None if x is None else given.number(x) for x in (learning_rate, momentum))
         fixed = None if rate is None else -rate, share
@@ -160,7 +164,9 @@ def kfac(
         def model(natural) -> tuple[Array, Array]:
             """(-alpha, mu) and M(-alpha natural + mu before) - M(0), exactly on a part of the batch (KF-10, KF-11)."""
             exact = products_in_plane(part, curvature, natural, before, given.other_key).astype(dtype)
-            products = exact + damping * inner_products(natural, before).astype(dtype)
+            products = exact + strength * inner_products(natural, before).astype(dtype)
+            if part.penalty:
+                products = products + penalty_in_plane(part, natural, before).astype(dtype)
             slopes = trees.vdots((gradient, natural), (gradient, before)).astype(dtype)
             coefficients = minimum_in_plane(products, slopes, fixed)
             if max_divergence is not None:
@@ -173,12 +179,13 @@ def kfac(
             natural = preconditioner(given, seen, prepared, gamma)
             return Attempt(gamma, prepared, natural, *model(natural))
 
-        gamma = _gamma(given, damping)
+        gamma, due = _gamma(given, strength), jnp.array(False)
         if gamma_rule is not None:  # it begins with that of lambda and the penalty, and then has a life of its own
             gamma = jnp.where(given.steps == 0, gamma, given.memory.gamma)
-        best = attempt(gamma, preconditioner.refreshed(given, seen, gamma))
-        if gamma_rule is not None:
             due = gamma_rule.due(given.steps + 1) & seen.usable
+        # Inverses that are compared are all of the present factors.
+        best = attempt(gamma, preconditioner.refreshed(given, seen, gamma, due))
+        if gamma_rule is not None:
             best = _best_of_three(due, gamma_rule, best, lambda g, p: attempt(g, preconditioner.redamped(seen, p, g)))
         kept_gamma = () if gamma_rule is None else jnp.where(seen.usable, best.gamma, given.memory.gamma)
         rise, mu = best.coefficients
@@ -187,28 +194,21 @@ def kfac(
         figures = {
             "loss": loss,
             "predicted_change": best.predicted,
-            "damping": damping,
+            "damping": strength,
             "step_ratio": given.info.step_ratio,
             "step_size": -rise,
             "momentum": mu,
             "gamma": best.gamma,
         }
-        strength = damping
-        if judged_by == "same_batch":
-
-            def measure():
-                return reduction_ratio(loss, given.at.loss_along(delta), best.predicted).astype(dtype)
-
-            count = given.steps + 1
-            ratio = jax.lax.cond(count % rule.period == 0, measure, lambda: given.info.step_ratio)
-            figures["step_ratio"] = ratio
-            strength = rule.adapt(damping, ratio, count=count)
+        adapted = strength
+        if damping is None and judge is None:
+            figures["step_ratio"], adapted = judged_here(rule, given, strength, delta, loss, best.predicted)
         return Step(
             delta,
             figures,
             memory=Memory(seen.factors, best.prepared, kept_gamma),
-            strength=strength,
-            finite=trees.all_finite(loss, best.predicted) & begun,
+            strength=adapted,
+            finite=trees.all_finite(loss, best.predicted) & seen.begun(given),
             guarded=True,
         )
 
@@ -270,8 +270,13 @@ def scale_by_kfac(
         seen, gamma = preconditioner.seen(given, at, given.key), _gamma(given, strength)
         prepared = preconditioner.refreshed(given, seen, gamma)
         update = preconditioner(given, seen, prepared, gamma)
-        memory = Memory(seen.factors, prepared, ())
-        return Step(trees.extract(update, given.gradient), {"damping": strength}, memory=memory, guarded=True)
+        return Step(
+            trees.extract(update, given.gradient),
+            {"damping": strength},
+            memory=Memory(seen.factors, prepared, ()),
+            finite=seen.begun(given),
+            guarded=True,
+        )
 
     points = ("at", "curvature_at")
     return stepper("scale_by_kfac", step, start=preconditioner.start, seed=seed, points=points)
@@ -309,6 +314,7 @@ class Seen(NamedTuple):
     Attributes:
         usable: Whether gradient and loss are finite and the step is one, so that what is seen may be kept.
         informative: Whether the batch has curvature, which one that is masked altogether has not.
+        kept: Whether the averages have its factors in them: it is both, and they are finite.
     """
 
     layers: Layers
@@ -317,6 +323,11 @@ class Seen(NamedTuple):
     factors: KroneckerFactors
     usable: Array
     informative: Array
+    kept: Array
+
+    def begun(self, given: Given) -> Array:
+        """False for a first batch without curvature: that step is skipped, so that the averages begin with the next."""
+        return (given.steps > 0) | self.informative
 
 
 class Memory(NamedTuple):
@@ -357,6 +368,11 @@ class _Preconditioner:
         self.statistics = Fisher(num_samples=1) if statistics is None else statistics
         check_curvature(name, self.statistics, OutputCurvature)
         self.stride, self.period, self.spread, self.decay = stride, period, spread, decay
+        if spread and not self.inverse.has_two_sides:
+            raise ValueError(
+                f"{name}: spread_refresh=True is for inverses block by block, which {self.inverse} is not; leave it"
+                ' out, or take inverse="block_diagonal"'
+            )
 
     def own(self, tree: PyTree) -> Layers:
         """The layers of the leaves that this tree has."""
@@ -382,17 +398,17 @@ class _Preconditioner:
         informative = jnp.array(nothing) | (mean_curvature(layers, new) > 0)
         kept = trees.all_true(usable, factors_are_finite(new), informative)
         factors = running_average(given.memory.factors, new, given.steps + 1, given.number(self.decay), kept)
-        return Seen(layers, tapped, key, factors, usable, informative)
+        return Seen(layers, tapped, key, factors, usable, informative, kept)
 
-    def refreshed(self, given: Given, seen: Seen, gamma: Array) -> Any:
-        """The inverses, worked out anew where it is time, with what they learn from this batch."""
+    def refreshed(self, given: Given, seen: Seen, gamma: Array, at_once: Array | bool = False) -> Any:
+        """The inverses, worked out anew where it is time or ``at_once``, with what they learn from this batch."""
         count, previous = given.steps + 1, given.memory.prepared
         period = jnp.maximum(jnp.asarray(given.number(self.period)).astype(jnp.int32), 1)
 
         def due(phase):
-            return (((count + phase) % period == 0) | (count <= 3)) & seen.usable
+            return (((count + phase) % period == 0) | (count <= 3) | at_once) & seen.usable
 
-        if self.spread and self.inverse.has_two_sides:
+        if self.spread:
             prepared = self._some_refreshed(seen, gamma, previous, period, due)
         else:
             prepared = jax.lax.cond(
@@ -402,7 +418,7 @@ class _Preconditioner:
         observed = self.inverse.observe(
             seen.layers, prepared, seen.tapped, seen.key, curvature=self.statistics, count=count, decay=decay
         )
-        return prepared if observed is prepared else trees.where(seen.usable, observed, previous)
+        return prepared if observed is prepared else trees.where(seen.kept, observed, prepared)
 
     def _anew(self, factors, layers, gamma, previous):
         # Rounding can make a factor indefinite: then the last inverse has to do.

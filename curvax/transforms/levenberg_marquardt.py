@@ -153,7 +153,7 @@ class _Solve:
         if not self.absolute:
             return matrix
         values, vectors = jnp.linalg.eigh(matrix)
-        return (vectors * jnp.abs(values)) @ vectors.T
+        return (vectors * jnp.abs(values)[None]) @ vectors.T
 
     def __call__(self, matrix: Array, vector: Array, strength: Array, given: Given) -> Array:
         one = jnp.ones((), given.dtype)

@@ -10,7 +10,7 @@ from curvax.damping.rules import DampingRule, next_batch_rule
 from curvax.matrices.curvature import Curvature, Fisher, check_curvature
 from curvax.matrices.linear_map import LinearMap
 from curvax.transforms._arguments import check_arguments
-from curvax.transforms._judge import NextBatch, begun
+from curvax.transforms._judge import JudgedBy, begun, judged_here, judging
 from curvax.transforms._step import Given, Step, stepper
 from curvax.types import Array, PyTree
 
@@ -21,6 +21,7 @@ def natural_gradient(
     damping: optax.ScalarOrSchedule | None = None,
     initial_damping: float | None = None,
     rule: DampingRule | None = None,
+    judged_by: JudgedBy = "next_batch",
     max_divergence: optax.ScalarOrSchedule | None = None,
     max_iterations: int = 20,
     tolerance: optax.ScalarOrSchedule = 1e-4,
@@ -45,7 +46,10 @@ def natural_gradient(
         learning_rate: alpha, a number or a schedule.
         damping: lambda, above 0, a number or a schedule; None lets it adapt.
         initial_damping: The lambda that adapting begins with; if None g^T F g / g^T g for the first gradient.
-        rule: How it adapts, ``curvax.damping.next_batch_rule(period=1, base=0.9)`` if None.
+        rule: How it adapts; if None ``curvax.damping.next_batch_rule(period=1, base=0.9)``, or by the "same_batch"
+            that of Levenberg and Marquardt, ``curvax.damping.DampingRule()``.
+        judged_by: "next_batch"; "same_batch" judges the step on the batch that it comes from (Martens 2016, section
+            5.5), which is for batches so large that what fits them fits all data.
         max_divergence: The bound c on the divergence of a step, a number or a schedule; None for none.
         tolerance: The relative residual to stop at.
         warm_start: The solve starts from this times the last solution; above 0 only where F changes little.
@@ -74,10 +78,8 @@ def natural_gradient(
         raise ValueError(
             "natural_gradient: damping= is a lambda that stays; initial_damping= and rule= are for one that adapts"
         )
-    judge = None
-    if damping is None:
-        rule = next_batch_rule(period=1, base=0.9) if rule is None else rule
-        judge = NextBatch(rule, rule)
+    own, judge = judging(judged_by, rule, DampingRule(), next_batch_rule(period=1, base=0.9))
+    judge = judge if damping is None else None
 
     def step(given: Given) -> Step:
         matrix, rate = solve.matrix(given), given.number(learning_rate)
@@ -102,10 +104,13 @@ def natural_gradient(
             "divergence": factor**2 * divergence,
         }
         update = trees.scale(-length, solution)
-        if judge is None:  # with a damping that is given no loss is read, so that there need not be one
+        if damping is not None:  # no loss is read, so that there need not be one
             return Step(update, figures, memory=solution, finite=finite)
-        figures["loss"] = given.at.loss
-        finite = finite & trees.all_finite(given.at.loss, figures["predicted_change"])
+        figures["loss"], predicted = given.at.loss, figures["predicted_change"]
+        finite = finite & trees.all_finite(given.at.loss, predicted)
+        if judge is None:
+            loss = given.at.loss.astype(given.dtype)
+            figures["step_ratio"], kept = judged_here(own, given, kept, update, loss, predicted)
         return Step(update, figures, memory=solution, strength=kept, finite=finite)
 
     return stepper(

@@ -129,6 +129,20 @@ def test_state_is_arrays_that_shapes_alone_can_build(method):
     assert skeleton(jax.eval_shape(lambda: tx.init(shapes))) == skeleton(state)
 
 
+@every_method
+def test_a_step_can_be_traced_where_ranks_are_not_promoted(method):
+    def model(w, x):
+        return jnp.tanh(x @ w["w1"] + w["b1"][None]) @ w["w2"] + w["b2"][None]
+
+    goal = curvax.Objective(model, curvax.losses.softmax_cross_entropy(), l2=0.1)
+    with jax.numpy_rank_promotion("raise"):
+        tx = method(goal, weights())
+        step, _ = make_step(tx, goal)
+        state = jax.eval_shape(tx.init, weights())
+        params, _, _ = jax.eval_shape(step, weights(), state, batch())
+    assert skeleton(params) == skeleton(weights())
+
+
 def eager(method):
     """The method with its update jitted by itself, for points made outside; and its traces."""
     return _eager(method.name)

@@ -450,6 +450,14 @@ def test_diagonals_of_float16_do_not_leave_its_range(size, network):
     objective = curvax.Objective(network, curvax.losses.squared_error())
     layers = curvax.find_layers(objective, params, batch)
 
+    def of_factors(tapped, params):
+        """Of Kronecker factors, with one output and one block those of the matrix itself."""
+        if network is in_a_sum:  # entries that are in several of a matrix's have no Kronecker product
+            return ()
+        factors = curvax.layers.kronecker_factors(tapped, curvature=curvax.GaussNewton())
+        K = curvax.kronecker_map(layers, factors, params)
+        return K.diagonal(), K.decomposed().diagonal()
+
     @jax.jit
     def compute(params, batch):
         at = objective.linearize(params, batch)
@@ -461,6 +469,7 @@ def test_diagonals_of_float16_do_not_leave_its_range(size, network):
             curvax.layers.sampled_ggn_diagonal(tapped, key),
             G.diagonal(),
             curvax.estimators.chapelle_erhan_diagonal(G, key, layers=layers),
+            *of_factors(tapped, params),
         ), (curvax.layers.gradient_norms(tapped), jnp.diag(curvax.layers.gradient_inner_products(tapped)))
 
     diagonals, (norms, products) = compute(params, batch)

@@ -228,6 +228,16 @@ def test_samples_have_the_covariance_of_the_map(name):
         close(sampled, draw(key[None])[0])
 
 
+@pytest.mark.parametrize("form", ["a difference", "twice negative"])
+def test_samples_of_definite_maps_with_negative_scalars(form):
+    """No part with a negative scalar has draws of its own, so that they are those of the whole."""
+    matrix = made("ggn", *problems.problem("gaussian")[1:])
+    whole = matrix - 0.75 * matrix if form == "a difference" else -(-0.25 * matrix)
+    draws = jax.jit(jax.vmap(lambda key: trees.ravel(whole.sample(key))))(jax.random.split(jax.random.key(0), 4000))
+    expected = dense("ggn", "gaussian") / 4
+    assert np.linalg.norm(draws.T @ draws / len(draws) - expected) < 0.15 * np.linalg.norm(expected)
+
+
 @pytest.mark.many_compilations("a map over a loader holds Python objects and runs outside of jit")
 @pytest.mark.parametrize(
     ("kind", "name"),

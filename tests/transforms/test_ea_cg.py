@@ -1,5 +1,7 @@
 """EA-CG: its solvers against dense float64 systems and against each other, and the steps of the method."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -192,6 +194,34 @@ def test_a_step_that_promises_more_than_the_loss_is_shortened_until_it_promises_
     x, u, g = (np.asarray(curvax.trees.ravel(tree)) for tree in (direction, updates, gradient))
     np.testing.assert_allclose(u, -state.info.step_size * x, rtol=1e-9)
     assert g @ u < -loss  # the shorter of the two lengths with that promise, before the least of the model
+
+
+@pytest.mark.many_compilations("arrays of the setting are made eagerly")
+def test_a_loss_that_a_weight_makes_negative_is_not_climbed():
+    """The whole loss is then no bound on what a step can promise."""
+    objective, params, batch, _ = setting()
+    negative = curvax.Objective.from_terms(dataclasses.replace(objective.terms[0], weight=-1.0))
+    problem = negative, params, batch, curvax.find_layers(negative, params, batch)
+    alpha = 0.999  # beyond the negative curvature
+    gradient, updates, state = one_step(lambda layers: curvax.ea_cg(layers, initial_alpha=alpha), *problem)
+    assert state.info.loss < 0
+    assert state.info.step_size > 0
+    assert curvax.trees.vdot(gradient, updates) < 0
+
+
+@pytest.mark.many_compilations("arrays of the setting are made eagerly")
+def test_judged_by_the_same_batch_lambda_follows_the_ratio_there():
+    objective, params, batch, layers = problem = setting()
+    rule = curvax.damping.kfac_rule(period=1)
+    _, updates, state = one_step(
+        lambda layers: curvax.ea_cg(layers, initial_alpha=0.7, rule=rule, judged_by="same_batch"), *problem
+    )
+    del layers
+    after = optax.apply_updates(params, updates)
+    before, behind = (float(jax.jit(objective)(p, batch)) for p in (params, after))
+    ratio = (behind - before) / float(state.info.predicted_change)
+    np.testing.assert_allclose(state.info.step_ratio, ratio, rtol=1e-7)
+    np.testing.assert_allclose(state.strength, rule.adapt(jnp.asarray(0.7 / 0.3), ratio, count=1), rtol=1e-12)
 
 
 @pytest.mark.many_compilations("arrays of the setting are made eagerly")

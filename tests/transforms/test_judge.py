@@ -165,6 +165,34 @@ def test_rules_retreat_and_choices_are_checked():
     assert judging("next_batch", given, DampingRule(), next_batch_rule()) == (given, NextBatch(given, given))
 
 
+@pytest.mark.parametrize("weight", [1.0, -1.0])
+def test_a_loss_that_weights_make_negative_may_fall(weight):
+    """Advantages weigh a loss that is not negative by numbers of either sign; zero is then not the least there is."""
+    objective = curvax.Objective(
+        OBJECTIVE.terms[0].model_fn,
+        OBJECTIVE.terms[0].loss,
+        select=lambda batch: batch[:2],
+        example_weights=lambda batch: batch[2],
+    )
+    tx = descent(0.5, NextBatch(Recorded(), Recorded()))
+
+    @jax.jit
+    def step(params, state, data):
+        before, gradient, at = objective.value_and_grad(params, data)
+        updates, state = tx.update(gradient, state, params, at=at)
+        return optax.apply_updates(params, updates), state, before
+
+    params, state, losses = PARAMS, jax.jit(tx.init)(PARAMS), []
+    for seed in range(6):
+        inputs, targets = batch(0)
+        weights = weight * jnp.asarray(np.random.default_rng(seed).uniform(0.9, 1.1, size=6))
+        params, state, before = step(params, state, (inputs, targets, weights))
+        losses.append(float(before))
+    assert losses[-1] < losses[0]
+    assert np.all(np.sign(losses) == weight)
+    assert state.info.undone_steps == 0
+
+
 @pytest.mark.parametrize("offset", [0.0, 3.0, 3.05])
 def test_a_constant_in_the_loss_changes_nothing(offset):
     """Also where the loss, which nothing says is not negative, hovers around zero."""

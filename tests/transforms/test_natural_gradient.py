@@ -1,5 +1,6 @@
 """Natural gradient against dense solves; its bound on the divergence; its invariance (NG-3, NG-4, NG-5, NG-7)."""
 
+import functools
 import itertools
 
 import jax
@@ -9,6 +10,7 @@ import optax
 import pytest
 
 import curvax
+from curvax.damping import DampingRule
 from tests.oracles import dense_fisher
 from tests.problems import problem
 from tests.transforms.stepping import flat, gradient, loss, moved, run
@@ -154,6 +156,21 @@ def test_the_damping_begins_with_the_curvature_along_the_gradient_and_the_damped
     np.testing.assert_allclose(second.state.info.damping, factor * damping, rtol=1e-9)
 
 
+def test_judged_by_the_same_batch_lambda_follows_the_ratio_there():
+    rule = DampingRule(decrease=0.5, increase=2.0)
+    tx = curvax.natural_gradient(
+        0.5, initial_damping=0.3, rule=rule, judged_by="same_batch", max_iterations=200, tolerance=1e-12
+    )
+    strength = 0.3
+    for taken in run(tx, GOAL, PARAMS, DATA, 3):
+        np.testing.assert_allclose(taken.state.info.damping, strength, rtol=1e-12)
+        change = loss(GOAL, taken.after, DATA) - loss(GOAL, taken.before, DATA)
+        ratio = change / float(taken.state.info.predicted_change)
+        np.testing.assert_allclose(taken.state.info.step_ratio, ratio, rtol=1e-6)
+        strength *= 0.5 if ratio > 0.75 else 2.0 if ratio < 0.25 else 1.0
+    assert strength != 0.3
+
+
 LINE = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
 
 
@@ -165,7 +182,14 @@ def test_a_batch_with_an_infinite_loss_is_skipped():
     np.testing.assert_array_equal(bad.after, w)
 
 
-@pytest.mark.parametrize("method", [curvax.natural_gradient, curvax.krylov_subspace_descent])
+@pytest.mark.parametrize(
+    "method",
+    [
+        curvax.natural_gradient,
+        functools.partial(curvax.natural_gradient, judged_by="same_batch"),
+        curvax.krylov_subspace_descent,
+    ],
+)
 def test_a_batch_without_curvature_does_not_begin_the_damping(method):
     w, x, y = jnp.zeros((2, 1)), jnp.array([[1.0, 2.0], [0.5, -1.0]]), jnp.array([[1e-3], [2e-3]])
     tx, nothing, data = method(), (jnp.zeros((2, 2)), y), (x, y)
