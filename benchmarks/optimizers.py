@@ -104,7 +104,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "hessian_free": Optimizer(
         _hessian_free,
         {"batch_size": 1000, "damping": 1.0, "max_iterations": 20, "warm_start": 0.95},
-        _products(batch_size=(1000, 2000)),
+        (*_products(batch_size=(1000, 2000)), {"steps_to_whole": 100}),
     ),
     "newton_cg": Optimizer(
         lambda radius, max_iterations: curvax.newton_cg(initial_radius=radius, max_iterations=max_iterations),
@@ -142,7 +142,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
         (
             *_products(batch_size=(200,), learning_rate=(2e-3, 1e-3, 4e-3)),
             *_products(batch_size=(500,), learning_rate=(2e-3, 4e-3)),
-            {"learning_rate": 1e-3, "decay": "none"},
+            *_products(learning_rate=(1e-3, 2e-3, 5e-4), decay=("none",)),
         ),
     ),
     "nag": Optimizer(

@@ -36,7 +36,7 @@ ABSURD = 3
 
 
 def judging(
-    judged_by: JudgedBy, rule: R | None, same: R, following: R, measured: bool = False
+    judged_by: JudgedBy, rule: R | None, same: R, following: R, measured: bool = False, plain: bool = True
 ) -> tuple[R, NextBatch | None]:
     """The rule for a step judged on its own batch, and the judge by the next one, None for "same_batch".
 
@@ -45,12 +45,13 @@ def judging(
         same: The rule of the method's paper.
         following: The rule for ratios on a batch that the step was not computed from.
         measured: Whether the method measures the loss behind its step.
+        plain: Whether its damping is lambda I.
     """
     check_choice("judged_by", judged_by, ("next_batch", "same_batch"))
     own = same if rule is None else rule
     if judged_by == "same_batch":
         return own, None
-    return own, NextBatch(following if rule is None else rule, own, measured)
+    return own, NextBatch(following if rule is None else rule, own, measured, plain)
 
 
 def begun(strength: Array, first: Callable[[], Array]) -> tuple[Array, Array]:
@@ -98,15 +99,19 @@ class NextBatch:
     as it was to lower it, or as there was of it where it is known not to be below zero, is undone.
 
     Attributes:
-        rule: What the ratio on another batch does to the strength.
+        rule: What the ratio on another batch does to the strength. Of a gain beyond the promise it is told where
+            damping can have hidden it: without lambda |delta|^2 / 2 the model promises more by that part, which is at
+            most as much again, where B is nothing. What goes beyond by a half is noise, and told as 1.
         same: What the ratio of the info does where the batch is still that of the last step, which is seen by its loss
             if the method has measured that behind the step.
         measured: Whether it has.
+        plain: Whether the damping is lambda I, so that this part is known.
     """
 
     rule: Rule
     same: Rule
     measured: bool = False
+    plain: bool = True
 
     def __call__(self, last: LastStep, given: Given) -> Verdict:
         if not all(term.loss.has_value for term in given.at.terms):
@@ -150,9 +155,13 @@ class NextBatch:
         ratio, absurd = jax.lax.cond(looks, look_back, lambda: (info.step_ratio, jnp.array(False)))
         ratio, absurd = jnp.where(due, ratio, info.step_ratio), absurd & due
 
-        def adapted(rule):
+        def adapted(rule, ratio):
             return rule.adapt(given.strength, ratio, count=given.steps, step_norm=info.update_norm)
 
-        strength = jnp.where(due, adapted(self.rule), given.strength)
-        strength = jnp.where(unchanged & taken, adapted(self.same), strength)
+        told = ratio
+        if self.plain:
+            hidden = info.damping * jnp.square(info.update_norm) / (2 * promised)
+            told = jnp.where(ratio > 3 / 2 + hidden, 1, ratio).astype(ratio.dtype)  # nothing of NaN, without a lambda
+        strength = jnp.where(due, adapted(self.rule, told), given.strength)
+        strength = jnp.where(unchanged & taken, adapted(self.same, ratio), strength)
         return Verdict(jnp.where(absurd, self.rule.retreat(given.strength), strength), absurd, ratio)

@@ -213,7 +213,7 @@ def test_maps_are_pytrees_and_not_retraced():
 
 
 def test_dtypes_of_the_parameters_are_kept():
-    """Products are worked out in float32 for parameters in bfloat16."""
+    """Products are worked out in float32 for parameters in bfloat16; a diagonal, of squares, stays in it."""
     objective = curvax.Objective(lambda w, x: x @ w, L.squared_error())
     w, batch = normal(0, 3, 2).astype(jnp.bfloat16), (normal(1, N, 3).astype(jnp.bfloat16), jnp.zeros((N, 2)))
     batch = batch[0], batch[1].astype(jnp.bfloat16)
@@ -224,11 +224,11 @@ def test_dtypes_of_the_parameters_are_kept():
         tapped = curvax.tap(layers, objective.linearize(w, batch))
         factors = curvax.layers.kronecker_factors(tapped, curvature=EXACT)
         K = curvax.kronecker_map(layers, factors, w)
-        return factors, (K(w), K.solve(w, damping=0.5), K.diagonal()), K.trace()
+        return (factors, K.diagonal()), (K(w), K.solve(w, damping=0.5)), K.trace()
 
-    factors, leaves, trace = compute(w, batch)
+    wide, leaves, trace = compute(w, batch)
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.bfloat16)}
-    assert {leaf.dtype for leaf in jax.tree.leaves(factors)} | {trace.dtype} == {jnp.dtype(jnp.float32)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(wide)} | {trace.dtype} == {jnp.dtype(jnp.float32)}
 
 
 @pytest.mark.many_compilations("maps are looked at while tracing, one equation at a time")

@@ -24,13 +24,15 @@ def batch(seed, size=6):
     return jnp.asarray(generator.normal(size=(size, 2))), jnp.asarray(0.5 * generator.normal(size=(size, 1)))
 
 
-def descent(rate, judge, strength=1.0, promised=None, measured=False, **options):
+def descent(rate, judge, strength=1.0, promised=None, measured=False, damping=None, **options):
     """-rate g, which promises -rate |g|^2 unless told otherwise and carries the number of its steps."""
 
     def step(given):
         delta = trees.scale(-rate, given.gradient)
         change = trees.vdot(given.gradient, delta) if promised is None else jnp.asarray(promised)
         figures = {"loss": given.at.loss, "predicted_change": change, "step_ratio": given.info.step_ratio}
+        if damping is not None:
+            figures["damping"] = damping
         if measured:
             figures["new_loss"] = given.at.loss_along(delta)
             figures["step_ratio"] = curvax.reduction_ratio(given.at.loss, figures["new_loss"], change)
@@ -163,6 +165,22 @@ def test_rules_retreat_and_choices_are_checked():
     assert judging("same_batch", None, DampingRule(), next_batch_rule()) == (DampingRule(), None)
     given = DampingRule(decrease=0.9)
     assert judging("next_batch", given, DampingRule(), next_batch_rule()) == (given, NextBatch(given, given))
+
+
+@pytest.mark.parametrize("hidden", [0.0, 0.4, 0.6, 1.0])
+@pytest.mark.parametrize("plain", [True, False])
+def test_gains_that_damping_cannot_have_hidden_are_noise(hidden, plain):
+    """Twice what was promised: lambda |delta|^2 / 2 has to be half of the promise, where lambda I is the damping."""
+    batches, rate = [batch(0), batch(1)], 0.3
+    (_, (params, _), _) = follow(descent(rate, NextBatch(Recorded(), Recorded())), batches)
+    gained = loss(OBJECTIVE, params, batches[1]) - loss(OBJECTIVE, PARAMS, batches[1])
+    assert gained < 0
+    length = sum(np.sum((a - b) ** 2) for a, b in zip(*map(jax.tree.leaves, (params, PARAMS)), strict=True))
+    damping = 2 * hidden * (-gained / 2) / length
+    judge = NextBatch(Recorded(), Recorded(), plain=plain)
+    state = follow(descent(rate, judge, promised=gained / 2, damping=damping), batches)[-1][1]
+    np.testing.assert_allclose(state.info.step_ratio, 2, rtol=1e-9)
+    np.testing.assert_allclose(state.strength, 2 if hidden > 0.5 or not plain else 1, rtol=1e-9)
 
 
 @pytest.mark.parametrize("weight", [1.0, -1.0])
