@@ -19,7 +19,7 @@ import optax
 import curvax
 from benchmarks import plots
 from benchmarks.data import Dataset
-from benchmarks.machine import machine, on_machine
+from benchmarks.machine import load, machine, on_machine
 from benchmarks.progress import table
 from benchmarks.training import Batches, train
 
@@ -92,7 +92,7 @@ def compare(
         for record in runs[name]:
             record["seen"] = record["step"] * arguments.batch_size * per_example
         rows.append({"optimizer": name, **runs[name][-1]})
-        text = json.dumps({"machine": machine(), "records": runs[name]})
+        text = json.dumps({"machine": machine(), "load": load(), "records": runs[name]})
         (arguments.output / f"{budget}.json").write_text(text + "\n")
     table(rows, ["optimizer", "step", "seen", "seconds", "loss", "test_loss", "test_error"], dataset.name)
     plots.plot_runs(runs, arguments.output / "loss.png", title=dataset.name, label="training loss")

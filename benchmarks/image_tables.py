@@ -25,6 +25,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.image_training import METHODS, TASKS, Run, train
+from benchmarks.machine import load, machine
 from benchmarks.plots import COLOURS, plot_runs
 from benchmarks.progress import markdown, table
 
@@ -247,8 +248,9 @@ def _on_file_or_run(run: Run, output: pathlib.Path, folder: str | None, deadline
             return result
     if time.perf_counter() >= deadline:
         return None
+    began = load()
     source, records = train(run, folder)
-    result = {"run": run._asdict(), "data": source, "records": records}
+    result = {"run": run._asdict(), "data": source, "machine": machine(), "load": began, "records": records}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result) + "\n")
     return result
@@ -278,7 +280,21 @@ def _section(
     lines += [f"Runs missing: {missing}."] if missing else []
     lines += [f"The paper: {experiment.paper}.", ""]
     lines += markdown(columns, (row.values() for row in rows))
-    return "\n".join([*lines, "", f"![training loss]({picture})", ""])
+    return "\n".join(
+        [*lines, "", _conditions([result for _, result in finished]), "", f"![training loss]({picture})", ""]
+    )
+
+
+def _conditions(results: Sequence[Mapping[str, Any]]) -> str:
+    """Where the runs were made: without it, their seconds say nothing to others."""
+    known = [result for result in results if "machine" in result]
+    unknown = len(results) - len(known)
+    words = [f"Of {unknown} runs machine and load were not recorded."] if unknown else []
+    if known:
+        machines = dict.fromkeys(", ".join(f"{k} {v}" for k, v in result["machine"].items()) for result in known)
+        loads = [result["load"] for result in known]
+        words.insert(0, f"On {'; '.join(machines)}; load {min(loads):.1f} to {max(loads):.1f} when the runs began.")
+    return " ".join(words)
 
 
 def _write(sections: Sequence[str], short: Sequence[str], output: pathlib.Path) -> None:

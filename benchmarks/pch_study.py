@@ -25,7 +25,7 @@ import optax
 
 import curvax
 from benchmarks import data, plots
-from benchmarks.machine import machine, on_machine
+from benchmarks.machine import load, machine, on_machine
 from benchmarks.progress import markdown, table
 from benchmarks.training import Batches, train
 from curvax.layers.recursions import propagate
@@ -173,7 +173,7 @@ def run(case: Problem, setting: Setting, seconds: float, folder: Path) -> list[d
             record["epoch"] = record["step"] * case.batch_size / len(case.dataset.train_inputs)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
-        part.write_text(json.dumps({"machine": machine(), "records": records}) + "\n")
+        part.write_text(json.dumps({"machine": machine(), "load": load(), "records": records}) + "\n")
         part.replace(path)
     return json.loads(path.read_text())["records"]
 

@@ -215,6 +215,13 @@ def test_numpy_parameters_of_another_precision_do_not_warn():
     with jax.enable_x64(False):
         assert SQUARES(params, jax.tree.map(np.asarray, BATCH)).dtype == jnp.float32
         assert jax.tree.leaves(curvax.curveball().init(params).memory)[0].dtype == jnp.float32
+        batch = jax.tree.map(np.asarray, BATCH)
+        assert curvax.find_layers(SQUARES, params, batch).structs[0].dtype == jnp.float32
+        loss, grads, at = SQUARES.value_and_grad(params, batch)
+        assert loss.dtype == grads["w"].dtype == jnp.float32
+        tx = curvax.curveball()
+        updates, _ = tx.update(grads, tx.init(params), params, at=at)
+        assert optax.apply_updates(params, updates)["w"].dtype == jnp.float32
 
 
 def test_a_key_called_value_keeps_its_name():

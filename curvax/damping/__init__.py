@@ -10,6 +10,7 @@ from curvax.damping.rules import RadiusRule as RadiusRule
 from curvax.damping.rules import cubic_rule as cubic_rule
 from curvax.damping.rules import curveball_rule as curveball_rule
 from curvax.damping.rules import kfac_rule as kfac_rule
+from curvax.damping.rules import next_batch_radius_rule as next_batch_radius_rule
 from curvax.damping.rules import next_batch_rule as next_batch_rule
 from curvax.damping.structural import LayerOutputs as LayerOutputs
 from curvax.damping.structural import structural as structural

@@ -1,16 +1,17 @@
 """Rules that adapt damping or a trust region's radius to how well the quadratic model predicted the last step.
 
-===================  ================================  =====================  =====================  ======
-rule                 tests                             good                   bad                    period
-===================  ================================  =====================  =====================  ======
-``DampingRule()``    rho = actual / predicted change   > 3/4: times 2/3       < 1/4: times 3/2       1
-``kfac_rule()``      the same                          > 3/4: times 0.95^5    < 1/4: over 0.95^5     5
-``next_batch_rule``  rho on the next batch             > 1/2: times 0.95^5    < -1/2: over 0.95^5    5
-``curveball_rule()`` the same                          > 3/2: times 0.999     < 1/2: over 0.999      5
-``cubic_rule()``     the same                          > 9/10: times 1/2      < 1/10: times 2        1
-``RadiusRule()``     rho, and whether the step is long > 3/4: radius times 2  < 1/10: radius halved  1
-``BestOfThree()``    the model at three candidates     the best of gamma, gamma omega, gamma / omega 20
-===================  ================================  =====================  =====================  ======
+==========================  ================================  =====================  =====================  ======
+rule                        tests                             good                   bad                    period
+==========================  ================================  =====================  =====================  ======
+``DampingRule()``           rho = actual / predicted change   > 3/4: times 2/3       < 1/4: times 3/2       1
+``kfac_rule()``             the same                          > 3/4: times 0.95^5    < 1/4: over 0.95^5     5
+``next_batch_rule``         rho on the next batch             > 1/2: times 0.95^5    < -1/2: over 0.95^5    5
+``curveball_rule()``        the same                          > 3/2: times 0.999     < 1/2: over 0.999      5
+``cubic_rule()``            the same                          > 9/10: times 1/2      < 1/10: times 2        1
+``RadiusRule()``            rho, and whether the step is long > 3/4: radius times 2  < 1/10: radius halved  1
+``next_batch_radius_rule``  the same on the next batch        > 1/2: radius over 0.9 < -1/2: times 0.9      1
+``BestOfThree()``           the model at three candidates     the best of gamma, gamma omega, gamma / omega 20
+==========================  ================================  =====================  =====================  ======
 """
 
 from __future__ import annotations
@@ -212,6 +213,17 @@ class RadiusRule:
     def retreat(self, radius: jax.Array) -> jax.Array:
         """The radius after a step that had to be undone: a quarter."""
         return jnp.maximum(radius / 4, self.minimum)
+
+
+def next_batch_radius_rule(base: float = 0.9) -> RadiusRule:
+    """The rule of ``next_batch_rule`` for radii: r over 0.9 above 1/2 where the step is long, times 0.9 below -1/2.
+
+    Example:
+        >>> rule = curvax.damping.next_batch_radius_rule()
+        >>> [round(rule.adapt(jnp.array(1.0), x, step_norm=1.0).item(), 3) for x in (0.9, 0.0, -1.0)]
+        [1.111, 1.0, 0.9]
+    """
+    return RadiusRule(good_ratio=1 / 2, bad_ratio=-1 / 2, grow=1 / base, shrink=base)
 
 
 @dataclasses.dataclass(frozen=True)

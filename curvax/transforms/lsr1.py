@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from curvax import trees
-from curvax.damping.rules import RadiusRule
+from curvax.damping.rules import RadiusRule, next_batch_radius_rule
 from curvax.packing import packing_of
 from curvax.quasi_newton import SR1Step, line_search_step, sr1_memory, trust_region_step
 from curvax.transforms._arguments import check_arguments, static_count
+from curvax.transforms._judge import JudgedBy, judging
 from curvax.transforms._step import Given, Step, stepper
 from curvax.types import Array, PyTree
 
@@ -22,6 +25,7 @@ def lsr1(
     initial_radius: float | None = None,
     rule: RadiusRule | None = None,
     acceptance: optax.ScalarOrSchedule = 1e-4,
+    judged_by: JudgedBy = "next_batch",
     skip_tolerance: optax.ScalarOrSchedule = 1e-8,
 ) -> optax.GradientTransformationExtraArgs:
     r"""L-SR1 with a trust region: s minimises g^T s + 1/2 s^T B s over ||s|| <= Delta exactly, B of SR1 pairs.
@@ -30,6 +34,10 @@ def lsr1(
     s and the change y of the gradient enters the memory whether the step is taken or not; both gradients are of the one
     batch, so an iteration takes two. A step whose reduction ratio is not above ``acceptance`` is not taken.
 
+    What the step does to the loss of the next batch says how Delta goes on, and a step that raises that far beyond what
+    noise explains is undone. Where the batch stays the same, or with ``judged_by="same_batch"``, its own ratio says it,
+    as in the paper.
+
     ``update`` takes ``at=``. Under ``optax.MultiSteps`` g is the mean over the mini-batches and the gradient behind the
     step that of the last one, so pairs mix batches: use larger batches in its place.
 
@@ -37,8 +45,10 @@ def lsr1(
         memory_size: m, pairs to keep, 5 if None; the paper finds 2 to 10 alike.
         scale: gamma of B_0 = gamma I, which the paper leaves open.
         initial_radius: Delta_0; by default the norm of the first gradient.
-        rule: How Delta adapts; by default doubled above 3/4 for steps longer than 0.8 Delta, halved below 1/10.
+        rule: How Delta adapts; if None ``curvax.damping.next_batch_radius_rule()`` where batches change, and where they
+            do not doubled above 3/4 for steps longer than 0.8 Delta and halved below 1/10.
         acceptance: eta, in (0, 1e-3).
+        judged_by: "next_batch" or "same_batch".
         skip_tolerance: r: pairs with |s^T (y - B s)| < r ||s|| ||y - B s|| are left out.
 
     Returns:
@@ -64,7 +74,8 @@ def lsr1(
     Source: Ramamurthy and Duffy 2017, algorithm 1; Brust, Erway and Marcia 2017 for the subproblem.
     """
     check_arguments(lsr1, locals())
-    rule = RadiusRule() if rule is None else rule
+    following = next_batch_radius_rule()
+    rule, judge = judging(judged_by, rule, RadiusRule(), following, measured=True, plain=False)
 
     def step(given: Given) -> Step:
         start = trees.norm(given.gradient) if initial_radius is None else jnp.asarray(initial_radius)
@@ -84,9 +95,12 @@ def lsr1(
             acceptance=given.number(acceptance),
             skip_tolerance=given.number(skip_tolerance),
         )
-        return _step(given, packed, taken, {"loss": loss, "radius": radius, "hard_case": taken.hard_case})
+        # Of a step that is taken the next batch says what it was worth.
+        reach = taken.reach if judge is None else jnp.where(taken.accepted, radius, taken.reach)
+        figures = {"loss": loss, "radius": radius, "hard_case": taken.hard_case}
+        return _step(given, packed, taken, figures, reach)
 
-    return _transformation("lsr1", step, memory_size, 1.0, "hard_case")
+    return _transformation("lsr1", step, memory_size, 1.0, "hard_case", judge)
 
 
 def lsr1_linesearch(
@@ -94,19 +108,22 @@ def lsr1_linesearch(
     memory_size: int | None = None,
     scale: optax.ScalarOrSchedule = 1.0,
     sufficient_decrease: optax.ScalarOrSchedule = 1e-4,
+    judged_by: JudgedBy = "next_batch",
     skip_tolerance: optax.ScalarOrSchedule = 1e-8,
 ) -> optax.GradientTransformationExtraArgs:
     r"""L-SR1 with a line search: along -H g, with H of SR1 pairs (y, s), the inverse form.
 
     H may be indefinite. Where -H g points upwards, which the paper has no remedy for, it is turned round, and where it
     is orthogonal to the gradient, -g takes its place. The search starts from min(1, twice the last step size) and
-    halves it until the loss falls by ``sufficient_decrease`` of what the slope promises.
+    halves it until the loss falls by ``sufficient_decrease`` of what the slope promises. A step that raises the loss of
+    the next batch far beyond what noise explains is undone, unless ``judged_by="same_batch"``.
 
     ``update`` takes ``at=``; wrappers are as for ``curvax.lsr1``.
 
     Args:
         memory_size: m, pairs to keep, 5 if None.
         scale: gamma; H_0 = I / gamma.
+        judged_by: "next_batch" or "same_batch".
         skip_tolerance: r: pairs with |y^T (s - H y)| < r ||y|| ||s - H y|| are left out.
 
     Returns:
@@ -132,6 +149,9 @@ def lsr1_linesearch(
     Source: Ramamurthy and Duffy 2017, algorithm 2.
     """
     check_arguments(lsr1_linesearch, locals())
+    # The search finds the step size by itself; behind a step that is undone it starts from a quarter of it.
+    keep = RadiusRule(grow=1.0, bad_ratio=-math.inf)
+    _, judge = judging(judged_by, None, keep, keep, measured=True, plain=False)
 
     def step(given: Given) -> Step:
         loss = given.at.loss.astype(given.dtype)
@@ -147,18 +167,19 @@ def lsr1_linesearch(
             skip_tolerance=given.number(skip_tolerance),
             loss_at=packed.loss_at,
         )
-        return _step(given, packed, taken, {"loss": loss, "step_size": taken.reach, "turned": taken.hard_case})
+        figures = {"loss": loss, "step_size": taken.reach, "turned": taken.hard_case}
+        return _step(given, packed, taken, figures, taken.reach)
 
     # The search of the first step starts from 1, twice this.
-    return _transformation("lsr1_linesearch", step, memory_size, 0.5, "turned")
+    return _transformation("lsr1_linesearch", step, memory_size, 0.5, "turned", judge)
 
 
-def _transformation(name, step, memory_size, strength, flag):
+def _transformation(name, step, memory_size, strength, flag, judge):
     def start(params: PyTree):
         return sr1_memory(params, static_count(name, "memory_size", memory_size, 5))
 
     extra = {flag: jnp.bool_, **dict.fromkeys(("pairs", "skipped_pairs", "dropped_pairs"), jnp.int32)}
-    return stepper(name, step, start=start, strength=strength, extra=extra)
+    return stepper(name, step, start=start, strength=strength, extra=extra, judge=judge)
 
 
 class _Packed:
@@ -180,7 +201,7 @@ class _Packed:
         return loss, trees.cast_like(gradient, self.gradient)
 
 
-def _step(given: Given, packed: _Packed, taken: SR1Step, figures: dict[str, Array]) -> Step:
+def _step(given: Given, packed: _Packed, taken: SR1Step, figures: dict[str, Array], reach: Array) -> Step:
     unpack = packed.packing.unpack
     vectors = trees.cast_like(unpack(taken.memory.vectors), given.memory.vectors)
     figures |= {
@@ -192,6 +213,7 @@ def _step(given: Given, packed: _Packed, taken: SR1Step, figures: dict[str, Arra
         "skipped_pairs": given.info.extra["skipped_pairs"] + taken.skipped.astype(jnp.int32),
         "dropped_pairs": given.info.extra["dropped_pairs"] + taken.dropped,
     }
-    # The memory of a step that is not finite is the old one already, and is the largest part of the state.
+    # The memory of a step that is not finite is the old one already, and is the largest part of the state. That of a
+    # batch on which the last step is undone holds true pairs as well.
     memory = taken.memory._replace(vectors=vectors)
-    return Step(unpack(taken.step), figures, memory, taken.reach, taken.accepted, taken.finite, guarded=True)
+    return Step(unpack(taken.step), figures, memory, reach, taken.accepted, taken.finite, guarded=True)

@@ -6,10 +6,11 @@ import jax.numpy as jnp
 import optax
 
 from curvax import solvers, trees
-from curvax.damping.rules import RadiusRule
+from curvax.damping.rules import RadiusRule, next_batch_radius_rule
 from curvax.matrices.curvature import Curvature, Hessian, check_curvature
 from curvax.matrices.quadratic_model import reduction_ratio
 from curvax.transforms._arguments import check_arguments
+from curvax.transforms._judge import JudgedBy, judging
 from curvax.transforms._step import Given, Step, stepper
 
 
@@ -20,6 +21,7 @@ def newton_cg(
     max_iterations: int = 50,
     tolerance: optax.ScalarOrSchedule = 0.5,
     acceptance: optax.ScalarOrSchedule = 1e-4,
+    judged_by: JudgedBy = "next_batch",
     curvature: Curvature | None = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -31,10 +33,15 @@ def newton_cg(
     whose reduction ratio rho is not above ``acceptance`` is not taken and shrinks r. ``update`` takes ``at=`` and
     optionally ``curvature_at=``, a point on another batch for the products and the reduction ratio.
 
+    What the step does to the loss of the next batch says how r goes on, and a step that raises that far beyond what
+    noise explains is undone. Where the batch stays the same, or with ``judged_by="same_batch"``, rho says it.
+
     Args:
-        rule: How r adapts; by default doubled above rho = 3/4 for steps to the edge, halved below 1/10.
+        rule: How r adapts; if None ``curvax.damping.next_batch_radius_rule()`` where batches change, and where they do
+            not doubled above rho = 3/4 for steps to the edge and halved below 1/10.
         tolerance: The loosest relative residual to stop at.
         acceptance: The least rho of a step that is taken.
+        judged_by: "next_batch" or "same_batch".
         curvature: ``curvax.Hessian()`` by default.
         seed: Seed of what ``curvature`` draws.
 
@@ -57,7 +64,8 @@ def newton_cg(
     Source: Steihaug 1983; Nocedal and Wright 2006, algorithm 7.2.
     """
     check_arguments(newton_cg, locals())
-    rule = RadiusRule() if rule is None else rule
+    following = next_batch_radius_rule()
+    rule, judge = judging(judged_by, rule, RadiusRule(), following, measured=True, plain=False)
     curvature = Hessian() if curvature is None else curvature
     check_curvature("newton_cg", curvature)
 
@@ -74,6 +82,10 @@ def newton_cg(
         )
         loss, new_loss = local.loss, local.loss_along(result.value)
         ratio = reduction_ratio(loss, new_loss, result.model_value).astype(given.dtype)
+        accepted = ratio > given.number(acceptance)
+        radius = rule.adapt(
+            given.strength, jnp.where(accepted, ratio, -jnp.inf), step_norm=result.norm.astype(given.dtype)
+        )
         figures = {
             "loss": loss,
             "new_loss": new_loss,
@@ -90,8 +102,9 @@ def newton_cg(
             result.value,
             figures,
             memory=first_norm,
-            strength=rule.adapt(given.strength, ratio, step_norm=result.norm.astype(given.dtype)),
-            accepted=ratio > given.number(acceptance),
+            # Of a step that is taken the next batch says what it was worth.
+            strength=radius if judge is None else jnp.where(accepted, given.strength, radius),
+            accepted=accepted,
             finite=trees.all_finite(loss, result.model_value) & (result.reason != solvers.StopReason.NON_FINITE),
         )
 
@@ -104,4 +117,5 @@ def newton_cg(
         seed=seed,
         extra={"negative_curvature": jnp.bool_},
         points=("at", "curvature_at"),
+        judge=judge,
     )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import curvax
+from curvax import trees
 from curvax.programs.walk import DESCEND, called_program, is_scan, scan_parts, walk
 
 squared_error = curvax.losses.squared_error()
@@ -127,6 +128,32 @@ def test_finding_layers_takes_work_in_proportion_to_their_number():
     calls_to_find(2)  # fills the caches of jax
     first, second, third = map(calls_to_find, (10, 40, 70))
     assert third - second <= 1.1 * (second - first)
+
+
+@pytest.mark.parametrize("kind", ["shared input", "closure"])
+@pytest.mark.parametrize("with_layers", [True, False])
+def test_a_gain_times_a_traced_number_in_sample_space(kind, with_layers):
+    """Layers that are found inside of the program as outside, and the dense solution (G + lambda I)^{-1} g."""
+    generator = np.random.default_rng(0)
+    params = {"w": jnp.asarray(generator.normal(size=(3, 2))), "gain": jnp.asarray(generator.normal(size=2))}
+    x, y, scale = jnp.asarray(generator.normal(size=(4, 3))), jnp.asarray(generator.normal(size=(4, 2))), jnp.array(2.0)
+    shared = kind == "shared input"
+
+    def step(params, scale):
+        objective = curvax.Objective(
+            lambda p, i: (i["x"] @ p["w"]) * p["gain"] * (i["s"] if shared else scale),
+            squared_error,
+            example_axes=({"x": 0, "s": None} if shared else 0, 0),
+        )
+        batch = ({"x": x, "s": scale} if shared else {"x": x}, y)
+        layers = curvax.find_layers(objective, params, batch) if with_layers else None
+        tx = curvax.scale_by_sample_space(damping=0.5, layers=layers)
+        _, grads, at = objective.value_and_grad(params, batch)
+        dense = curvax.ggn(at).to_dense()
+        return trees.ravel(tx.update(grads, tx.init(params), params, at=at)[0]), trees.ravel(grads), dense
+
+    update, gradient, dense = jax.jit(step)(params, scale)
+    np.testing.assert_allclose(update, np.linalg.solve(dense + 0.5 * np.eye(len(dense)), gradient), rtol=1e-8)
 
 
 @pytest.mark.parametrize("kind", ["shared input", "closure"])

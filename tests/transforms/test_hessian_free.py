@@ -64,6 +64,35 @@ def test_gradient_and_curvature_from_different_batches():
     assert np.isnan(state.info.extra["held_out_loss"])
 
 
+@pytest.mark.parametrize("choice", ["best", "walk"])
+def test_iterates_are_chosen_on_the_gradients_batch(choice):
+    """Where the smaller batch of the curvature would have taken another one."""
+    large, small = batch(0, 30), batch(1, 5)
+    options = {"progress_tolerance": 0.0, "initial_damping": 1e-3}
+    iterates = []
+    for count in range(1, 6):
+        tx = curvax.hessian_free(max_iterations=count, choice="last", **options)
+        updates, state = one_step(tx, objective, weights(), large, curvature_at=small)
+        iterates.append(flat(updates) / float(state.info.step_size))
+    on_large, on_small = (np.array([loss(objective, moved(weights(), d), b) for d in iterates]) for b in (large, small))
+    if choice == "best":
+        expected, other = np.argmin(on_large), np.argmin(on_small)
+    else:  # from the end as long as it pays
+        expected, other = (_walk(losses) for losses in (on_large, on_small))
+    assert expected != other
+    tx = curvax.hessian_free(max_iterations=5, choice=choice, **options)
+    updates, state = one_step(tx, objective, weights(), large, curvature_at=small)
+    assert state.info.extra["chosen_iteration"] == expected + 1
+    np.testing.assert_allclose(flat(updates), float(state.info.step_size) * iterates[expected], rtol=1e-7, atol=1e-9)
+
+
+def _walk(losses):
+    last = len(losses) - 1
+    while last and losses[last - 1] < losses[last]:
+        last -= 1
+    return last
+
+
 def test_two_steps_are_those_of_algorithm_3():
     """With one output noise of signs is squared away, so algorithm 6 is exact: mean_i sq(J_i), and all is known."""
 

@@ -10,7 +10,7 @@ import pytest
 
 import curvax
 from curvax import trees
-from curvax.damping import DampingRule, RadiusRule, next_batch_rule
+from curvax.damping import DampingRule, RadiusRule, next_batch_radius_rule, next_batch_rule
 from curvax.transforms._judge import NextBatch, judging
 from curvax.transforms._step import Step, stepper
 from tests.transforms.stepping import loss, run
@@ -165,6 +165,44 @@ def test_rules_retreat_and_choices_are_checked():
     assert judging("same_batch", None, DampingRule(), next_batch_rule()) == (DampingRule(), None)
     given = DampingRule(decrease=0.9)
     assert judging("next_batch", given, DampingRule(), next_batch_rule()) == (given, NextBatch(given, given))
+
+
+@pytest.mark.parametrize("method", [curvax.newton_cg, curvax.lsr1])
+@pytest.mark.parametrize("following", [0, 1, 2, 3])
+def test_radii_follow_the_next_batch_and_where_it_is_the_same_the_rule_of_the_paper(method, following):
+    radius = 0.4
+    (_, (params, first), (_, second)) = follow(method(initial_radius=radius), [batch(0), batch(following)])
+    assert first.info.accepted
+    assert first.strength == radius
+    before, after = (loss(OBJECTIVE, p, batch(following)) for p in (PARAMS, params))
+    ratio = (after - before) / float(first.info.predicted_change)
+    rule = RadiusRule() if following == 0 else next_batch_radius_rule()
+    expected = rule.adapt(jnp.asarray(radius), jnp.asarray(ratio), step_norm=first.info.update_norm)
+    np.testing.assert_allclose(second.info.radius, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("method", [curvax.newton_cg, curvax.lsr1, curvax.lsr1_linesearch])
+def test_steps_within_a_region_that_do_harm_on_the_next_batch_are_undone(method):
+    """The second batch has the targets of the first with the opposite sign, and they are large."""
+    inputs, targets = batch(0, 40)
+    targets = 20 * jnp.sin(inputs[:, :1])
+    goal = curvax.Objective(lambda p, x: x @ p["w"] + p["b"], curvax.losses.squared_error())
+    reached = {}
+    for judged_by in ("next_batch", "same_batch"):
+        tx = method(judged_by=judged_by, **({} if method is curvax.lsr1_linesearch else {"initial_radius": 20.0}))
+
+        @jax.jit
+        def step(params, state, data, tx=tx):
+            _, gradient, at = goal.value_and_grad(params, data)
+            updates, state = tx.update(gradient, state, params, at=at)
+            return optax.apply_updates(params, updates), state
+
+        params, state = step(PARAMS, jax.jit(tx.init)(PARAMS), (inputs, targets))
+        assert not np.array_equal(params["w"], PARAMS["w"])
+        params, state = step(params, state, (inputs, -20 * targets))
+        reached[judged_by] = params, int(state.info.undone_steps)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), reached["next_batch"][0], PARAMS)
+    assert (reached["next_batch"][1], reached["same_batch"][1]) == (1, 0)
 
 
 @pytest.mark.parametrize("hidden", [0.0, 0.4, 0.6, 1.0])

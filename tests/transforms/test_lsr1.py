@@ -37,7 +37,8 @@ def test_the_trust_region_method_is_algorithm_1_with_a_dense_matrix():
     objective, params, batch = problem()
     solve = jax.jit(curvax.solvers.dense_trust_region)
     pairs, radius = [], None
-    for before, after, updates, state in run(curvax.lsr1(memory_size=20, scale=2.0), objective, params, batch, 8):
+    tx = curvax.lsr1(memory_size=20, scale=2.0, judged_by="same_batch")
+    for before, after, updates, state in run(tx, objective, params, batch, 8):
         g = gradient(objective, before, batch)
         radius = np.linalg.norm(g) if radius is None else radius
         solution = solve(jnp.asarray(recursive(2.0, pairs)), jnp.asarray(g), radius)

@@ -68,7 +68,8 @@ def test_a_step_is_steihaugs(shifted, radius, ending):
     assert least < 0, "the case is to be indefinite"
     shift = float(0.5 - least) if shifted else 0.0
     matrix = matrix + shift * np.eye(len(matrix))
-    tx = curvax.newton_cg(initial_radius=radius, curvature=Shifted(shift), tolerance=1e-10, max_iterations=200)
+    exact = {"tolerance": 1e-10, "max_iterations": 200, "judged_by": "same_batch"}
+    tx = curvax.newton_cg(initial_radius=radius, curvature=Shifted(shift), **exact)
     (taken,) = run(tx, goal, params, data)
     step, model_value, end = steihaug(matrix, -g, radius)
     assert end == ending
