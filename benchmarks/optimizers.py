@@ -142,7 +142,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
         (
             *_products(batch_size=(200,), learning_rate=(2e-3, 1e-3, 4e-3)),
             *_products(batch_size=(500,), learning_rate=(2e-3, 4e-3)),
-            *_products(learning_rate=(1e-3, 2e-3, 5e-4), decay=("none",)),
+            *_products(learning_rate=(1e-3, 2e-3, 5e-4, 2.5e-4), decay=("none",)),
         ),
     ),
     "nag": Optimizer(

@@ -210,6 +210,7 @@ def test_a_leaf_that_is_no_array_is_named(leaf):
             call()
 
 
+@pytest.mark.many_compilations("it is eager calls that warn")
 def test_numpy_parameters_of_another_precision_do_not_warn():
     params = {"w": np.asarray(PARAMS["w"], np.float64)}
     with jax.enable_x64(False):

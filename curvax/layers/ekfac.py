@@ -125,8 +125,7 @@ class EigenCorrected(Inverse):
 
     Its cross terms hold back the first steps in directions of which few draws have told anything. George et al. 2018
     have s + gamma^2 and tune it; where gamma^2 adapts from a first guess, that was seen to throw a deep autoencoder to
-    where all outputs are the same. Factored damping holds that start, and no more: on a wide autoencoder the loss was
-    seen to rise again after some 130 steps, where K-FAC's fell on.
+    where all outputs are the same.
 
     Attributes:
         damping: "factored", as above, or "exact", gamma^2 alone.

@@ -179,9 +179,9 @@ class CurvaturePoint:
 
         parts = enumerate(zip(self.terms, self.cases, strict=True))
         return all(
-            fits(*pair, self.num_examples(index))
+            fits(leaf, axis, self.num_examples(index))
             for index, (term, whole) in parts
-            for pair in jax.tree.leaves(located_examples(term, (whole.inputs, whole.targets)))
+            for leaf, axis in jax.tree.leaves(located_examples(term, (whole.inputs, whole.targets)))
         )
 
     def subset(self, stride: int, offset: Any = 0) -> CurvaturePoint:

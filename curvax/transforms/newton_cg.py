@@ -53,11 +53,14 @@ def newton_cg(
         >>> objective = curvax.Objective(lambda w, x: x * w, loss)
         >>> tx = curvax.newton_cg()
         >>> w, batch = jnp.array(1e-3), (jnp.ones(1), jnp.zeros(1))                                # next to a maximum
-        >>> state = tx.init(w)
-        >>> for _ in range(8):
+        >>> @jax.jit
+        ... def step(w, state):
         ...     loss, grads, at = objective.value_and_grad(w, batch)
         ...     updates, state = tx.update(grads, state, w, at=at)
-        ...     w = optax.apply_updates(w, updates)
+        ...     return optax.apply_updates(w, updates), state
+        >>> state = tx.init(w)
+        >>> for _ in range(8):
+        ...     w, state = step(w, state)
         >>> print(f"{w:.4f}")
         1.0000
 

@@ -111,8 +111,8 @@ METHODS = {
 def test_three_hundred_steps_end_near_the_lowest_loss(name, problem):
     losses = losses_of(METHODS[name], problem)
     assert np.all(np.isfinite(losses))
-    # The end is the middle of the last epoch: single steps of methods with a region, which no next batch judges, rise
-    # by half or more and are made good, some in a hundred.
-    end = np.median(losses[-EXAMPLES // BATCH :])
+    # Single steps of a line search, whose length no batch but its own decides, rise by half or more and are made good,
+    # some in a hundred: its end is the middle of the last epoch.
+    end = np.median(losses[-EXAMPLES // BATCH :]) if name == "lsr1_linesearch" else losses[-1]
     assert end <= 1.5 * losses.min(), (losses.min(), end)
     assert losses[-1] < 0.8, "it is to have learnt something: without a look at the inputs it is 1.1"
