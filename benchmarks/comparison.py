@@ -76,7 +76,7 @@ def compare(
     decayed = {f"adam {rate:g}, cosine decay": optax.adam(rate) for rate in arguments.rates}
     runs, rows = {}, []
     for name, tx in {**methods, **decayed}.items():
-        budget = f"{name}, batch {arguments.batch_size}, {arguments.seconds:g} s"
+        budget, before = f"{name}, batch {arguments.batch_size}, {arguments.seconds:g} s", load()
         runs[name] = train(
             name,
             tx,
@@ -92,7 +92,7 @@ def compare(
         for record in runs[name]:
             record["seen"] = record["step"] * arguments.batch_size * per_example
         rows.append({"optimizer": name, **runs[name][-1]})
-        text = json.dumps({"machine": machine(), "load": load(), "records": runs[name]})
+        text = json.dumps({"machine": machine(), "load": before, "records": runs[name]})
         (arguments.output / f"{budget}.json").write_text(text + "\n")
     table(rows, ["optimizer", "step", "seen", "seconds", "loss", "test_loss", "test_error"], dataset.name)
     plots.plot_runs(runs, arguments.output / "loss.png", title=dataset.name, label="training loss")

@@ -73,9 +73,9 @@ METHODS = {
         initial_damping=damping, rule=DampingRule(decrease=1, increase=1)
     ),
     "lsr1": lambda memory=5, decrease=0.5, increase=2.0: curvax.lsr1(
-        memory_size=memory, rule=RadiusRule(shrink=decrease, grow=increase)
+        memory_size=memory, rule=RadiusRule(shrink=decrease, grow=increase), judged_by="same_batch"
     ),
-    "lsr1_linesearch": curvax.lsr1_linesearch,
+    "lsr1_linesearch": functools.partial(curvax.lsr1_linesearch, judged_by="same_batch"),
     "lbfgs": forgetful_lbfgs,
     "lbfgs, backtracking": functools.partial(forgetful_lbfgs, backtracking=True),
     "adam": lambda rate=1e-3: optax.adam(rate),

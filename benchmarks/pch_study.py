@@ -158,7 +158,7 @@ def run(case: Problem, setting: Setting, seconds: float, folder: Path) -> list[d
     """The records of a run; those of an earlier one where there are some."""
     path = file_of(case, setting, seconds, folder)
     if not path.exists():
-        batches = _batches(case)
+        batches, before = _batches(case), load()
         records = train(
             f"{case.criterion}, {setting.label}",
             setting.transformation(case.layers, case.criterion),
@@ -173,7 +173,7 @@ def run(case: Problem, setting: Setting, seconds: float, folder: Path) -> list[d
             record["epoch"] = record["step"] * case.batch_size / len(case.dataset.train_inputs)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
-        part.write_text(json.dumps({"machine": machine(), "load": load(), "records": records}) + "\n")
+        part.write_text(json.dumps({"machine": machine(), "load": before, "records": records}) + "\n")
         part.replace(path)
     return json.loads(path.read_text())["records"]
 

@@ -121,7 +121,8 @@ def next_batch_rule(period: int = 5, base: float = 19 / 20) -> DampingRule:
     average, and a lambda that grew there would grow without end. Between the two thresholds it stays, which on deep
     autoencoders leaves it near the best constant (``benchmarks/results/kfac.md``). Between 3/2 and 5/2 more was gained
     than the damped model has, so lambda stands in the way and falls four times as fast: without curvature a step gains
-    twice what that model promises, and what is beyond is noise again.
+    twice what that model promises, and what is beyond is noise again. Where methods promise the change of their damped
+    model, they tell this rule so only if lambda has a part in it that explains the gain.
 
     Example:
         >>> rule = curvax.damping.next_batch_rule(period=1)

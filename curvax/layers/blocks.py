@@ -253,7 +253,7 @@ def blocks_of(layers: Layers) -> tuple[Block, ...]:
 
 
 def layer_map(layers: Layers, layer: Layer, *, wide: bool = False) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
-    """(the leaves of a layer -> its matrices, an affine function; what those are), ``wide`` in float32 at least."""
+    """(the leaves of a layer -> its matrices, an affine function; their structures), ``wide`` in float32 at least."""
     geometry = _first(layers, layer)
     if places_given(geometry.base):
         raise ValueError(f"layer {layer.name!r} depends on the data of a batch; its matrices are not the parameters'")

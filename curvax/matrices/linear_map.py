@@ -220,6 +220,14 @@ class LinearMap(abc.ABC):
         """
         return self.sqrt(distribution(key, self.structure))
 
+    @property
+    def has_definite_parts(self) -> bool:
+        """False where a part that a draw would be made of is known to be negative: the whole may be definite still.
+
+        A scalar that is traced is taken for one that is not negative.
+        """
+        return True
+
     def to_dense(self) -> jax.Array:
         """The matrix, n x n, in leaf order with every leaf row-major (``curvax.trees.ravel``)."""
         self._check_dense("to_dense", "curvax.solvers and curvax.estimators")
@@ -482,10 +490,14 @@ class Sum(Combined):
         return self.maps[0].structure
 
     def sample(self, key: jax.Array, distribution: Noise = trees.random_normal) -> PyTree:
-        if any(isinstance(a, Scaled) and a.is_negative for a in self.maps):  # it has no draws of its own
+        if not self.has_definite_parts:
             return super().sample(key, distribution)
         keys = iter(trees.split_key(key, len(self.maps)))
         return self._of(lambda a: a.sample(next(keys), distribution))
+
+    @property
+    def has_definite_parts(self) -> bool:
+        return all(a.has_definite_parts for a in self.maps)
 
     def _of(self, function):
         return functools.reduce(trees.add, [function(a) for a in self.maps])
@@ -504,12 +516,12 @@ class Scaled(Combined):
         return self.map.structure
 
     @property
-    def is_negative(self) -> bool:
-        """Whether the scalar is known to be below zero; one that is traced is taken for one that is not."""
-        return not isinstance(self.scalar, Tracer) and float(np.asarray(self.scalar)) < 0
+    def has_definite_parts(self) -> bool:
+        negative = not isinstance(self.scalar, Tracer) and float(np.asarray(self.scalar)) < 0
+        return not negative and self.map.has_definite_parts
 
     def sample(self, key: jax.Array, distribution: Noise = trees.random_normal) -> PyTree:
-        if self.is_negative:
+        if not self.has_definite_parts:
             return super().sample(key, distribution)
         return trees.scale(jnp.sqrt(jnp.asarray(self.scalar)), self.map.sample(key, distribution))
 
@@ -533,6 +545,10 @@ class Restricted(Shaped):
 
     def quadratic(self, vector: PyTree) -> jax.Array:
         return self.map.quadratic(self._embed(vector))
+
+    @property
+    def has_definite_parts(self) -> bool:
+        return self.map.has_definite_parts
 
     def sample(self, key: jax.Array, distribution: Noise = trees.random_normal) -> PyTree:
         return trees.extract(self.map.sample(key, distribution), self.structure)

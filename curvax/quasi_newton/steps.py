@@ -64,7 +64,9 @@ def trust_region_step(
     def judge(ratio, has_gradient):
         # Where there is no gradient, as on a kink, the step has failed whatever the loss.
         ratio = jnp.where(has_gradient, ratio, -jnp.inf)
-        return ratio, ratio > jnp.asarray(acceptance, dtype), rule.adapt(radius, ratio, step_norm=solution.norm)
+        accepted = ratio > jnp.asarray(acceptance, dtype)
+        # A step that is not taken has failed by any rule, or the same one would be tried for ever.
+        return ratio, accepted, rule.adapt(radius, jnp.where(accepted, ratio, -jnp.inf), step_norm=solution.norm)
 
     def remember(change, finite):
         return sr1_update(memory, solution.step, change, scale, skip_tolerance, expected=expected, usable=finite)

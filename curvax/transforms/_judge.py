@@ -36,7 +36,7 @@ ABSURD = 3
 
 
 def judging(
-    judged_by: JudgedBy, rule: R | None, same: R, following: R, measured: bool = False, plain: bool = True
+    judged_by: JudgedBy, rule: R | None, same: R, following: R, measured: bool = False, damped: bool = False
 ) -> tuple[R, NextBatch | None]:
     """The rule for a step judged on its own batch, and the judge by the next one, None for "same_batch".
 
@@ -45,13 +45,15 @@ def judging(
         same: The rule of the method's paper.
         following: The rule for ratios on a batch that the step was not computed from.
         measured: Whether the method measures the loss behind its step.
-        plain: Whether its damping is lambda I.
+        damped: Whether what it promises is the change of the model with lambda I in it.
     """
     check_choice("judged_by", judged_by, ("next_batch", "same_batch"))
     own = same if rule is None else rule
     if judged_by == "same_batch":
         return own, None
-    return own, NextBatch(following if rule is None else rule, own, measured, plain)
+    if rule is not None:
+        return own, NextBatch(rule, rule, measured)
+    return own, NextBatch(following, same, measured, damped)
 
 
 def begun(strength: Array, first: Callable[[], Array]) -> tuple[Array, Array]:
@@ -75,8 +77,7 @@ def judged_here(
     count = given.steps + 1
     ratio = jax.lax.cond(count % rule.period == 0, measure, lambda: given.info.step_ratio)
     norm = trees.norm(update).astype(given.dtype)
-    # A strength of 0 has not begun.
-    return ratio, jnp.where(strength > 0, rule.adapt(strength, ratio, count=count, step_norm=norm), strength)
+    return ratio, rule.adapt(strength, ratio, count=count, step_norm=norm)
 
 
 def adapted_at_once(judge: NextBatch | None, rule: Rule, given: Given, ratio: Array, taken: Array) -> Array:
@@ -99,25 +100,25 @@ class NextBatch:
     as it was to lower it, or as there was of it where it is known not to be below zero, is undone.
 
     Attributes:
-        rule: What the ratio on another batch does to the strength. Of a gain beyond the promise it is told where
-            damping can have hidden it: without lambda |delta|^2 / 2 the model promises more by that part, which is at
-            most as much again, where B is nothing. What goes beyond by a half is noise, and told as 1.
+        rule: What the ratio on another batch does to the strength.
         same: What the ratio of the info does where the batch is still that of the last step, which is seen by its loss
             if the method has measured that behind the step.
         measured: Whether it has.
-        plain: Whether the damping is lambda I, so that this part is known.
+        damped: Whether the promise is that of the model with lambda I in it. Without lambda |delta|^2 / 2 it promises
+            more by that part, which is at most as much again, where B is nothing; the rule, which looks for such gains,
+            is told 1 of what goes beyond that by a half, as it is noise.
     """
 
     rule: Rule
     same: Rule
     measured: bool = False
-    plain: bool = True
+    damped: bool = False
 
     def __call__(self, last: LastStep, given: Given) -> Verdict:
         if not all(term.loss.has_value for term in given.at.terms):
             raise ValueError(
                 "the loss of the next batch is to judge the step, and this objective has none"
-                " (curvax.losses.curvature_only); give natural_gradient a lambda that stays, damping=, or take"
+                " (curvax.losses.curvature_only); take natural_gradient with a lambda that stays, damping=,"
                 " scale_by_natural_gradient or scale_by_kfac"
             )
         info, here = given.info, given.at.loss.astype(given.dtype)
@@ -159,7 +160,7 @@ class NextBatch:
             return rule.adapt(given.strength, ratio, count=given.steps, step_norm=info.update_norm)
 
         told = ratio
-        if self.plain:
+        if self.damped:
             hidden = info.damping * jnp.square(info.update_norm) / (2 * promised)
             told = jnp.where(ratio > 3 / 2 + hidden, 1, ratio).astype(ratio.dtype)  # nothing of NaN, without a lambda
         strength = jnp.where(due, adapted(self.rule, told), given.strength)

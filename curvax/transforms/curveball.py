@@ -85,7 +85,7 @@ def curveball(
     Source: Henriques, Ehrhardt, Albanie and Vedaldi 2019 ("Small steps and giant leaps"), algorithm 1, eqs. 16 to 18.
     """
     check_arguments(curveball, locals())
-    rule, judge = judging(judged_by, rule, curveball_rule(), next_batch_rule())
+    rule, judge = judging(judged_by, rule, curveball_rule(), next_batch_rule(), damped=damped_model)
     adapts = not rule.decrease == rule.increase == 1
     if gradient not in ("incoming", "recomputed"):
         raise ValueError(f"gradient must be 'incoming' or 'recomputed', got {gradient!r}")

@@ -16,7 +16,7 @@ from curvax.estimators.chapelle_erhan import chapelle_erhan_diagonal
 from curvax.matrices.curvature import ggn
 from curvax.objectives.point import CurvaturePoint
 from curvax.transforms._arguments import check_arguments
-from curvax.transforms._judge import NextBatch, begun
+from curvax.transforms._judge import begun, judging
 from curvax.transforms._step import Given, Step, stepper
 from curvax.types import Array, PyTree
 
@@ -79,7 +79,8 @@ def diagonal_newton(
     """
     check_arguments(diagonal_newton, locals())
     average = _Average("diagonal_newton", diagonal, negative, decay, period)
-    rule = next_batch_rule(period=1, base=0.9) if rule is None else rule
+    following = next_batch_rule(period=1, base=0.9)
+    _, judge = judging("next_batch", rule, following, following, damped=True)
 
     def step(given: Given) -> Step:
         d, total = average(given)
@@ -118,7 +119,7 @@ def diagonal_newton(
         strength=0.0 if initial_damping is None else initial_damping,
         seed=seed,
         points=("at", "curvature_at"),
-        judge=NextBatch(rule, rule),
+        judge=judge,
     )
 
 

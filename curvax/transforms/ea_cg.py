@@ -103,7 +103,7 @@ def ea_cg(
     _check_alpha("ea_cg", alpha=alpha, initial_alpha=initial_alpha)
     if alpha is not None and not (initial_alpha is None and rule is None):
         raise ValueError("ea_cg: alpha= is one that stays; initial_alpha= and rule= are for one that adapts")
-    own, judge = judging(judged_by, rule, kfac_rule(), next_batch_rule())
+    own, judge = judging(judged_by, rule, kfac_rule(), next_batch_rule(), damped=True)
     judge = judge if alpha is None else None
 
     def step(given: Given) -> Step:
@@ -133,7 +133,8 @@ def ea_cg(
         loss, predicted = given.at.loss.astype(given.dtype), figures["predicted_change"]
         figures |= {"loss": loss, "step_ratio": given.info.step_ratio}
         if judge is None:
-            figures["step_ratio"], kept = judged_here(own, given, kept, update, loss, predicted)
+            figures["step_ratio"], adapted = judged_here(own, given, strength, update, loss, predicted)
+            kept = adapted if initial_alpha is not None else jnp.where(kept > 0, adapted, kept)
         finite = trees.all_finite(loss, predicted)
         return Step(update, figures, strength=kept, finite=finite)
 

@@ -153,8 +153,7 @@ def hessian_free(
                [1.]], dtype=float...)
     """
     check_arguments(hessian_free, locals())
-    following, plain = next_batch_rule(period=1, base=0.9), damping_matrix is None
-    rule, judge = judging(judged_by, rule, DampingRule(), following, measured=True, plain=plain)
+    rule, judge = judging(judged_by, rule, DampingRule(), next_batch_rule(period=1, base=0.9), measured=True)
     damping_matrix = tikhonov() if damping_matrix is None else damping_matrix
     curvature = GaussNewton() if curvature is None else curvature
     check_curvature("hessian_free", curvature)

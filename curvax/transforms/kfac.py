@@ -137,7 +137,7 @@ def kfac(
     check_arguments(kfac, locals())
     if damping is not None and not (initial_damping is None and rule is None):
         raise ValueError("kfac: damping= is a lambda that stays; initial_damping= and rule= are for one that adapts")
-    rule, judge = judging(judged_by, rule, kfac_rule(), next_batch_rule())
+    rule, judge = judging(judged_by, rule, kfac_rule(), next_batch_rule(), damped=True)
     judge = judge if damping is None else None
     curvature = GaussNewton() if curvature is None else curvature
     check_curvature("kfac", curvature, OutputCurvature)
@@ -154,7 +154,9 @@ def kfac(
         seen = preconditioner.seen(given, at, given.key)
         part = part_of("kfac", "curvature_stride", curvature_stride, at, given.steps, most=4, least=250)
         strength = given.strength if damping is None else given.number(damping)
+        begun = jnp.array(True)
         if damping is None and initial_damping is None:
+            begun = (given.steps > 0) | seen.informative
             first = jnp.maximum(mean_curvature(seen.layers, seen.factors).astype(dtype), rule.minimum)
             strength = jnp.where(given.steps == 0, first, strength)
         gradient, before = (trees.embed(v, at.params) for v in (given.gradient, given.last_change))
@@ -206,9 +208,9 @@ def kfac(
         return Step(
             delta,
             figures,
-            memory=Memory(seen.factors, best.prepared, kept_gamma),
-            strength=adapted,
-            finite=trees.all_finite(loss, best.predicted) & seen.begun(given),
+            memory=Memory(seen.factors, seen.count, best.prepared, kept_gamma),
+            strength=adapted if damping is None else None,
+            finite=trees.all_finite(loss, best.predicted) & begun,
             guarded=True,
         )
 
@@ -270,13 +272,8 @@ def scale_by_kfac(
         seen, gamma = preconditioner.seen(given, at, given.key), _gamma(given, strength)
         prepared = preconditioner.refreshed(given, seen, gamma)
         update = preconditioner(given, seen, prepared, gamma)
-        return Step(
-            trees.extract(update, given.gradient),
-            {"damping": strength},
-            memory=Memory(seen.factors, prepared, ()),
-            finite=seen.begun(given),
-            guarded=True,
-        )
+        memory = Memory(seen.factors, seen.count, prepared, ())
+        return Step(trees.extract(update, given.gradient), {"damping": strength}, memory=memory, guarded=True)
 
     points = ("at", "curvature_at")
     return stepper("scale_by_kfac", step, start=preconditioner.start, seed=seed, points=points)
@@ -315,6 +312,7 @@ class Seen(NamedTuple):
         usable: Whether gradient and loss are finite and the step is one, so that what is seen may be kept.
         informative: Whether the batch has curvature, which one that is masked altogether has not.
         kept: Whether the averages have its factors in them: it is both, and they are finite.
+        count: Of how many batches they are.
     """
 
     layers: Layers
@@ -324,21 +322,20 @@ class Seen(NamedTuple):
     usable: Array
     informative: Array
     kept: Array
-
-    def begun(self, given: Given) -> Array:
-        """False for a first batch without curvature: that step is skipped, so that the averages begin with the next."""
-        return (given.steps > 0) | self.informative
+    count: Array
 
 
 class Memory(NamedTuple):
     """What K-FAC carries from step to step.
 
     Attributes:
+        count: Of how many batches the averages are; steps on batches without curvature are not among them.
         prepared: What the inverse keeps.
         gamma: The square root of the damping of the factors where it has a life of its own, else ().
     """
 
     factors: KroneckerFactors
+    count: Array
     prepared: Any
     gamma: Any
 
@@ -380,7 +377,8 @@ class _Preconditioner:
 
     def start(self, params: PyTree) -> Memory:
         layers = self.own(params)
-        return Memory(zero_factors(layers, self.inverse.pairs(layers)), self.inverse.start(layers), ())
+        factors = zero_factors(layers, self.inverse.pairs(layers))
+        return Memory(factors, jnp.zeros((), jnp.int32), self.inverse.start(layers), ())
 
     def seen(self, given: Given, at: CurvaturePoint, key: Array) -> Seen:
         """The running averages with the factors of this batch, or of its part for statistics (KF-3, KF-14)."""
@@ -397,16 +395,17 @@ class _Preconditioner:
         nothing = not (layers.treatment.kronecker or layers.treatment.diagonal)
         informative = jnp.array(nothing) | (mean_curvature(layers, new) > 0)
         kept = trees.all_true(usable, factors_are_finite(new), informative)
-        factors = running_average(given.memory.factors, new, given.steps + 1, given.number(self.decay), kept)
-        return Seen(layers, tapped, key, factors, usable, informative, kept)
+        before = given.memory
+        factors = running_average(before.factors, new, before.count + 1, given.number(self.decay), kept)
+        return Seen(layers, tapped, key, factors, usable, informative, kept, before.count + kept.astype(jnp.int32))
 
     def refreshed(self, given: Given, seen: Seen, gamma: Array, at_once: Array | bool = False) -> Any:
         """The inverses, worked out anew where it is time or ``at_once``, with what they learn from this batch."""
-        count, previous = given.steps + 1, given.memory.prepared
+        previous = given.memory.prepared
         period = jnp.maximum(jnp.asarray(given.number(self.period)).astype(jnp.int32), 1)
 
         def due(phase):
-            return (((count + phase) % period == 0) | (count <= 3) | at_once) & seen.usable
+            return (((given.steps + 1 + phase) % period == 0) | (seen.count <= 3) | at_once) & seen.usable
 
         if self.spread:
             prepared = self._some_refreshed(seen, gamma, previous, period, due)
@@ -416,7 +415,7 @@ class _Preconditioner:
             )
         decay = given.number(self.decay)
         observed = self.inverse.observe(
-            seen.layers, prepared, seen.tapped, seen.key, curvature=self.statistics, count=count, decay=decay
+            seen.layers, prepared, seen.tapped, seen.key, curvature=self.statistics, count=seen.count, decay=decay
         )
         return prepared if observed is prepared else trees.where(seen.kept, observed, prepared)
 

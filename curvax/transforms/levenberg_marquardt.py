@@ -61,8 +61,7 @@ def levenberg_marquardt(
         1.000
     """
     check_arguments(levenberg_marquardt, locals())
-    following, plain = next_batch_rule(period=1, base=0.9), damping_matrix is None
-    rule, judge = judging(judged_by, rule, DampingRule(), following, measured=True, plain=plain)
+    rule, judge = judging(judged_by, rule, DampingRule(), next_batch_rule(period=1, base=0.9), measured=True)
     solve = _Solve("levenberg_marquardt", damping_matrix, curvature, absolute)
 
     def step(given: Given) -> Step:

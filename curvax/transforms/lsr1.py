@@ -46,14 +46,16 @@ def lsr1(
         scale: gamma of B_0 = gamma I, which the paper leaves open.
         initial_radius: Delta_0; by default the norm of the first gradient.
         rule: How Delta adapts; if None ``curvax.damping.next_batch_radius_rule()`` where batches change, and where they
-            do not doubled above 3/4 for steps longer than 0.8 Delta and halved below 1/10.
+            do not doubled above 3/4 for steps longer than 0.8 Delta and halved below 1/10. One that is given acts on
+            both.
         acceptance: eta, in (0, 1e-3).
         judged_by: "next_batch" or "same_batch".
         skip_tolerance: r: pairs with |s^T (y - B s)| < r ||s|| ||y - B s|| are left out.
 
     Returns:
         The transformation. In ``state.info.extra``: ``hard_case``, the ``pairs`` in memory, and how many so far were
-        left out, ``skipped_pairs``, or dropped later as the matrix was no longer well defined, ``dropped_pairs``.
+        left out, ``skipped_pairs``, or dropped later as the matrix was no longer well defined, ``dropped_pairs``; not
+        counting updates that undo a step.
 
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
@@ -75,7 +77,7 @@ def lsr1(
     """
     check_arguments(lsr1, locals())
     following = next_batch_radius_rule()
-    rule, judge = judging(judged_by, rule, RadiusRule(), following, measured=True, plain=False)
+    rule, judge = judging(judged_by, rule, RadiusRule(), following, measured=True)
 
     def step(given: Given) -> Step:
         start = trees.norm(given.gradient) if initial_radius is None else jnp.asarray(initial_radius)
@@ -149,9 +151,9 @@ def lsr1_linesearch(
     Source: Ramamurthy and Duffy 2017, algorithm 2.
     """
     check_arguments(lsr1_linesearch, locals())
-    # The search finds the step size by itself; behind a step that is undone it starts from a quarter of it.
+    # The search finds the step size by itself; behind a step that is undone it starts from half of what that had.
     keep = RadiusRule(grow=1.0, bad_ratio=-math.inf)
-    _, judge = judging(judged_by, None, keep, keep, measured=True, plain=False)
+    _, judge = judging(judged_by, None, keep, keep, measured=True)
 
     def step(given: Given) -> Step:
         loss = given.at.loss.astype(given.dtype)

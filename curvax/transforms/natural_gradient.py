@@ -78,7 +78,7 @@ def natural_gradient(
         raise ValueError(
             "natural_gradient: damping= is a lambda that stays; initial_damping= and rule= are for one that adapts"
         )
-    own, judge = judging(judged_by, rule, DampingRule(), next_batch_rule(period=1, base=0.9))
+    own, judge = judging(judged_by, rule, DampingRule(), next_batch_rule(period=1, base=0.9), damped=True)
     judge = judge if damping is None else None
 
     def step(given: Given) -> Step:
@@ -110,7 +110,8 @@ def natural_gradient(
         finite = finite & trees.all_finite(given.at.loss, predicted)
         if judge is None:
             loss = given.at.loss.astype(given.dtype)
-            figures["step_ratio"], kept = judged_here(own, given, kept, update, loss, predicted)
+            figures["step_ratio"], adapted = judged_here(own, given, strength, update, loss, predicted)
+            kept = adapted if initial_damping is not None else jnp.where(kept > 0, adapted, kept)
         return Step(update, figures, memory=solution, strength=kept, finite=finite)
 
     return stepper(

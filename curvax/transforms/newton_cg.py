@@ -38,7 +38,7 @@ def newton_cg(
 
     Args:
         rule: How r adapts; if None ``curvax.damping.next_batch_radius_rule()`` where batches change, and where they do
-            not doubled above rho = 3/4 for steps to the edge and halved below 1/10.
+            not doubled above rho = 3/4 for steps to the edge and halved below 1/10. One that is given acts on both.
         tolerance: The loosest relative residual to stop at.
         acceptance: The least rho of a step that is taken.
         judged_by: "next_batch" or "same_batch".
@@ -68,7 +68,7 @@ def newton_cg(
     """
     check_arguments(newton_cg, locals())
     following = next_batch_radius_rule()
-    rule, judge = judging(judged_by, rule, RadiusRule(), following, measured=True, plain=False)
+    rule, judge = judging(judged_by, rule, RadiusRule(), following, measured=True)
     curvature = Hessian() if curvature is None else curvature
     check_curvature("newton_cg", curvature)
 

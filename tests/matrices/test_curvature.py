@@ -228,11 +228,18 @@ def test_samples_have_the_covariance_of_the_map(name):
         close(sampled, draw(key[None])[0])
 
 
-@pytest.mark.parametrize("form", ["a difference", "twice negative"])
+@pytest.mark.parametrize("form", ["a difference", "twice negative", "in a sum", "scaled twice", "restricted"])
 def test_samples_of_definite_maps_with_negative_scalars(form):
     """No part with a negative scalar has draws of its own, so that they are those of the whole."""
     matrix = made("ggn", *problems.problem("gaussian")[1:])
-    whole = matrix - 0.75 * matrix if form == "a difference" else -(-0.25 * matrix)
+    forms = {
+        "a difference": lambda: matrix - 0.75 * matrix,
+        "twice negative": lambda: -(-0.25 * matrix),
+        "in a sum": lambda: matrix + (0.25 * matrix - matrix),
+        "scaled twice": lambda: matrix + 0.75 * (-matrix),
+        "restricted": lambda: (matrix - 0.75 * matrix).restrict(matrix.structure),
+    }
+    whole = forms[form]()
     draws = jax.jit(jax.vmap(lambda key: trees.ravel(whole.sample(key))))(jax.random.split(jax.random.key(0), 4000))
     expected = dense("ggn", "gaussian") / 4
     assert np.linalg.norm(draws.T @ draws / len(draws) - expected) < 0.15 * np.linalg.norm(expected)

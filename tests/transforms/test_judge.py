@@ -162,6 +162,8 @@ def test_rules_retreat_and_choices_are_checked():
         judging("this_batch", None, DampingRule(), DampingRule())
     own, judge = judging("next_batch", None, DampingRule(), next_batch_rule())
     assert (own, judge) == (DampingRule(), NextBatch(next_batch_rule(), DampingRule()))
+    assert judging("next_batch", None, DampingRule(), next_batch_rule(), damped=True)[1].damped
+    assert not judging("next_batch", DampingRule(), DampingRule(), next_batch_rule(), damped=True)[1].damped
     assert judging("same_batch", None, DampingRule(), next_batch_rule()) == (DampingRule(), None)
     given = DampingRule(decrease=0.9)
     assert judging("next_batch", given, DampingRule(), next_batch_rule()) == (given, NextBatch(given, given))
@@ -206,19 +208,19 @@ def test_steps_within_a_region_that_do_harm_on_the_next_batch_are_undone(method)
 
 
 @pytest.mark.parametrize("hidden", [0.0, 0.4, 0.6, 1.0])
-@pytest.mark.parametrize("plain", [True, False])
-def test_gains_that_damping_cannot_have_hidden_are_noise(hidden, plain):
-    """Twice what was promised: lambda |delta|^2 / 2 has to be half of the promise, where lambda I is the damping."""
+@pytest.mark.parametrize("damped", [True, False])
+def test_gains_that_damping_cannot_have_hidden_are_noise(hidden, damped):
+    """Twice what was promised: lambda |delta|^2 / 2 has to be half of the promise, where that has lambda in it."""
     batches, rate = [batch(0), batch(1)], 0.3
     (_, (params, _), _) = follow(descent(rate, NextBatch(Recorded(), Recorded())), batches)
     gained = loss(OBJECTIVE, params, batches[1]) - loss(OBJECTIVE, PARAMS, batches[1])
     assert gained < 0
     length = sum(np.sum((a - b) ** 2) for a, b in zip(*map(jax.tree.leaves, (params, PARAMS)), strict=True))
     damping = 2 * hidden * (-gained / 2) / length
-    judge = NextBatch(Recorded(), Recorded(), plain=plain)
+    judge = NextBatch(Recorded(), Recorded(), damped=damped)
     state = follow(descent(rate, judge, promised=gained / 2, damping=damping), batches)[-1][1]
     np.testing.assert_allclose(state.info.step_ratio, 2, rtol=1e-9)
-    np.testing.assert_allclose(state.strength, 2 if hidden > 0.5 or not plain else 1, rtol=1e-9)
+    np.testing.assert_allclose(state.strength, 2 if hidden > 0.5 or not damped else 1, rtol=1e-9)
 
 
 @pytest.mark.parametrize("weight", [1.0, -1.0])

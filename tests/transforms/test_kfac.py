@@ -421,7 +421,7 @@ def test_a_masked_batch_teaches_the_eigenvalues_nothing():
     jax.tree.map(np.testing.assert_array_equal, later.memory.prepared.values, state.memory.prepared.values)
 
 
-@pytest.mark.parametrize("method", ["cholesky", "schur", "eigen"])
+@pytest.mark.parametrize("method", ["cholesky", "eigen"])
 def test_a_singular_factor_has_an_inverse_whatever_the_damping(method):
     """Two inputs that are always alike, in float32: damping below the rounding of their moments is raised to it."""
     w, x = jnp.zeros((2, 3), jnp.float32), jnp.ones((6, 2), jnp.float32)
