@@ -208,7 +208,7 @@ def kfac(
         return Step(
             delta,
             figures,
-            memory=Memory(seen.factors, seen.count, best.prepared, kept_gamma),
+            memory=Memory(seen.factors, seen.batches, best.prepared, kept_gamma),
             strength=adapted if damping is None else None,
             finite=trees.all_finite(loss, best.predicted) & begun,
             guarded=True,
@@ -272,7 +272,7 @@ def scale_by_kfac(
         seen, gamma = preconditioner.seen(given, at, given.key), _gamma(given, strength)
         prepared = preconditioner.refreshed(given, seen, gamma)
         update = preconditioner(given, seen, prepared, gamma)
-        memory = Memory(seen.factors, seen.count, prepared, ())
+        memory = Memory(seen.factors, seen.batches, prepared, ())
         return Step(trees.extract(update, given.gradient), {"damping": strength}, memory=memory, guarded=True)
 
     points = ("at", "curvature_at")
@@ -312,7 +312,7 @@ class Seen(NamedTuple):
         usable: Whether gradient and loss are finite and the step is one, so that what is seen may be kept.
         informative: Whether the batch has curvature, which one that is masked altogether has not.
         kept: Whether the averages have its factors in them: it is both, and they are finite.
-        count: Of how many batches they are.
+        batches: Of how many batches they are.
     """
 
     layers: Layers
@@ -322,20 +322,20 @@ class Seen(NamedTuple):
     usable: Array
     informative: Array
     kept: Array
-    count: Array
+    batches: Array
 
 
 class Memory(NamedTuple):
     """What K-FAC carries from step to step.
 
     Attributes:
-        count: Of how many batches the averages are; steps on batches without curvature are not among them.
+        batches: Of how many batches the averages are; steps on batches without curvature are not among them.
         prepared: What the inverse keeps.
         gamma: The square root of the damping of the factors where it has a life of its own, else ().
     """
 
     factors: KroneckerFactors
-    count: Array
+    batches: Array
     prepared: Any
     gamma: Any
 
@@ -396,8 +396,8 @@ class _Preconditioner:
         informative = jnp.array(nothing) | (mean_curvature(layers, new) > 0)
         kept = trees.all_true(usable, factors_are_finite(new), informative)
         before = given.memory
-        factors = running_average(before.factors, new, before.count + 1, given.number(self.decay), kept)
-        return Seen(layers, tapped, key, factors, usable, informative, kept, before.count + kept.astype(jnp.int32))
+        factors = running_average(before.factors, new, before.batches + 1, given.number(self.decay), kept)
+        return Seen(layers, tapped, key, factors, usable, informative, kept, before.batches + kept.astype(jnp.int32))
 
     def refreshed(self, given: Given, seen: Seen, gamma: Array, at_once: Array | bool = False) -> Any:
         """The inverses, worked out anew where it is time or ``at_once``, with what they learn from this batch."""
@@ -405,7 +405,7 @@ class _Preconditioner:
         period = jnp.maximum(jnp.asarray(given.number(self.period)).astype(jnp.int32), 1)
 
         def due(phase):
-            return (((given.steps + 1 + phase) % period == 0) | (seen.count <= 3) | at_once) & seen.usable
+            return (((given.steps + 1 + phase) % period == 0) | (seen.batches <= 3) | at_once) & seen.usable
 
         if self.spread:
             prepared = self._some_refreshed(seen, gamma, previous, period, due)
@@ -415,7 +415,7 @@ class _Preconditioner:
             )
         decay = given.number(self.decay)
         observed = self.inverse.observe(
-            seen.layers, prepared, seen.tapped, seen.key, curvature=self.statistics, count=seen.count, decay=decay
+            seen.layers, prepared, seen.tapped, seen.key, curvature=self.statistics, count=seen.batches, decay=decay
         )
         return prepared if observed is prepared else trees.where(seen.kept, observed, prepared)
 
