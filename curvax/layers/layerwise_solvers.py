@@ -126,7 +126,7 @@ class EACG(LayerwiseSolver):
         for result, direction, rest, (_, lengths, *_) in zip(found, directions, rests, small, strict=True):
             c, w = result.value
             norm = lengths[0]
-            weights = c[0] / jnp.where(norm > 0, norm, 1) * rest + direction[:, None] * w[0]
+            weights = c[0] / jnp.where(norm > 0, norm, 1) * rest + direction[:, None] * w[0][None]
             layers.append((weights, w[1] if len(w) > 1 else None))
         return Solution(layers, _most([result.iterations for result in found]))
 
