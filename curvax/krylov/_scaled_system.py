@@ -60,9 +60,9 @@ class ScaledSystem:
         preconditioned = product(self.preconditioner, residual, self.like)
         return trees.scale(1 / self.preconditioner_unit, preconditioned)
 
-    def descent(self, preconditioned: PyTree, factor: Array, direction: PyTree) -> PyTree:
-        """-y + factor * p, in the dtypes of b."""
-        return narrow(trees.add_scaled(trees.scale(-1.0, preconditioned), factor, direction), self.like)
+    def descent(self, preconditioned: PyTree, unit: Scalar, factor: Array, direction: PyTree) -> PyTree:
+        """-y / unit + factor * p, in the dtypes of b."""
+        return narrow(trees.add_scaled(trees.scale(-1 / unit, preconditioned), factor, direction), self.like)
 
     def outward(self, vector: PyTree) -> PyTree:
         """A vector in the units of the caller and the dtypes of b, packed."""
@@ -81,8 +81,20 @@ class Probe(NamedTuple):
     flat: Array
 
 
-def scaled_system(matvec, b, x0, preconditioner) -> tuple[ScaledSystem, PyTree, PyTree]:
-    """The system, and x_0 and r_0 = A x_0 - b in its units; x_0 is zero where b is zero or ``x0`` is not finite."""
+class WarmStart(NamedTuple):
+    """A point x_0 to start from: packed, as ``stride * direction`` in the units of the system, and whether it is useful.
+
+    It is not where it is zero or not finite, or where b is. It is zero then.
+    """
+
+    x0: PyTree
+    direction: PyTree
+    stride: Array
+    useful: Array
+
+
+def scaled_system(matvec, b, preconditioner, x0=None) -> tuple[ScaledSystem, WarmStart | None]:
+    """The system, in units of b, and a start in them."""
     trees.check_floating(b, "b")
     b = jax.tree.map(jnp.asarray, b)
     if x0 is not None:
@@ -90,72 +102,58 @@ def scaled_system(matvec, b, x0, preconditioner) -> tuple[ScaledSystem, PyTree, 
         x0 = narrow(jax.tree.map(jnp.asarray, x0), b)
     packing = packing_of(b)
     b, matvec = packing.pack(b), packing.inside(matvec, "matvec")
+    x0 = None if x0 is None else packing.pack(x0)
+    right, image = wide(b), None
     if preconditioner is not None:
         preconditioner = packing.inside(preconditioner, "preconditioner")
-    right = wide(b)
-    downhill = trees.scale(-1.0, right)
+        image = product(preconditioner, right, b)
+    known = [vector for vector in (right, image, x0) if vector is not None]
+    size, *sizes = trees.largests(*known)
+    unit = power_of_two(size)
+    preconditioner_unit = jnp.ones_like(unit) if image is None else power_of_two(sizes[0]) / unit
+    right = jax.tree.map(lambda leaf: leaf / unit.astype(leaf.dtype), right)
+    system = ScaledSystem(matvec, preconditioner, trees.structure_of(b), packing, right, unit, preconditioner_unit)
     if x0 is None:
-        start, residual = trees.zeros_like(right), downhill
-        size = residual_size = trees.largest(right)
-    else:
-        start = wide(packing.pack(x0))
-        residual = trees.sub(product(matvec, start, b), right)
-        size, start_size, residual_size = trees.largests(right, start, residual)
-        useful = (size > 0) & jnp.isfinite(start_size)
-        start, residual = trees.where(useful, (start, residual), (trees.zeros_like(start), downhill))
-        residual_size = jnp.where(useful, residual_size, size)
-    unit = power_of_two(jnp.maximum(size, residual_size))
-
-    def inward(vector):
-        return jax.tree.map(lambda leaf: leaf / unit.astype(leaf.dtype), vector)
-
-    residual = inward(residual)
-    preconditioner_unit = jnp.ones_like(unit)
-    if preconditioner is not None:
-        image = product(preconditioner, residual, b)
-        preconditioner_unit = power_of_two(trees.largest(image)) / power_of_two(residual_size / unit)
-    system = ScaledSystem(
-        matvec, preconditioner, trees.structure_of(b), packing, inward(right), unit, preconditioner_unit
-    )
-    return system, inward(start), residual
+        return system, None
+    useful = (sizes[-1] > 0) & jnp.isfinite(sizes[-1]) & (size > 0) & jnp.isfinite(size)
+    x0, x0_unit = trees.where(useful, x0, trees.zeros_like(x0)), power_of_two(sizes[-1])
+    return system, WarmStart(x0, trees.scale(1 / x0_unit, x0), x0_unit / unit, useful)
 
 
 class Start(NamedTuple):
-    """What a run begins with.
+    """What a run from zero begins with.
 
     Attributes:
         threshold: Of |r|, below which the run ends.
+        residual: r_0 = -b.
         residual_norm: |r_0|.
-        model_value: q(x_0).
         descent: r_0^T P^{-1} r_0.
         direction: -P^{-1} r_0.
         reason: The reason to end at once, if there is one.
     """
 
     threshold: Array
+    residual: PyTree
     residual_norm: Array
-    model_value: Array
     descent: Array
     direction: PyTree
     reason: Array
 
 
-def start_of_run(system: ScaledSystem, x: PyTree, residual: PyTree, tolerance: Scalar) -> Start:
-    """The start at x_0 with residual r_0; the run is to end at |r| <= tolerance |b|."""
-    preconditioned = system.precondition(residual)
-    right = system.right
-    squares = (right, right), (residual, residual)
-    sums = trees.vdots(*squares, (trees.sub(residual, right), x), (residual, preconditioned))
-    (length, residual_norm), (model_value, descent) = jnp.sqrt(sums[:2]), sums[2:]
-    model_value, threshold = 0.5 * model_value, jnp.asarray(tolerance, length.dtype) * length
+def start_of_run(system: ScaledSystem, tolerance: Scalar) -> Start:
+    """The start at zero of a run that is to end at |r| <= tolerance |b|."""
+    downhill = system.precondition(system.right)
+    square, descent = trees.vdots((system.right, system.right), (system.right, downhill))
+    length = jnp.sqrt(square)
+    threshold = jnp.asarray(tolerance, length.dtype) * length
     reason = first_reason(
-        (~jnp.isfinite(residual_norm + model_value), StopReason.NON_FINITE),
-        (residual_norm <= threshold, StopReason.CONVERGED),
+        (~jnp.isfinite(length), StopReason.NON_FINITE),
+        (length <= threshold, StopReason.CONVERGED),
         (~jnp.isfinite(descent), StopReason.NON_FINITE),
         (descent <= 0, StopReason.BREAKDOWN),
     )
-    direction = narrow(trees.scale(-1.0, preconditioned), system.like)
-    return Start(threshold, residual_norm, model_value, descent, direction, reason)
+    residual = trees.scale(-1.0, system.right)
+    return Start(threshold, residual, length, descent, narrow(downhill, system.like), reason)
 
 
 def product(function, vector, like) -> PyTree:

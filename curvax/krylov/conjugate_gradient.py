@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from curvax import blocks, trees
 from curvax.checks import check_at_least
-from curvax.krylov._scaled_system import ScaledSystem, scaled_system, start_of_run
+from curvax.krylov._scaled_system import ScaledSystem, power_of_two, scaled_system, start_of_run
 from curvax.krylov.monitors import Monitor
 from curvax.krylov.stop_reasons import StopReason, first_reason
 from curvax.types import Array, PyTree, Scalar
@@ -109,15 +109,15 @@ def cg(
     cap = check_at_least("max_iterations", max_iterations, 1)
     if not isinstance(cap, int) and not (progress_tolerance is None and store_at is None):
         raise ValueError("progress_tolerance= and store_at= need max_iterations as a Python integer, not a traced one")
-    system, x, residual = scaled_system(matvec, b, x0, preconditioner)
-    start = start_of_run(system, x, residual, tolerance)
-    state = _start(system, start, x, residual, cap, store_at, monitor)
+    system, warm = scaled_system(matvec, b, preconditioner, x0)
+    start = start_of_run(system, tolerance)
+    state = _start(start, warm, cap, store_at, monitor)
 
     def running(state):
         return (state.reason == StopReason.MAX_ITERATIONS) & (state.iteration < cap)
 
     def step(state):
-        return _step(system, state, start.threshold, progress_tolerance, monitor)
+        return _step(system, state, start.threshold, warm, progress_tolerance, monitor)
 
     return _result(system, jax.lax.while_loop(running, step, state))
 
@@ -143,7 +143,8 @@ class _State(NamedTuple):
     x: PyTree
     residual: PyTree
     direction: PyTree
-    descent: Array  # r^T P^{-1} r
+    descent: Array  # r^T y with y = P^{-1} r / unit
+    unit: Array  # so that y, and with it p, has entries of about 1 where a run begins
     residual_norm: Array
     model_value: Array
     trace: Array | None  # the model values of all iterates
@@ -157,12 +158,20 @@ class _Store(NamedTuple):
     numbers: Array
 
 
-def _start(system, start, x, residual, cap, store_at, monitor):
-    trace = jnp.full((cap + 1,), start.model_value) if isinstance(cap, int) else None
-    stored = None if store_at is None else _empty_store(system, x, store_at, cap)
-    watched, zero = None if monitor is None else monitor.state, jnp.zeros((), jnp.int32)
-    run = x, residual, start.direction, start.descent, start.residual_norm, start.model_value
-    return _State(zero, start.reason, *run, trace, stored, watched)
+def _start(start, warm, cap, store_at, monitor):
+    zero, reason, direction, iteration = trees.zeros_like(start.residual), start.reason, start.direction, 0
+    first = trees.cast_like(zero, direction)
+    if warm is not None:
+        # A run from x_0 is one from zero with a step to x_0 in front, which is not counted: one product less to compile.
+        reason = jnp.where(warm.useful, StopReason.MAX_ITERATIONS.value, reason)
+        direction, iteration = trees.where(warm.useful, (warm.direction, -1), (direction, 0))
+        first = warm.x0
+    model_value = jnp.zeros_like(start.descent)
+    run = zero, start.residual, direction, start.descent, model_value + 1, start.residual_norm, model_value
+    trace = jnp.full((cap + 1,), model_value) if isinstance(cap, int) else None
+    stored = None if store_at is None else _empty_store(first, store_at, cap)
+    watched = None if monitor is None else monitor.state
+    return _State(jnp.asarray(iteration, jnp.int32), reason, *run, trace, stored, watched)
 
 
 # The textbook's run (Hestenes and Stiefel 1952), which jax.scipy.sparse.linalg.cg is, but for this:
@@ -171,14 +180,24 @@ def _start(system, start, x, residual, cap, store_at, monitor):
 # - p^T A p <= 0 ends the run, and p is returned; jax.scipy divides by it.
 # - x and r are wider than p in half precision: what is added to x is, to the bit, what was multiplied by A.
 # - A step that is not finite is not taken, so that the result is finite whatever A does.
-def _step(system: ScaledSystem, state: _State, threshold, progress_tolerance, monitor) -> _State:
-    p = state.direction
+def _step(system: ScaledSystem, state: _State, threshold, warm, progress_tolerance, monitor) -> _State:
+    p, before, unit = state.direction, state.descent, state.unit
     unit_product, product_norm, slope, flat = system.probe(p)
-    length = state.descent / slope
-    x = trees.add_scaled(state.x, length / product_norm, p)
+    length = before / slope
+    stride, counts = length / product_norm, jnp.array(True)
+    if warm is not None:
+        # To x_0 whatever the curvature, and on from there as from a start.
+        counts = state.iteration >= 0
+        stride, length = trees.where(counts, (stride, length), (warm.stride, warm.stride * product_norm))
+        flat, before = flat & counts, jnp.where(counts, before, jnp.inf)
+    x = trees.add_scaled(state.x, stride, p)
     residual = trees.add_scaled(state.residual, length, unit_product)
-    sums = trees.vdots((residual, residual), (trees.sub(residual, system.right), x))
+    preconditioned = system.precondition(residual)
+    sums = trees.vdots((residual, residual), (trees.sub(residual, system.right), x), (residual, preconditioned))
     residual_norm, model_value = jnp.sqrt(sums[0]), 0.5 * sums[1]
+    if warm is not None:
+        unit = jnp.where(counts, unit, power_of_two(residual_norm))
+    descent = sums[2] / unit
     defect = first_reason(
         (~jnp.isfinite(product_norm), StopReason.NON_FINITE),
         (flat, StopReason.NEGATIVE_CURVATURE),
@@ -192,16 +211,15 @@ def _step(system: ScaledSystem, state: _State, threshold, progress_tolerance, mo
     if trace is not None:
         trace = jnp.where(taken & (jnp.arange(trace.size, dtype=jnp.int32) >= iteration), model_value, trace)
 
-    preconditioned = system.precondition(residual)
-    descent = trees.vdot(residual, preconditioned)
-    direction = system.descent(preconditioned, descent / state.descent, p)
+    direction = system.descent(preconditioned, unit, descent / before, p)
     monitor_state, monitored = _monitored(monitor, state.monitor_state, system, x, iteration)
+    seen = taken & counts
     verdict = first_reason(
         (residual_norm <= threshold, StopReason.CONVERGED),
         (~jnp.isfinite(descent), StopReason.NON_FINITE),
         (descent <= 0, StopReason.BREAKDOWN),
         (_stalled(trace, iteration, progress_tolerance), StopReason.PROGRESS),
-        (monitored, StopReason.MONITOR),
+        (monitored & counts, StopReason.MONITOR),
     )
     return _State(
         iteration=iteration,
@@ -210,11 +228,12 @@ def _step(system: ScaledSystem, state: _State, threshold, progress_tolerance, mo
         residual=residual,
         direction=trees.where(taken, direction, p),
         descent=descent,
+        unit=unit,
         residual_norm=jnp.where(taken, residual_norm, state.residual_norm),
         model_value=jnp.where(taken, model_value, state.model_value),
         trace=trace,
         stored=_stored(state.stored, system, x, iteration),
-        monitor_state=trees.where(taken, monitor_state, state.monitor_state),
+        monitor_state=trees.where(seen, monitor_state, state.monitor_state),
     )
 
 
@@ -233,12 +252,12 @@ def _monitored(monitor, monitor_state, system, x, iteration):
     return monitor.update(monitor_state, system.packing.unpack(system.outward(x)), iteration)
 
 
-def _empty_store(system, x, store_at, max_iterations):
+def _empty_store(x, store_at, max_iterations):
     unknown = [number for number in store_at if not 1 <= number <= max_iterations]
     if unknown:
         raise ValueError(f"store_at asks for iterate {unknown[0]}; iterates are numbered 1 to {max_iterations}")
     numbers = jnp.array(sorted({*store_at, max_iterations}), jnp.int32)
-    values = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (numbers.size, *leaf.shape)), system.outward(x))
+    values = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (numbers.size, *leaf.shape)), x)
     return _Store(values, jnp.zeros_like(numbers), numbers)
 
 
@@ -262,7 +281,7 @@ def _result(system, state):
     return CGResult(
         value=system.packing.unpack(system.outward(state.x)),
         reason=state.reason,
-        iterations=state.iteration,
+        iterations=jnp.maximum(state.iteration, 0),
         residual_norm=state.residual_norm * system.unit,
         model_value=state.model_value * system.unit * system.unit,
         model_trace=trace,

@@ -18,6 +18,7 @@ import numpy as np
 
 from curvax import trees
 from curvax.layers.geometry import Geometry
+from curvax.layers.use import LayerUse
 from curvax.programs.views import places_given
 from curvax.types import Array, PyTree
 
@@ -125,6 +126,10 @@ class Block:
                 )
         return inputs, outputs
 
+    def arranged(self, use: LayerUse) -> LayerUse:
+        """A use of the layer as one of the block's matrices."""
+        return use
+
     def to_matrices(self, gradient: PyTree) -> Array:
         """The gradient with respect to the matrices, from that with respect to the parameters: L^+^T g."""
         weights = self._to_matrices(self.weights, gradient)
@@ -172,6 +177,47 @@ class Block:
     @functools.cached_property
     def _known_squares(self) -> dict[str, np.ndarray]:
         return {}
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class BiasBlock(Block):
+    """A bias apart from the weights that it could ride on: one row for each of their matrices, whose input is 1.
+
+    Attributes:
+        weights: The layer of the bias.
+        owner: The layer of the weights.
+    """
+
+    owner: Layer | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        assert self.owner is not None
+        blocks, _, outputs = self.owner.shape
+        return blocks, 1, outputs
+
+    @property
+    def is_kronecker(self) -> bool:
+        return True
+
+    @functools.cached_property
+    def squares(self) -> np.ndarray | None:
+        squares = None if self.weights.only_moves else self._squares(self.weights)
+        return None if squares is None else squares.reshape(-1)[np.array(self.bias_order)].reshape(self.shape)
+
+    def arranged(self, use: LayerUse) -> LayerUse:
+        rows = _ordered(use.cotangents[..., 0, :, :, :], np.array(self.bias_order))
+        blocks, _, outputs = self.shape
+        cotangents = jnp.moveaxis(rows.reshape(*rows.shape[:-1], blocks, outputs), -2, -4)
+        ones = jnp.ones_like(cotangents.reshape(-1, *cotangents.shape[-4:])[0, ..., :1])
+        return use._replace(inputs=ones, cotangents=cotangents, kind="dense")
+
+    def to_matrices(self, gradient: PyTree) -> Array:
+        return _ordered(self._to_matrices(self.weights, gradient), np.array(self.bias_order)).reshape(self.shape)
+
+    def to_params(self, matrices: Array, *, wide: bool = False) -> dict[int, Array]:
+        row = _ordered(matrices.reshape(1, 1, -1), np.argsort(np.array(self.bias_order)))
+        return self._to_leaves(self.weights, row, wide)
 
 
 class Treatment(NamedTuple):
@@ -243,13 +289,18 @@ def _entries(block: Block) -> dict[int, np.ndarray]:
 
 def blocks_of(layers: Layers) -> tuple[Block, ...]:
     """The blocks of all layers, in their order."""
-    ridden, known = {}, {}
+    ridden, owners, known = {}, {}, {}
     for layer in layers:
         if layer.bias is not None and layer.kind in ("dense", "conv") and (order := _bias_order(layers, layer, known)):
             ridden[layer.name] = layers[layer.bias], order
-    joined = {bias.name for bias, _ in ridden.values()}
-    rest = (layer for layer in layers if layer.name not in joined)
-    return tuple(Block(layers, layer, *ridden.get(layer.name, (None,))) for layer in rest)
+            owners[layer.bias] = order, layer
+    if layers.bias == "joint":
+        rest = (layer for layer in layers if layer.name not in owners)
+        return tuple(Block(layers, layer, *ridden.get(layer.name, (None,))) for layer in rest)
+    return tuple(
+        BiasBlock(layers, layer, None, *owners[layer.name]) if layer.name in owners else Block(layers, layer, None)
+        for layer in layers
+    )
 
 
 def layer_map(layers: Layers, layer: Layer, *, wide: bool = False) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
@@ -301,8 +352,9 @@ def _squared_rows(layers, layer) -> np.ndarray:
     return squares
 
 
-def _ordered(row, order):
-    return row if np.array_equal(order, np.arange(len(order))) else row[order]
+def _ordered(rows, order):
+    """Their last axis in another order."""
+    return rows if np.array_equal(order, np.arange(len(order))) else rows[..., order]
 
 
 def _first(layers: Layers, layer: Layer) -> Geometry:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvax import trees
-from curvax.layers.blocks import Block
+from curvax.layers.blocks import BiasBlock, Block
 from curvax.layers.factors import sum_over_sweeps, without_cotangents
 from curvax.layers.geometry import Geometry
 from curvax.layers.taps import TappedPoint
@@ -73,7 +73,9 @@ def _check_dense(block: Block, tapped: TappedPoint, name: str) -> None:
     """Raises a ValueError unless the block is one matrix that is used once, by every example."""
     layer = block.weights
     geometry = tapped.taps[layer.members[0].term].uses[layer.members[0].use]
-    if layer.kind != "dense":
+    if isinstance(block, BiasBlock):
+        what = "is apart from its weights, which takes find_layers(..., bias='joint') to change"
+    elif layer.kind != "dense":
         what = f"is of kind {layer.kind!r}"
     elif len(layer.members) > 1:
         what = f"is used {len(layer.members)} times"

@@ -327,7 +327,8 @@ def sum_over_sweeps(
 def uses_by_block(tapped: TappedPoint, uses: list[LayerUse]) -> list[tuple[Block, list[LayerUse]]]:
     """The blocks with Kronecker factors, each with its uses."""
     groups = tapped.by_layer(uses)
-    return [(block, groups[block.weights.name]) for block in tapped.layers.treatment.kronecker]
+    blocks = tapped.layers.treatment.kronecker
+    return [(block, [block.arranged(use) for use in groups[block.weights.name]]) for block in blocks]
 
 
 # --- the two sides --------------------------------------------------------------------------------------------------

@@ -6,13 +6,14 @@ import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Collection
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 
 from curvax import trees
+from curvax.checks import check_choice
 from curvax.layers.blocks import Block, Treatment, blocks_of, treatment_of
 from curvax.layers.geometry import Geometry, geometry_of
 from curvax.objectives.objective import Objective
@@ -24,6 +25,7 @@ from curvax.programs.walk import Address
 from curvax.types import PyTree
 
 Fallback = Literal["error", "diagonal", "gradient"]
+Biases = Literal["joint", "separate"]
 
 
 def find_layers(
@@ -32,6 +34,7 @@ def find_layers(
     batch: PyTree,
     *,
     fallback: Fallback = "error",
+    bias: Biases = "joint",
     through_custom_rules: bool = False,
 ) -> Layers:
     r"""The layers of a model, found in its program: nothing is registered, subclassed or renamed.
@@ -50,6 +53,9 @@ def find_layers(
         fallback: What those who use the layers do with parameters without structure: "error" refuses them here;
             "diagonal" gives them the diagonal of the curvature, by a forward pass for each of their entries;
             "gradient" no curvature, so that they go along the gradient.
+        bias: Whether Kronecker factors take a bias together with its weights ("joint", a one behind every input), or as
+            a block of its own ("separate"), without what the two have in common; that has one small matrix more and
+            the inputs' factor one row less.
         through_custom_rules: Look for parameters inside functions with custom derivative rules. Their rules are then
             taken to be what differentiating their bodies gives.
 
@@ -68,13 +74,15 @@ def find_layers(
         w      (3, 4)  dense  b     1     1       4 x 4
     """
     inputs = [_structure(lambda batch, term=term: term.split(batch)[0], batch) for term in objective.terms]
-    return _find(objective, params, inputs, fallback, through_custom_rules)
+    return _find(objective, params, inputs, fallback, bias, through_custom_rules)
 
 
-def find_layers_at(at: CurvaturePoint, *, fallback: Fallback = "error", through_custom_rules: bool = False) -> Layers:
+def find_layers_at(
+    at: CurvaturePoint, *, fallback: Fallback = "error", bias: Biases = "joint", through_custom_rules: bool = False
+) -> Layers:
     """``find_layers`` for the model, the parameters and the batch of a curvature point, which may be traced."""
     inputs = [_structure(lambda tree: tree, cases.inputs) for cases in at.cases]
-    return _find(at, at.params, inputs, fallback, through_custom_rules)
+    return _find(at, at.params, inputs, fallback, bias, through_custom_rules)
 
 
 def _structure(function, tree):
@@ -92,9 +100,9 @@ def _structure(function, tree):
     return made(structs)
 
 
-def _find(objective, params, inputs, fallback, through_custom_rules):
-    if fallback not in ("error", "diagonal", "gradient"):
-        raise ValueError(f"fallback must be 'error', 'diagonal' or 'gradient', got {fallback!r}")
+def _find(objective, params, inputs, fallback, bias, through_custom_rules):
+    check_choice("fallback", fallback, get_args(Fallback))
+    check_choice("bias", bias, get_args(Biases))
     params = trees.floating_arrays(params, "params")
     paths, leaves = trees.leaf_paths(params), jax.tree.leaves(params)
     structs = tuple(jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
@@ -125,6 +133,7 @@ def _find(objective, params, inputs, fallback, through_custom_rules):
         next((analysis.coupled for analysis in found if analysis.coupled), ""),
         tuple(analysis.rows_per_example for analysis in found),
         fallback,
+        bias,
         through_custom_rules,
     )
     missing = [paths[i] for i, reason in sorted(reasons.items()) if reason != "is not used"]
@@ -219,6 +228,7 @@ class Layers:
     coupled_by: str
     rows_per_example: tuple[int, ...]
     fallback: Fallback
+    bias: Biases
     through_custom_rules: bool
 
     @property

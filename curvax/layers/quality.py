@@ -285,7 +285,7 @@ def _rows(tapped, chain, key, curvature):
     groups = tapped.by_layer(tapped.pull_back_columns(seeds))
     rows = []
     for block in (_blocks(tapped)[place] for place in chain):
-        (use,) = groups[block.name]
+        use = block.arranged(*groups[block.name])
         inputs = use.inputs[0] if block.bias is None else with_ones(use.inputs[0])
         rows.append((inputs, use.cotangents[:, 0], use.term))
     return rows

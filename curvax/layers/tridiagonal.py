@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, get_args
 import jax
 
 from curvax.checks import check_choice
+from curvax.layers.blocks import BiasBlock
 from curvax.layers.factor_damping import damped_factors
 from curvax.layers.factors import KroneckerFactors, Pairs
 from curvax.layers.find import Layers
@@ -48,7 +49,7 @@ def chains(layers: Layers) -> tuple[tuple[int, ...], ...]:
     """
     blocks = layers.treatment.kronecker
     first = [min((member.term, member.use) for member in block.weights.members) for block in blocks]
-    order = sorted(range(len(blocks)), key=lambda place: first[place])
+    order = sorted(range(len(blocks)), key=lambda place: (isinstance(blocks[place], BiasBlock), first[place]))
     found: list[list[int]] = []
     for place in order:
         if found and _joins(blocks[found[-1][-1]], blocks[place]):
@@ -59,6 +60,8 @@ def chains(layers: Layers) -> tuple[tuple[int, ...], ...]:
 
 
 def _joins(block, following):
+    if isinstance(following, BiasBlock):
+        return False
     (a, *others), (b, *more) = block.weights.members, following.weights.members
     alike = a.term == b.term and block.weights.shared == following.weights.shared
     single = not others and not more and block.shape[0] == following.shape[0] == 1

@@ -145,8 +145,9 @@ def _is_ill_defined(small):
 
     sizes = jnp.max(jnp.abs(core), axis=1)
     factors = jax.lax.rsqrt(jnp.where(used & (sizes > 0), sizes, 1))
-    of_core = jnp.abs(jnp.linalg.eigvalsh(jnp.where(both, core * factors[:, None] * factors[None, :], identity)))
-    of_gram = jnp.linalg.eigvalsh(jnp.where(both, gram, identity))
+    scaled = jnp.stack([core * factors[:, None] * factors[None, :], gram])
+    of_core, of_gram = jnp.linalg.eigvalsh(jnp.where(both[None], scaled, identity[None]))
+    of_core = jnp.abs(of_core)
     # Said so that what is not a number is not well defined either.
     return jnp.any(used) & ~((jnp.min(of_core) > rounding * jnp.max(of_core)) & (jnp.min(of_gram) > rounding))
 

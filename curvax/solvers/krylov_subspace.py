@@ -75,7 +75,7 @@ def krylov_subspace(
         Array([ True,  True, False], dtype=bool)
     """
     check_at_least("num_vectors", num_vectors, 1)
-    system, _, residual = scaled_system(matvec, b, None, preconditioner)
+    system, _ = scaled_system(matvec, b, preconditioner)
     like, count = system.like, num_vectors + (extra is not None)
     if extra is not None:
         trees.check_like(extra, b, "extra", "the entries of b")
@@ -97,7 +97,7 @@ def krylov_subspace(
             candidate = trees.where(index == count - 2, wide(narrow(extra, like)), candidate)
         return basis, matrix, active.at[index].set(independent), candidate
 
-    candidate = system.precondition(trees.scale(-1.0, residual))
+    candidate = system.precondition(system.right)
     dtype = system.unit.dtype
     start = (blocks.zeros(like, count), jnp.zeros((count, count), dtype), jnp.zeros((count,), bool), candidate)
     basis, matrix, active, _ = jax.lax.fori_loop(0, count, add_vector, start)

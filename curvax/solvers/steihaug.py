@@ -75,9 +75,9 @@ def steihaug(
         (True, True, 3.0)
     """
     cap = check_at_least("max_iterations", max_iterations, 1)
-    system, zero, residual = scaled_system(matvec, b, None, preconditioner)
+    system, _ = scaled_system(matvec, b, preconditioner)
     dtype, root = system.unit.dtype, jnp.sqrt(system.preconditioner_unit)
-    start = start_of_run(system, zero, residual, tolerance)
+    start = start_of_run(system, tolerance)
     # x is held in units of the radius, so that neither a tiny nor a huge one is lost in the squares.
     limit = jnp.asarray(radius, dtype) * root
     x_unit = jnp.minimum(limit, system.unit / jnp.finfo(dtype).eps ** 2)
@@ -99,7 +99,7 @@ def steihaug(
         preconditioned = system.precondition(residual)
         descent = trees.vdot(residual, preconditioned)
         factor = descent / state.descent
-        direction = system.descent(preconditioned, factor, p)
+        direction = system.descent(preconditioned, 1, factor, p)
         if preconditioner is None:
             image = None
             xx, xp, pp = trees.vdots((x, x), (x, direction), (direction, direction))
@@ -124,7 +124,7 @@ def steihaug(
     def running(state):
         return (state.reason == StopReason.MAX_ITERATIONS) & (state.iteration < cap)
 
-    state = jax.lax.while_loop(running, step, _start(system, start, zero, residual))
+    state = jax.lax.while_loop(running, step, _start(system, start))
     negative = state.reason == StopReason.NEGATIVE_CURVATURE
     return SteihaugResult(
         value=system.packing.unpack(narrow(trees.scale(x_unit, state.x), system.like)),
@@ -152,8 +152,8 @@ class _State(NamedTuple):
     pp: Array  # p^T P p
 
 
-def _start(system, start, zero, residual):
-    image = None if system.preconditioner is None else trees.scale(-1.0, residual)
+def _start(system, start):
+    image = None if system.preconditioner is None else system.right
     none, iteration = jnp.zeros_like(start.descent), jnp.zeros((), jnp.int32)
-    run = residual, start.residual_norm, start.direction, image, start.descent
-    return _State(iteration, start.reason, zero, *run, none, none, start.descent)
+    run = start.residual, start.residual_norm, start.direction, image, start.descent
+    return _State(iteration, start.reason, trees.zeros_like(system.right), *run, none, none, start.descent)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from curvax import blocks, trees
+from curvax import trees
 from curvax.matrices.compact import CompactMap
 from curvax.types import Array, PyTree, Scalar
 
@@ -91,21 +91,25 @@ def diagonal_trust_region(eigenvalues: Array, gradient: Array, radius: Scalar) -
     lowest = jnp.min(values)
     gaps = values - lowest
     in_lowest = gaps <= rounding
+    of_lowest = jnp.where(in_lowest, slopes, 0)
     rest = _solved(jnp.where(in_lowest, 0, slopes), jnp.where(in_lowest, 1, gaps))
+    newton_step = _solved(slopes, values)
+    # Together, as one norm has as much to compile as five.
+    vectors = slopes, of_lowest, jnp.where(gaps == 0, slopes, 0), rest, newton_step
+    whole_slope, lowest_slope, pole, rest_norm, newton_norm = trees.norms(*vectors)
     # Nothing of g along the lowest eigenvectors and p(s = 0) short of the boundary: the secular equation has no root
     # s > 0. If lambda_min < 0, p = p(0) + tau z with any lowest z and tau^2 = 1 - ||p(0)||^2 solves the problem with
     # sigma = -lambda_min, for either sign of tau; the one chosen goes down what slope rounding has left. If
     # lambda_min = 0, p(0) does, with sigma = 0.
-    lowest_slope = trees.norm(jnp.where(in_lowest, slopes, 0))
-    degenerate = (lowest <= rounding) & (lowest_slope <= rounding * trees.norm(slopes)) & (trees.norm(rest) < 1)
+    degenerate = (lowest <= rounding) & (lowest_slope <= rounding * whole_slope) & (rest_norm < 1)
     hard_case = degenerate & (lowest < -rounding)
     first_lowest = jnp.arange(values.size) == jnp.argmin(values)
-    fill = jnp.sqrt(jnp.maximum(1 - trees.norm(rest) ** 2, 0)) * jnp.where(slopes > 0, -1, 1).astype(dtype)
+    fill = jnp.sqrt(jnp.maximum(1 - rest_norm**2, 0)) * jnp.where(slopes > 0, -1, 1).astype(dtype)
     degenerate_step = rest + jnp.where(hard_case & first_lowest, fill, 0)
 
-    newton_step = _solved(slopes, values)
-    inside = (lowest > 0) & (trees.norm(newton_step) <= 1)
-    shift = _boundary_shift(slopes, gaps, jnp.maximum(lowest, 0))
+    inside = (lowest > 0) & (newton_norm <= 1)
+    # ||p(s)|| >= |g_lowest| / s is a lower bound.
+    shift = _boundary_shift(slopes, gaps, jnp.maximum(jnp.maximum(lowest, 0), pole))
     boundary_step = _solved(slopes, gaps + shift)
 
     step = jnp.where(inside, newton_step, jnp.where(degenerate, degenerate_step, boundary_step))
@@ -143,34 +147,31 @@ def compact_trust_region(matrix: CompactMap, gradient: PyTree, radius: Scalar) -
     whole = trees.norm(gradient).astype(dtype)
     share = inside / jnp.where(whole > 0, whole, 1)
     length = whole * jnp.sqrt(jnp.maximum(1 - share @ share, 0))
-
-    # What g has outside of the range is (vector - Psi basis part), the vector being g itself ...
-    def as_difference():
-        return length, gradient, inside
-
-    # ... unless the difference cancels; then it is formed.
-    def formed():
-        _, outside, length = blocks.split(gradient, project, expand)
-        return length.astype(dtype), outside, jnp.zeros_like(inside)
-
-    length, vector, part = jax.lax.cond(length < 0.3 * whole, formed, as_difference)
     has_outside = spectrum.rank < trees.size(gradient)
-    length = jnp.where(has_outside & (length > 10 * jnp.finfo(dtype).eps * whole), length, 0)
+    rounding = 10 * jnp.finfo(dtype).eps * whole
+
+    # What g has outside of the range is a difference, of g itself and Psi basis inside ...
+    def as_difference():
+        return length, jnp.where(length > 0, 1 / jnp.where(length > 0, length, 1), 0), gradient, inside
+
+    # ... unless that cancels; then it is formed, by two projections: one leaves rounding of the size of g along Psi.
+    # Where nothing is left, any direction outside will do, which the hard case asks for.
+    def formed():
+        def outside(count, carry):
+            vector, length, size = carry
+            vector = trees.where((count == 2) & (length <= rounding), jax.tree.map(_scattered, gradient), vector)
+            vector = trees.sub(vector, expand(project(vector)))
+            size = trees.norm(vector).astype(dtype)
+            return vector, jnp.where(count < 2, size, length), size
+
+        vector, length, size = jax.lax.fori_loop(0, 4, outside, (gradient, whole, whole))
+        return length, 1 / jnp.where(size > 0, size, 1), vector, jnp.zeros_like(inside)
+
+    length, factor, vector, part = jax.lax.cond(length <= 0.3 * whole, formed, as_difference)
+    length = jnp.where(has_outside & (length > rounding), length, 0)
 
     values = jnp.append(spectrum.values, spectrum.rest)
     small = diagonal_trust_region(values, jnp.append(inside, length), radius)
-
-    # In the hard case any direction outside of the range will do.
-    def any_direction():
-        drawn = jax.tree.map(_scattered, gradient)
-        drawn = trees.sub(drawn, expand(project(drawn)))
-        return jax.lax.rsqrt(trees.vdot(drawn, drawn)).astype(dtype), drawn, jnp.zeros_like(inside)
-
-    def own_direction():
-        return jnp.where(length > 0, 1 / jnp.where(length > 0, length, 1), 0), vector, part
-
-    needed = (length == 0) & (small.step[-1] != 0)
-    factor, vector, part = jax.lax.cond(needed, any_direction, own_direction)
     along = factor * small.step[-1]
     step = trees.add(expand(small.step[:-1] - along * part), trees.scale(along, vector))
     return small._replace(step=step, norm=small.norm.astype(dtype))
@@ -188,13 +189,11 @@ def _solved(slopes, curvatures):
     return -slopes / jnp.where((slopes == 0) & (curvatures == 0), 1, curvatures)
 
 
-def _boundary_shift(slopes, gaps, least):
-    """The s >= ``least`` with ||g / (gaps + s)|| = 1, from a lower bound upwards."""
-    # ||p(s)|| >= |g_lowest| / s. Newton's method goes for 1/||p(s)|| = 1, which is nearly linear where ||p(s)|| has a
-    # pole: s+ = s + (||p|| - 1) / (d^T (D + s)^{-1} d), d = p / ||p||. The left side is concave: no step leads past the
-    # root from below, and the first that does not lead upwards is rounding.
-    lower = jnp.maximum(least, trees.norm(jnp.where(gaps == 0, slopes, 0)))
-
+def _boundary_shift(slopes, gaps, lower):
+    """The s >= ``lower`` with ||g / (gaps + s)|| = 1, from that lower bound upwards."""
+    # Newton's method goes for 1/||p(s)|| = 1, which is nearly linear where ||p(s)|| has a pole: s+ = s + (||p|| - 1) /
+    # (d^T (D + s)^{-1} d), d = p / ||p||. The left side is concave: no step leads past the root from below, and the
+    # first that does not lead upwards is rounding.
     def improve(carry):
         count, shift, _ = carry
         step = _solved(slopes, gaps + shift)

@@ -308,7 +308,7 @@ def stepper(
             outcomes = [(undo, back, reverted), *outcomes]
         conditions, changes, states = zip(*outcomes, strict=True)
         outcome = trees.first_true(*conditions)
-        return trees.choose(outcome, *zip(changes, states, strict=True), (nowhere, after))
+        return trees.select(outcome, *changes, nowhere), trees.choose(outcome, *states, after)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 

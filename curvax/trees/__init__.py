@@ -22,6 +22,7 @@ from curvax.trees.checks import floating_arrays as floating_arrays
 from curvax.trees.choices import all_true as all_true
 from curvax.trees.choices import choose as choose
 from curvax.trees.choices import first_true as first_true
+from curvax.trees.choices import select as select
 from curvax.trees.choices import where as where
 from curvax.trees.complex_parts import RealPair as RealPair
 from curvax.trees.complex_parts import complex_like as complex_like

@@ -41,17 +41,27 @@ def all_true(*conditions: jax.Array) -> jax.Array:
 def choose(number: jax.Array, *cases: PyTree) -> PyTree:
     """The pytree of that number; the last for every greater number.
 
-    Small leaves by a branch, whose copies need no kernels, large ones by selection, which is one with what makes them.
+    Small leaves by a branch, whose copies need no kernels, large ones by selection. For what is there anyway, as a state
+    is; what has just been computed is better chosen by ``select``.
 
     >>> choose(jnp.array(1), {"a": jnp.zeros(2)}, {"a": jnp.ones(2)})
     {'a': Array([1., 1.], dtype=float...)}
     """
+    return _chosen(number, cases, is_small)
+
+
+def select(number: jax.Array, *cases: PyTree) -> PyTree:
+    """``choose`` by selection throughout, which is one kernel with those that make the cases."""
+    return _chosen(number, cases, lambda leaf: False)
+
+
+def _chosen(number, cases, by_branch):
     structure = jax.tree.structure(cases[-1])
     found, branched = [], []
     for leaves in zip(*map(structure.flatten_up_to, cases), strict=True):
         if any(leaf is not leaves[0] for leaf in leaves):
             leaves = [jnp.asarray(leaf).astype(jnp.result_type(*leaves)) for leaf in leaves]
-            if all(map(is_small, leaves)):
+            if all(map(by_branch, leaves)):
                 branched.append((len(found), leaves))
             else:
                 for index, leaf in reversed(list(enumerate(leaves[:-1]))):

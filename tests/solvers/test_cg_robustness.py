@@ -310,3 +310,41 @@ def test_bad_input_is_an_error_that_says_where(case):
     call, error, message = bad_calls()[case]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_the_step_to_a_warm_start_is_not_counted_nor_shown():
+    matrix, b, x0 = 2.0 * np.eye(N), np.arange(1.0, N + 1), np.linspace(-1.0, 1.0, N)
+    seen = solvers.Monitor(lambda count, x, iteration: (count + 1, iteration >= 9), jnp.array(0))
+
+    @jax.jit
+    def run(b, x0):
+        return solvers.cg(
+            lambda v: matrix @ v, b, x0=x0, max_iterations=5, tolerance=1e-12, store_at=(1, 3), monitor=seen
+        )
+
+    result = run(b, x0)
+    assert result.iterations == result.monitor_state == 1
+    assert result.stored.used == 1
+    close(result.stored.values[1], x0, 1e-15)  # a slot without an iterate
+    close(result.model_trace[0], x0 @ x0 - b @ x0, 1e-14)
+    close(result.value, b / 2, 1e-14)
+
+
+@pytest.mark.parametrize(("size_of_x0", "size_of_b"), [(1e3, 1e-3), (1e-4, 1e3)])
+def test_a_warm_start_of_another_size_in_half_precision(size_of_x0, size_of_b):
+    diagonal = jnp.linspace(1.0, 2.0, N, dtype=jnp.float16)
+    b, x0 = (jnp.full(N, size, jnp.float16) for size in (size_of_b, size_of_x0))
+    result = jax.jit(
+        lambda b, x0: solvers.cg(lambda v: diagonal * v, b, x0=x0, max_iterations=3 * N, tolerance=1e-3)
+    )(b, x0)
+    # Rounding is that of the largest iterate.
+    np.testing.assert_allclose(result.value, b / diagonal, rtol=2e-3, atol=2e-3 * size_of_x0)
+
+
+def test_a_warm_start_whose_product_is_not_finite_ends_the_run():
+    result = solvers.cg(
+        lambda v: jnp.where(v[0] == 0, v, jnp.nan), jnp.eye(N)[1], x0=jnp.ones(N), max_iterations=9, tolerance=1e-6
+    )
+    assert result.reason == StopReason.NON_FINITE
+    assert result.iterations == 0
+    assert np.isfinite(result.value).all()
