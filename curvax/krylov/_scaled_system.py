@@ -82,9 +82,9 @@ class Probe(NamedTuple):
 
 
 class WarmStart(NamedTuple):
-    """A point x_0 to start from: packed, as ``stride * direction`` in the units of the system, and whether it is useful.
+    """A point x_0 to start from, packed, which is ``stride * direction`` in the units of the system.
 
-    It is not where it is zero or not finite, or where b is. It is zero then.
+    It is not ``useful``, and replaced by zero, where it is zero or not finite, or where b is.
     """
 
     x0: PyTree

@@ -162,7 +162,7 @@ def _start(start, warm, cap, store_at, monitor):
     zero, reason, direction, iteration = trees.zeros_like(start.residual), start.reason, start.direction, 0
     first = trees.cast_like(zero, direction)
     if warm is not None:
-        # A run from x_0 is one from zero with a step to x_0 in front, which is not counted: one product less to compile.
+        # A run from x_0 is one from zero with a step to x_0 in front that is not counted: a product less to compile.
         reason = jnp.where(warm.useful, StopReason.MAX_ITERATIONS.value, reason)
         direction, iteration = trees.where(warm.useful, (warm.direction, -1), (direction, 0))
         first = warm.x0

@@ -254,6 +254,7 @@ def factors_over_batches(
     *,
     curvature: OutputCurvature | None = None,
     sharing: Sharing = "expand",
+    pairs: Pairs = (),
 ) -> KroneckerFactors:
     r"""The factors of all batches of a data set together: means over all examples, one pass, no optimiser.
 
@@ -262,6 +263,8 @@ def factors_over_batches(
 
     Args:
         batches: Batches as for ``objective``; they are read once, so a generator will do.
+        pairs: Blocks between which cross factors are wanted, for ``BlockTridiagonal().pairs(layers)`` those of its
+            inverse.
 
     Raises:
         ValueError: There are no batches.
@@ -281,17 +284,21 @@ def factors_over_batches(
     @jax.jit
     def one(params, batch, key):
         at = objective.linearize(params, batch)
-        return factors_of(tap(layers, at), key, curvature, sharing, ()), _masses(layers, at)
+        return factors_of(tap(layers, at), key, curvature, sharing, pairs), _masses(layers, at, pairs)
 
-    total, mass = None, None
+    # A running mean, by the share of this batch in all that were read.
+    @jax.jit
+    def joined(total, mass, own, count):
+        mass = trees.add(mass, count)
+        return jax.tree.map(_mix, total, own, count, mass), mass
+
+    read = None
     for index, batch in enumerate(batches):
-        own, count = one(params, batch, None if key is None else jax.random.fold_in(key, index))
-        mass = count if mass is None else trees.add(mass, count)
-        # A running mean, by the share of this batch in all that were read.
-        total = own if total is None else jax.tree.map(_mix, total, own, count, mass)
-    if total is None:
+        own = one(params, batch, None if key is None else jax.random.fold_in(key, index))
+        read = own if read is None else joined(*read, *own)
+    if read is None:
         raise ValueError("factors_over_batches got no batches")
-    return total
+    return read[0]
 
 
 # --- sweeps ---------------------------------------------------------------------------------------------------------
@@ -507,7 +514,7 @@ def _spread(scalars, factor):
     return scalars.reshape(-1, *(1,) * (factor.ndim - 1))
 
 
-def _masses(layers, at):
+def _masses(layers, at, pairs):
     """What each of the factors of a batch counts by: A is a mean by the weights of the cases, G one by their number."""
     number = [cases.num_cases for cases in at.cases]
     weight = [
@@ -521,12 +528,13 @@ def _masses(layers, at):
     blocks, treatment = layers.treatment.kronecker, layers.treatment
     users = [[m for layer in layers if place in layer.leaves for m in layer.members] for place in treatment.diagonal]
     everywhere = functools.reduce(jnp.add, number)
+    crossed = [blocks[left].weights.members for left, _ in pairs]  # both blocks of a pair are of one term
     return KroneckerFactors(
         tuple(of(block.weights.members, weight) for block in blocks),
         tuple(of(block.weights.members, number) for block in blocks),
         tuple(of(members, number) if members else everywhere for members in users),
-        (),
-        (),
+        tuple(of(members, weight) for members in crossed),
+        tuple(of(members, number) for members in crossed),
     )
 
 

@@ -14,7 +14,8 @@ def factor_shardings(state: PyTree, mesh: Mesh, axis_name: str) -> PyTree:
     An array (blocks, rows, columns), such as a factor or the inverse of one, is split by its blocks, the
     layers of a scan or the experts of a mixture, where the devices share them out evenly, else by its rows, where they
     share those; all else is on every device. Results are those of one device; each matrix is put together where it is
-    worked with.
+    worked with. The one behind the inputs for a bias makes a side odd: ``find_layers(..., bias="separate")`` leaves
+    sides as they are.
 
     Args:
         state: A state, or its shapes: ``jax.eval_shape(tx.init, params)``.

@@ -20,14 +20,14 @@ from typing import Any, NamedTuple, get_args
 
 import jax
 
-from curvax.checks import check_choice
+from curvax.checks import check_at_least, check_choice
 from curvax.layers.blocks import BiasBlock
 from curvax.layers.factor_damping import damped_factors
 from curvax.layers.factors import KroneckerFactors, Pairs
 from curvax.layers.find import Layers
 from curvax.layers.inverses import Inverse, Matrices, Sides, inverses_of, two_sided
 from curvax.matrices.inverses import InverseMethod, by_size, inverse_root, sequenced
-from curvax.matrices.stein import Stein, solve_stein, whitened_eigen
+from curvax.matrices.stein import Powers, Stein, solve_by_powers, solve_stein, squarings, whitened_eigen
 from curvax.types import Array, Scalar
 
 
@@ -79,7 +79,7 @@ class Link(NamedTuple):
 
     inputs: Array
     outputs: Array
-    conditional: Stein
+    conditional: Stein | Powers
 
 
 class Tridiagonal(NamedTuple):
@@ -103,14 +103,21 @@ class BlockTridiagonal(Inverse):
 
     Attributes:
         method: How the damped factors of blocks outside of chains are inverted, see ``curvax.matrices.inverses``.
+        doublings: None for the eigendecompositions; else the sum of 2^doublings terms of the series of Smith in their
+            place, which is made of products alone, as accelerators want it. 6 are as good on most chains: what lacks
+            is (s_1 s_2)^64, with s_1 and s_2 the squared canonical correlations of neighbours. Applying takes three
+            times as many operations then, and the state holds the powers.
 
     Source: Martens 2016, section 6.4.3 and appendix B.2.
     """
 
     method: InverseMethod = "cholesky"
+    doublings: int | None = None
 
     def __post_init__(self):
         check_choice("method", self.method, get_args(InverseMethod))
+        if self.doublings is not None:
+            check_at_least("doublings", self.doublings, 1)
 
     def pairs(self, layers: Layers) -> Pairs:
         return tuple(pair for chain in chains(layers) for pair in itertools.pairwise(chain))
@@ -125,9 +132,10 @@ class BlockTridiagonal(Inverse):
         sides = []
         for (i, j), *cross in zip(pairs, factors.cross_inputs, factors.cross_outputs, strict=True):
             sides += [(whiten[i][side], cross[side], whiten[j][side]) for side in (0, 1)]
-        halves = sequenced([lambda parts: _half(*parts)] * len(sides), sides, after=list(whiten.values()))
+        halves = sequenced([lambda parts: self._half(*parts)] * len(sides), sides, after=list(whiten.values()))
+        conditional = Stein if self.doublings is None else Powers
         links = tuple(
-            Link(a.psi, g.psi, Stein(a.vectors, g.vectors, a.values, g.values))
+            Link(a.psi, g.psi, conditional(a.vectors, g.vectors, a.values, g.values))
             for a, g in zip(halves[::2], halves[1::2], strict=True)
         )
         alone = [chain[0] for chain in found if len(chain) == 1]
@@ -144,7 +152,8 @@ class BlockTridiagonal(Inverse):
         for (i, j), link in zip(pairs, prepared.links, strict=True):  # Xi, of what was given
             result[i] = matrices[i] - (link.inputs @ matrices[j][0] @ link.outputs.T)[None]
         for (i, _), link in zip(pairs, prepared.links, strict=True):  # Lambda
-            result[i] = solve_stein(link.conditional, result[i][0], sign=-1)[None]
+            solve = solve_stein if self.doublings is None else solve_by_powers
+            result[i] = solve(link.conditional, result[i][0], sign=-1)[None]
         for chain, (a, g) in zip(found, prepared.ends, strict=True):
             result[chain[-1]] = two_sided(a, result[chain[-1]], g)
         scaled = list(result)
@@ -152,25 +161,27 @@ class BlockTridiagonal(Inverse):
             result[j] = scaled[j] - (link.inputs.T @ scaled[i][0] @ link.outputs)[None]
         return tuple(result)
 
+    def _half(self, own, cross, following):
+        """One side of a link, from L_i^{-T}, A_ij and L_j^{-T}.
+
+        The s are squared canonical correlations, the squared singular values of R = L_i^{-1} A_ij L_j^{-T}: the
+        whitened PsiA A_jj PsiA^T is S = R R^T, which rounding leaves positive semi-definite.
+        """
+        with jax.default_matmul_precision("highest"):
+            half = cross @ following
+            correlation = own.T @ half
+            whitened, psi = correlation @ correlation.T, half @ following.T
+        if self.doublings is None:
+            return _Half(psi, *whitened_eigen(own, whitened))
+        return _Half(psi, own, squarings(whitened, self.doublings))
+
 
 class _Half(NamedTuple):
-    """One side of a link: Psi, and K and s of the conditional covariance."""
+    """One side of a link: Psi, and K with s of the conditional covariance, or with the powers of S."""
 
     psi: Array
     vectors: Array
-    values: Array
-
-
-def _half(own, cross, following):
-    """One side of a link, from L_i^{-T}, A_ij and L_j^{-T}.
-
-    The s are squared canonical correlations, the squared singular values of R = L_i^{-1} A_ij L_j^{-T}: the whitened
-    PsiA A_jj PsiA^T is R R^T, which rounding leaves positive semi-definite.
-    """
-    with jax.default_matmul_precision("highest"):
-        half = cross @ following
-        correlation = own.T @ half
-        return _Half(half @ following.T, *whitened_eigen(own, correlation @ correlation.T))
+    values: Any
 
 
 def _inverses(left, right):

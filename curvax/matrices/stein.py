@@ -68,6 +68,44 @@ def solve_stein(stein: Stein, v: Array, *, sign: int, identity: Scalar = 1.0) ->
     return stein.inputs @ ((stein.inputs.T @ v @ stein.outputs) / denominators) @ stein.outputs.T
 
 
+class Powers(NamedTuple):
+    """What ``solve_by_powers`` sums the series of Smith by, with products alone.
+
+    Attributes:
+        inputs: K_1 with K_1^T A K_1 = I.
+        outputs: K_2 with K_2^T G K_2 = I.
+        input_powers: S_1 = K_1^T C K_1 and its powers S_1^2, S_1^4 ...
+        output_powers: S_2 = K_2^T D K_2 and its powers.
+    """
+
+    inputs: Array
+    outputs: Array
+    input_powers: tuple[Array, ...]
+    output_powers: tuple[Array, ...]
+
+
+def squarings(matrix: Array, doublings: int) -> tuple[Array, ...]:
+    """S, S^2, S^4 ..., ``doublings`` of them."""
+    found = [matrix]
+    while len(found) < doublings:
+        found.append(jnp.matmul(found[-1], found[-1], precision="highest"))
+    return tuple(found)
+
+
+def solve_by_powers(powers: Powers, v: Array, *, sign: int) -> Array:
+    r"""``solve_stein`` by the first 2^k terms of U = K_1 [sum_j (-+1)^j S_1^j (K_1^T V K_2) S_2^j] K_2^T.
+
+    k is the number of the powers. With the minus sign the sum is below the solution, by a part of (s_1 s_2)^(2^k) along
+    each pair of eigenvectors: such steps are too short and never too long.
+
+    Source: Smith 1968, squared; Martens 2016, appendix B.2 names it.
+    """
+    u = powers.inputs.T @ v @ powers.outputs
+    for step, (left, right) in enumerate(zip(powers.input_powers, powers.output_powers, strict=True)):
+        u = u + (-sign if step == 0 else 1) * (left @ u @ right)
+    return powers.inputs @ u @ powers.outputs.T
+
+
 def generalised_eigen(a: Array, c: Array) -> tuple[Array, Array]:
     """(K, s) with K^T A K = I and K^T C K = diag(s), s >= 0 and ascending."""
     with jax.default_matmul_precision("highest"):

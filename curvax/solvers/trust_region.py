@@ -191,6 +191,7 @@ def _solved(slopes, curvatures):
 
 def _boundary_shift(slopes, gaps, lower):
     """The s >= ``lower`` with ||g / (gaps + s)|| = 1, from that lower bound upwards."""
+
     # Newton's method goes for 1/||p(s)|| = 1, which is nearly linear where ||p(s)|| has a pole: s+ = s + (||p|| - 1) /
     # (d^T (D + s)^{-1} d), d = p / ||p||. The left side is concave: no step leads past the root from below, and the
     # first that does not lead upwards is rounding.

@@ -41,8 +41,8 @@ def all_true(*conditions: jax.Array) -> jax.Array:
 def choose(number: jax.Array, *cases: PyTree) -> PyTree:
     """The pytree of that number; the last for every greater number.
 
-    Small leaves by a branch, whose copies need no kernels, large ones by selection. For what is there anyway, as a state
-    is; what has just been computed is better chosen by ``select``.
+    Small leaves by a branch, whose copies need no kernels, large ones by selection. For what is there anyway, as a
+    state is; what has just been computed is better chosen by ``select``.
 
     >>> choose(jnp.array(1), {"a": jnp.zeros(2)}, {"a": jnp.ones(2)})
     {'a': Array([1., 1.], dtype=float...)}

@@ -113,8 +113,8 @@ def _units(rows):
     return jnp.where((sizes > 0) & jnp.isfinite(sizes), sizes, 1)
 
 
-# XLA's maximum on CPU loses what is not a number among more than 4,000 entries (JAX 0.10.2), its sum does not: it is the
-# sum of zero times the entries that shows what is not finite. Both are one kernel, a maximum of their bits is four.
+# XLA's maximum on CPU loses what is not a number among more than 4,000 entries (JAX 0.10.2), its sum does not: that of
+# zero times the entries shows what is not finite. Both are one kernel, a maximum of the bits of the entries is four.
 @functools.partial(jax.jit, inline=True, static_argnums=1)
 def _largests(rows, reduce):
     real = [[jnp.abs(leaf) if jnp.iscomplexobj(leaf) else leaf for leaf in leaves] for leaves in rows]

@@ -33,13 +33,14 @@ def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
 
 
-def factors_at(objective, params, batch, curvature=EXACT, key=None, fallback="error", sharing="expand"):
+def factors_at(objective, params, batch, curvature=EXACT, key=None, fallback="error", sharing="expand", chained=False):
     layers = curvax.find_layers(objective, params, batch, fallback=fallback)
+    pairs = curvax.layers.BlockTridiagonal().pairs(layers) if chained else ()
 
     @jax.jit
     def compute(params, batch, key):
         tapped = curvax.tap(layers, objective.linearize(params, batch))
-        return curvax.layers.kronecker_factors(tapped, key, curvature=curvature, sharing=sharing)
+        return curvax.layers.kronecker_factors(tapped, key, curvature=curvature, sharing=sharing, pairs=pairs)
 
     return layers, compute(params, batch, key)
 
@@ -442,9 +443,12 @@ def _places_of(layers, place):
 
 def test_batches_add_up_to_the_data_set():
     _, objective, params, batch = problem("mlp")
-    layers, whole = factors_at(objective, params, batch)
+    layers, whole = factors_at(objective, params, batch, chained=True)
+    pairs = curvax.layers.BlockTridiagonal().pairs(layers)
+    assert whole.cross_inputs
+    assert whole.cross_outputs
     parts = [jax.tree.map(lambda leaf, cut=cut: leaf[cut], batch) for cut in (slice(0, 2), slice(2, 6))]
-    found = curvax.layers.factors_over_batches(layers, objective, params, iter(parts), curvature=EXACT)
+    found = curvax.layers.factors_over_batches(layers, objective, params, iter(parts), curvature=EXACT, pairs=pairs)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), found, whole)
     with pytest.raises(ValueError, match="factors_over_batches got no batches"):
         curvax.layers.factors_over_batches(layers, objective, params, [], curvature=EXACT)

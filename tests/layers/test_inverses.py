@@ -13,7 +13,7 @@ from curvax.layers.tridiagonal import BlockTridiagonal
 
 GAMMA = 0.3
 INVERSES = [BlockDiagonal(m) for m in ("cholesky", "schur", "eigen", "newton_schulz")]
-INVERSES += [ExactTikhonov(), BlockTridiagonal(), BlockTridiagonal("newton_schulz")]
+INVERSES += [ExactTikhonov(), BlockTridiagonal(), BlockTridiagonal("newton_schulz"), BlockTridiagonal(doublings=6)]
 
 
 def normal(seed, *shape):

@@ -43,7 +43,12 @@ def scanned(params, x):
     return jax.lax.scan(layer, x, (params["w"], params["b"]))[0][:, :6] @ params["out"] + params["c"]
 
 
-SHAPES = {dense: ((8, 6), (6,)), turned: ((8, 2, 3), (3, 2)), grouped: ((2, 2, 1, 4), (4,)), scanned: ((3, 8, 8), (3, 8))}
+SHAPES = {
+    dense: ((8, 6), (6,)),
+    turned: ((8, 2, 3), (3, 2)),
+    grouped: ((2, 2, 1, 4), (4,)),
+    scanned: ((3, 8, 8), (3, 8)),
+}
 
 
 def problem(network):

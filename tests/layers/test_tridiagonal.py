@@ -103,8 +103,10 @@ def prepared_and_applied(layers, factors, vectors, gamma, inverse=None):
     return compute(factors, vectors)
 
 
-@pytest.mark.parametrize("sizes", [(3, 2), (3, 2, 2), (2, 3, 2, 2), (2, 2, 3, 2, 1)])
-def test_it_is_the_inverse_of_the_matrix_it_stands_for(sizes):
+@pytest.mark.parametrize(
+    ("sizes", "doublings"), [((3, 2), None), ((3, 2, 2), None), ((2, 3, 2, 2), 12), ((2, 2, 3, 2, 1), None)]
+)
+def test_it_is_the_inverse_of_the_matrix_it_stands_for(sizes, doublings):
     model, params, _ = mlp(sizes)
     _, _, layers = found_layers(model, params, normal(0, 5, sizes[0]))
     (chain,) = chains(layers)
@@ -116,7 +118,7 @@ def test_it_is_the_inverse_of_the_matrix_it_stands_for(sizes):
     vectors = tuple(
         columns[:, starts[i] : starts[i] + np.prod(shape)].reshape(-1, *shape) for i, shape in enumerate(shapes)
     )
-    found = prepared_and_applied(layers, factors, vectors, 0.1)
+    found = prepared_and_applied(layers, factors, vectors, 0.1, BlockTridiagonal(doublings=doublings))
     inverse = np.concatenate([np.asarray(found[i]).reshape(len(columns), -1) for i in chain], axis=1)
     np.testing.assert_allclose(inverse, np.linalg.inv(hat), atol=1e-9 * np.max(np.abs(inverse)))
     np.testing.assert_allclose(inverse, inverse.T, atol=1e-10 * np.max(np.abs(inverse)))
@@ -130,6 +132,26 @@ def test_it_is_the_inverse_of_the_matrix_it_stands_for(sizes):
                 np.testing.assert_allclose(back[block], tilde[block], atol=1e-8)
             else:
                 np.testing.assert_allclose(inverse[block], 0, atol=1e-10 * np.max(np.abs(inverse)))
+
+
+def test_fewer_terms_of_smiths_series_are_a_smaller_definite_matrix():
+    sizes = (2, 3, 2, 2)
+    model, params, _ = mlp(sizes)
+    _, _, layers = found_layers(model, params, normal(0, 5, sizes[0]))
+    (chain,) = chains(layers)
+    factors, *_ = joint_factors(layers, chain, 1)
+    v = tuple(normal(i, 40, *block.shape) for i, block in enumerate(layers.treatment.kronecker))
+    ways = [BlockTridiagonal(doublings=number) for number in (1, 3, 6)] + [BlockTridiagonal()]
+    forms = []
+    for way in ways:
+        image = prepared_and_applied(layers, factors, v, 0.1, way)
+        forms.append(sum(np.sum(np.asarray(x * y).reshape(40, -1), axis=1) for x, y in zip(v, image, strict=True)))
+    assert np.all(forms[0] > 0)
+    for fewer, more in itertools.pairwise(forms):
+        assert np.all(fewer <= more * (1 + 1e-12))
+    np.testing.assert_allclose(forms[2], forms[3], rtol=0.05)
+    with pytest.raises(ValueError, match="doublings is 0; it must be at least 1"):
+        BlockTridiagonal(doublings=0)
 
 
 @pytest.mark.many_compilations("biases and maps are looked at while tracing, one equation at a time")

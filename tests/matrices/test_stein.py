@@ -4,7 +4,16 @@ import jax
 import numpy as np
 import pytest
 
-from curvax.matrices.stein import Stein, prepare_stein, smith, solve_stein, squared_smith
+from curvax.matrices.stein import (
+    Powers,
+    Stein,
+    prepare_stein,
+    smith,
+    solve_by_powers,
+    solve_stein,
+    squared_smith,
+    squarings,
+)
 from tests.tolerances import rounding
 
 SIGNS = [1, -1]
@@ -84,9 +93,13 @@ def test_smith_iterations_are_partial_sums_of_the_same_series(seed, sign):
     @jax.jit
     def compute(v):
         terms = [smith(*inverses, c, d, v, sign=sign, terms=n) for n in (1, 16, 128)]
-        return terms, squared_smith(*inverses, c, d, v, sign=sign, doublings=4)
+        roots = [np.linalg.inv(np.linalg.cholesky(matrix)).T for matrix in (a, g)]
+        powers = [squarings(root.T @ other @ root, 4) for root, other in zip(roots, (c, d), strict=True)]
+        whitened = solve_by_powers(Powers(*roots, *powers), v, sign=sign)
+        return terms, squared_smith(*inverses, c, d, v, sign=sign, doublings=4), whitened
 
-    (first, sixteen, many), squared = compute(v)
+    (first, sixteen, many), squared, whitened = compute(v)
+    np.testing.assert_allclose(whitened, sixteen, rtol=1e-10, atol=1e-10)
     np.testing.assert_allclose(first, inverses[0] @ v @ inverses[1], atol=1e-12)
     np.testing.assert_allclose(squared, sixteen, rtol=1e-10, atol=1e-10)
     exact = dense(a, g, c, d, v, sign)

@@ -31,9 +31,22 @@ def problem():
     return curvax.Objective(model, curvax.losses.softmax_cross_entropy()), params, batch
 
 
-def make(objective, params, batch):
+def with_biases():
+    """Sides that eight devices share out, but for the ones behind the inputs."""
+
+    def model(params, x):
+        return jnp.tanh(x @ params["w"] + params["b"]) @ params["out"] + params["c"]
+
+    draw = np.random.default_rng(1)
+    shapes = {"w": (16, 8), "b": (8,), "out": (8, 8), "c": (8,)}
+    params = {name: jnp.asarray(0.4 * draw.normal(size=shape)) for name, shape in shapes.items()}
+    batch = jnp.asarray(draw.normal(size=(16, 16))), jnp.asarray(draw.integers(0, 8, 16))
+    return curvax.Objective(model, curvax.losses.softmax_cross_entropy()), params, batch
+
+
+def make(objective, params, batch, **options):
     """The transformation, and a step of it."""
-    tx = curvax.kfac(curvax.find_layers(objective, params, batch), **SETTINGS)
+    tx = curvax.kfac(curvax.find_layers(objective, params, batch, **options), **SETTINGS)
 
     def step(params, state, batch):
         _, grads, at = objective.value_and_grad(params, batch)
@@ -49,9 +62,10 @@ def steps(tx, step, params, state, batch):
     return params, state
 
 
-def test_factors_and_inverses_are_split_by_layers_when_asked():
-    objective, params, batch = problem()
-    tx, step = make(objective, params, batch)
+@pytest.mark.parametrize(("made", "options"), [(problem, {}), (with_biases, {"bias": "separate"})])
+def test_factors_and_inverses_are_split_when_asked(made, options):
+    objective, params, batch = made()
+    tx, step = make(objective, params, batch, **options)
     expected, _ = steps(tx, jax.jit(step), params, jax.jit(tx.init)(params), batch)
 
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
