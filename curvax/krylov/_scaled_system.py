@@ -42,17 +42,15 @@ class ScaledSystem:
 
     def probe(self, direction: PyTree) -> Probe:
         product = self.multiply(direction)
-        size = trees.units(product)[0]
-        scaled = trees.scale(1 / size, product)
+        unit = power_of_two(trees.units(product)[0])
+        scaled = trees.scale(1 / unit, product)
         square, slope, length = trees.vdots((scaled, scaled), (direction, scaled), (direction, direction))
         norm = jnp.where(square == 0, 1, jnp.sqrt(square))
         slope = slope / norm
         # A cosine between p and A p below rounding says nothing about its sign. For definite A the cosine is at least
         # 2 / sqrt(condition number), so that this spares all but hopeless systems.
         flat = slope <= jnp.finfo(slope.dtype).eps * jnp.sqrt(length)
-        unit_product = trees.scale(1 / norm, scaled)
-        norm = size * norm
-        return Probe(unit_product, norm, jnp.where(flat, 1, slope), flat)
+        return Probe(scaled, unit, norm, jnp.where(flat, 1, slope), flat)
 
     def precondition(self, residual: PyTree) -> PyTree:
         if self.preconditioner is None:
@@ -70,12 +68,13 @@ class ScaledSystem:
 
 
 class Probe(NamedTuple):
-    """A p = ``norm * unit_product``, the slope p^T A p / norm, and whether p is flat: without positive curvature.
+    """A p = ``unit * product`` with a power of two, ``norm`` of that product, and the slope p^T A p / |A p|.
 
-    The slope of a flat direction is 1.
+    The slope of a flat direction, one without positive curvature, is 1.
     """
 
-    unit_product: PyTree
+    product: PyTree
+    unit: Array
     norm: Array
     slope: Array
     flat: Array
@@ -103,20 +102,21 @@ def scaled_system(matvec, b, preconditioner, x0=None) -> tuple[ScaledSystem, War
     packing = packing_of(b)
     b, matvec = packing.pack(b), packing.inside(matvec, "matvec")
     x0 = None if x0 is None else packing.pack(x0)
-    right, image = wide(b), None
+    right = wide(b)
+    size, *others = trees.largests(right) if x0 is None else trees.largests(right, x0)
+    unit = power_of_two(size)
+    right = jax.tree.map(lambda leaf: leaf / unit.astype(leaf.dtype), right)
+    preconditioner_unit = jnp.ones_like(unit)
     if preconditioner is not None:
         preconditioner = packing.inside(preconditioner, "preconditioner")
         image = product(preconditioner, right, b)
-    known = [vector for vector in (right, image, x0) if vector is not None]
-    size, *sizes = trees.largests(*known)
-    unit = power_of_two(size)
-    preconditioner_unit = jnp.ones_like(unit) if image is None else power_of_two(sizes[0]) / unit
-    right = jax.tree.map(lambda leaf: leaf / unit.astype(leaf.dtype), right)
+        preconditioner_unit = power_of_two(trees.largest(image)) / power_of_two(size / unit)
     system = ScaledSystem(matvec, preconditioner, trees.structure_of(b), packing, right, unit, preconditioner_unit)
     if x0 is None:
         return system, None
-    useful = (sizes[-1] > 0) & jnp.isfinite(sizes[-1]) & (size > 0) & jnp.isfinite(size)
-    x0, x0_unit = trees.where(useful, x0, trees.zeros_like(x0)), power_of_two(sizes[-1])
+    (x0_size,) = others
+    useful = (x0_size > 0) & jnp.isfinite(x0_size) & (size > 0) & jnp.isfinite(size)
+    x0, x0_unit = trees.where(useful, x0, trees.zeros_like(x0)), power_of_two(x0_size)
     return system, WarmStart(x0, trees.scale(1 / x0_unit, x0), x0_unit / unit, useful)
 
 
@@ -127,8 +127,8 @@ class Start(NamedTuple):
         threshold: Of |r|, below which the run ends.
         residual: r_0 = -b.
         residual_norm: |r_0|.
-        descent: r_0^T P^{-1} r_0.
-        direction: -P^{-1} r_0.
+        descent: r_0^T P^{-1} r_0, likewise.
+        direction: -P^{-1} r_0, in units of the preconditioner.
         reason: The reason to end at once, if there is one.
     """
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from curvax import blocks, trees
 from curvax.checks import check_at_least
-from curvax.krylov._scaled_system import ScaledSystem, power_of_two, scaled_system, start_of_run
+from curvax.krylov._scaled_system import ScaledSystem, Start, power_of_two, scaled_system, start_of_run
 from curvax.krylov.monitors import Monitor
 from curvax.krylov.stop_reasons import StopReason, first_reason
 from curvax.types import Array, PyTree, Scalar
@@ -85,7 +85,8 @@ def cg(
         matvec: v -> A v, linear and symmetric; a ``LinearMap`` or any function of a pytree shaped like b. A should be
             positive semi-definite; where it shows that it is not, the run ends.
         b: The right-hand side, a pytree of floating-point arrays.
-        x0: A warm start, shaped like b; None is zero and saves a product. Ignored where b is zero.
+        x0: A warm start, shaped like b; None is zero and saves a product. Ignored where b is zero, and where x_0, the
+            residual there or its square is not finite.
         preconditioner: r -> P^{-1} r with P symmetric positive definite, for instance a ``diagonal_preconditioner``.
             The scale of P does not matter.
         max_iterations: The hard cap. It may be traced, without ``progress_tolerance`` and ``store_at``.
@@ -117,7 +118,7 @@ def cg(
         return (state.reason == StopReason.MAX_ITERATIONS) & (state.iteration < cap)
 
     def step(state):
-        return _step(system, state, start.threshold, warm, progress_tolerance, monitor)
+        return _step(system, state, start, warm, progress_tolerance, monitor)
 
     return _result(system, jax.lax.while_loop(running, step, state))
 
@@ -144,7 +145,7 @@ class _State(NamedTuple):
     residual: PyTree
     direction: PyTree
     descent: Array  # r^T y with y = P^{-1} r / unit
-    unit: Array  # so that y, and with it p, has entries of about 1 where a run begins
+    unit: Array  # so that y, and with it p, is of about length 1 behind a warm start
     residual_norm: Array
     model_value: Array
     trace: Array | None  # the model values of all iterates
@@ -180,26 +181,27 @@ def _start(start, warm, cap, store_at, monitor):
 # - p^T A p <= 0 ends the run, and p is returned; jax.scipy divides by it.
 # - x and r are wider than p in half precision: what is added to x is, to the bit, what was multiplied by A.
 # - A step that is not finite is not taken, so that the result is finite whatever A does.
-def _step(system: ScaledSystem, state: _State, threshold, warm, progress_tolerance, monitor) -> _State:
+def _step(system: ScaledSystem, state: _State, start: Start, warm, progress_tolerance, monitor) -> _State:
     p, before, unit = state.direction, state.descent, state.unit
-    unit_product, product_norm, slope, flat = system.probe(p)
-    length = before / slope
-    stride, counts = length / product_norm, jnp.array(True)
+    product, product_unit, norm, slope, flat = system.probe(p)
+    length = before / slope / norm
+    # Times 1 / unit: XLA divides by the product of what is divided by in turn, which may underflow.
+    stride, counts = length * (1 / product_unit), jnp.array(True)
     if warm is not None:
-        # To x_0 whatever the curvature, and on from there as from a start.
+        # To x_0 whatever the curvature, and on from there as from a start; to the bit, as strides are powers of two.
         counts = state.iteration >= 0
-        stride, length = trees.where(counts, (stride, length), (warm.stride, warm.stride * product_norm))
+        stride, length = trees.where(counts, (stride, length), (warm.stride, warm.stride * product_unit))
         flat, before = flat & counts, jnp.where(counts, before, jnp.inf)
     x = trees.add_scaled(state.x, stride, p)
-    residual = trees.add_scaled(state.residual, length, unit_product)
+    residual = trees.add_scaled(state.residual, length, product)
     preconditioned = system.precondition(residual)
     sums = trees.vdots((residual, residual), (trees.sub(residual, system.right), x), (residual, preconditioned))
     residual_norm, model_value = jnp.sqrt(sums[0]), 0.5 * sums[1]
     if warm is not None:
-        unit = jnp.where(counts, unit, power_of_two(residual_norm))
+        unit = jnp.where(counts, unit, power_of_two(sums[2] / residual_norm))
     descent = sums[2] / unit
     defect = first_reason(
-        (~jnp.isfinite(product_norm), StopReason.NON_FINITE),
+        (~jnp.isfinite(norm), StopReason.NON_FINITE),
         (flat, StopReason.NEGATIVE_CURVATURE),
         (~jnp.isfinite(residual_norm + model_value), StopReason.NON_FINITE),
     )
@@ -207,33 +209,39 @@ def _step(system: ScaledSystem, state: _State, threshold, warm, progress_toleran
     taken = defect == StopReason.MAX_ITERATIONS
     x, residual = trees.where(taken, (x, residual), (state.x, state.residual))
     iteration = state.iteration + taken.astype(jnp.int32)
+    otherwise = p, defect
+    if warm is not None:
+        # From an x_0 that cannot be reached back to zero.
+        otherwise = trees.where(counts, otherwise, (start.direction, start.reason))
+        descent, unit = trees.where(counts | taken, (descent, unit), (start.descent, jnp.ones_like(unit)))
+        iteration = jnp.maximum(iteration, 0)
     trace = state.trace
     if trace is not None:
         trace = jnp.where(taken & (jnp.arange(trace.size, dtype=jnp.int32) >= iteration), model_value, trace)
 
     direction = system.descent(preconditioned, unit, descent / before, p)
-    monitor_state, monitored = _monitored(monitor, state.monitor_state, system, x, iteration)
-    seen = taken & counts
+    monitor_state, monitored = _monitored(monitor, state.monitor_state, system, x, iteration, taken & counts)
     verdict = first_reason(
-        (residual_norm <= threshold, StopReason.CONVERGED),
+        (residual_norm <= start.threshold, StopReason.CONVERGED),
         (~jnp.isfinite(descent), StopReason.NON_FINITE),
         (descent <= 0, StopReason.BREAKDOWN),
         (_stalled(trace, iteration, progress_tolerance), StopReason.PROGRESS),
-        (monitored & counts, StopReason.MONITOR),
+        (monitored, StopReason.MONITOR),
     )
+    direction, reason = trees.where(taken, (direction, verdict), otherwise)
     return _State(
         iteration=iteration,
-        reason=jnp.where(taken, verdict, defect),
+        reason=reason,
         x=x,
         residual=residual,
-        direction=trees.where(taken, direction, p),
+        direction=direction,
         descent=descent,
         unit=unit,
         residual_norm=jnp.where(taken, residual_norm, state.residual_norm),
         model_value=jnp.where(taken, model_value, state.model_value),
         trace=trace,
         stored=_stored(state.stored, system, x, iteration),
-        monitor_state=trees.where(seen, monitor_state, state.monitor_state),
+        monitor_state=monitor_state,
     )
 
 
@@ -246,10 +254,15 @@ def _stalled(trace, iteration, progress_tolerance):
     return (iteration > window) & (now < 0) & (now - before > jnp.asarray(progress_tolerance, now.dtype) * now)
 
 
-def _monitored(monitor, monitor_state, system, x, iteration):
+def _monitored(monitor, state, system, x, iteration, counts):
+    """The monitor's new state and its verdict, of an iterate that counts."""
     if monitor is None:
         return None, jnp.zeros((), bool)
-    return monitor.update(monitor_state, system.packing.unpack(system.outward(x)), iteration)
+
+    def look():
+        return monitor.update(state, system.packing.unpack(system.outward(x)), iteration)
+
+    return jax.lax.cond(counts, look, lambda: (state, jnp.zeros((), bool)))
 
 
 def _empty_store(x, store_at, max_iterations):
@@ -281,7 +294,7 @@ def _result(system, state):
     return CGResult(
         value=system.packing.unpack(system.outward(state.x)),
         reason=state.reason,
-        iterations=jnp.maximum(state.iteration, 0),
+        iterations=state.iteration,
         residual_norm=state.residual_norm * system.unit,
         model_value=state.model_value * system.unit * system.unit,
         model_trace=trace,

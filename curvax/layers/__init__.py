@@ -1,6 +1,7 @@
 """Layer taps: the structure of any JAX model, found in its program, and what is worked out from it."""
 
 from curvax.layers import quality as quality
+from curvax.layers.blocks import BiasBlock as BiasBlock
 from curvax.layers.blocks import Block as Block
 from curvax.layers.diagonals import empirical_fisher_diagonal as empirical_fisher_diagonal
 from curvax.layers.diagonals import exact_ggn_diagonal as exact_ggn_diagonal

@@ -1,4 +1,4 @@
-"""Blocks: the weights of a layer and the bias that rides on them as one matrix, and the way there and back.
+"""Blocks: the weights of a layer, with the bias that rides on them or apart, as matrices, and the way there and back.
 
 The parameters of a block reach its matrices by a linear map L: it moves entries, and may scale or add them (a weight
 times a constant, a sum of two leaves). Gradients pull back by L^T, so with factors on the matrices the curvature on the
@@ -46,7 +46,7 @@ class Block:
 
     def __repr__(self) -> str:
         bias = "" if self.bias is None else f" with {self.bias.name!r}"
-        return f"Block({self.name!r}{bias}, shape={self.shape})"
+        return f"{type(self).__name__}({self.name!r}{bias}, shape={self.shape})"
 
     @property
     def name(self) -> str:
@@ -294,7 +294,7 @@ def blocks_of(layers: Layers) -> tuple[Block, ...]:
         if layer.bias is not None and layer.kind in ("dense", "conv") and (order := _bias_order(layers, layer, known)):
             ridden[layer.name] = layers[layer.bias], order
             owners[layer.bias] = order, layer
-    if layers.bias == "joint":
+    if layers.biases == "joint":
         rest = (layer for layer in layers if layer.name not in owners)
         return tuple(Block(layers, layer, *ridden.get(layer.name, (None,))) for layer in rest)
     return tuple(

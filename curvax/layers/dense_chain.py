@@ -74,7 +74,7 @@ def _check_dense(block: Block, tapped: TappedPoint, name: str) -> None:
     layer = block.weights
     geometry = tapped.taps[layer.members[0].term].uses[layer.members[0].use]
     if isinstance(block, BiasBlock):
-        what = "is apart from its weights, which takes find_layers(..., bias='joint') to change"
+        what = "is apart from its weights (find_layers(..., bias='joint') joins them)"
     elif layer.kind != "dense":
         what = f"is of kind {layer.kind!r}"
     elif len(layer.members) > 1:

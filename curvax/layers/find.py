@@ -54,8 +54,9 @@ def find_layers(
             "diagonal" gives them the diagonal of the curvature, by a forward pass for each of their entries;
             "gradient" no curvature, so that they go along the gradient.
         bias: Whether Kronecker factors take a bias together with its weights ("joint", a one behind every input), or as
-            a block of its own ("separate"), without what the two have in common; that has one small matrix more and
-            the inputs' factor one row less.
+            a block of its own ("separate"), without what the two have in common; its factor is a matrix as large as the
+            weights' one on the outputs. A bias that is added to no results of weights, or to those of several, has its
+            diagonal either way.
         through_custom_rules: Look for parameters inside functions with custom derivative rules. Their rules are then
             taken to be what differentiating their bodies gives.
 
@@ -212,6 +213,7 @@ class Layers:
         fit: For each term and use whether it has structure.
         given: For each term the addresses of operations of a parameter and data that are the same for all examples.
         reasons: For each leaf without structure, by its place, why.
+        biases: Whether biases are "joint" with their weights or "separate".
         coupled_by: The operation by which an example's output depends on other examples, as with batch statistics in
             training, or "". Gradients of examples are then those of the sum of all losses, cut up by example.
         rows_per_example: For each term how many rows of its outputs belong to each example of its inputs.
@@ -228,7 +230,7 @@ class Layers:
     coupled_by: str
     rows_per_example: tuple[int, ...]
     fallback: Fallback
-    bias: Biases
+    biases: Biases
     through_custom_rules: bool
 
     @property

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import block_diag, cho_factor, cho_solve, solve_triangular
 
+from curvax.layers.blocks import BiasBlock
 from curvax.layers.factor_damping import damped_factors
 from curvax.layers.factors import kronecker_factors
 from curvax.layers.taps import TappedPoint
@@ -255,7 +256,10 @@ def _blocks(tapped):
 
 def _chain(tapped, chain):
     blocks = _blocks(tapped)
-    chain = tuple(itertools.chain(*chains(tapped.layers)) if chain is None else chain)
+    if chain is None:
+        places = itertools.chain(*chains(tapped.layers))
+        chain = (place for place in places if not isinstance(blocks[place], BiasBlock))
+    chain = tuple(chain)
     uses = {layer.name: len(layer.members) for layer in tapped.layers}
     for place in chain:
         block = blocks[place]

@@ -36,7 +36,8 @@ def chains(layers: Layers) -> tuple[tuple[int, ...], ...]:
 
     A chain holds blocks whose uses follow one another in a term. Each of them has one use, one matrix, no factor that
     is kept as a diagonal, and as many shared positions as the others: then all their gradients are of the same cases,
-    and the cross factors are moments of a pair. Every other block is a chain of its own.
+    and the cross factors are moments of a pair. Every other block is a chain of its own, and so
+    is a bias apart from its weights, behind all others.
 
     Example:
         >>> def network(params, x):

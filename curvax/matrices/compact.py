@@ -124,7 +124,8 @@ class CompactMap(LinearMap):
         scales = jax.lax.rsqrt(jnp.where(sizes > 0, sizes, 1))
         values, axes = jnp.linalg.eigh(core * scales[:, None] * scales[None, :])
         scales, values = (trees.expand_right(numbers, right.ndim) for numbers in (scales, values))
-        return scales * (axes @ (axes.T @ (scales * right) / values))
+        with jax.default_matmul_precision("highest"):
+            return scales * (axes @ (axes.T @ (scales * right) / values))
 
     def combine(self, coefficients: Array) -> PyTree:
         """Psi c, a pytree like the map's vectors."""
@@ -139,13 +140,15 @@ class CompactMap(LinearMap):
         # L^2 is known to eps of its largest only: what is below is no direction of Psi.
         kept = squares > 10 * squares.size * jnp.finfo(squares.dtype).eps * jnp.max(squares)
         lengths = jnp.sqrt(jnp.where(kept, squares, 0))
-        reduced = lengths[:, None] * (axes.T @ self.solve_core(axes * lengths[None, :]))
+        core = self.solve_core(axes * lengths[None, :])
+        reduced = lengths[:, None] * jnp.matmul(axes.T, core, precision="highest")
         reduced = (reduced + reduced.T) / 2
         # Directions that Psi does not have are zero rows of R. Moved away from all eigenvalues they do not mix with
         # those near zero, and their columns of T are zero.
         far = 2 * jnp.max(jnp.abs(reduced)) + jnp.abs(self.scale)
         values, vectors = jnp.linalg.eigh(reduced + jnp.diag(jnp.where(kept, 0, far)))
-        basis = (axes * jnp.where(kept, 1 / jnp.where(kept, lengths, 1), 0)[None, :]) @ vectors
+        orthonormal = axes * jnp.where(kept, 1 / jnp.where(kept, lengths, 1), 0)[None, :]
+        basis = jnp.matmul(orthonormal, vectors, precision="highest")
         values, rank = values + self.scale, jnp.sum(kept)
         rest = jnp.where(rank < trees.size(self.structure), self.scale, jnp.max(values))
         return Spectrum(values, basis, rest, rank)
@@ -161,6 +164,7 @@ class CompactMap(LinearMap):
     def _spectral(self, vector, function):
         spectrum = self.spectrum()
         rest = function(spectrum.rest)
-        components = spectrum.basis.T @ self.project(vector)
-        change = self.combine(spectrum.basis @ ((function(spectrum.values) - rest) * components))
+        with jax.default_matmul_precision("highest"):
+            components = spectrum.basis.T @ self.project(vector)
+            change = self.combine(spectrum.basis @ ((function(spectrum.values) - rest) * components))
         return trees.add(trees.scale(rest, vector), change)

@@ -145,6 +145,7 @@ def _is_ill_defined(small):
 
     sizes = jnp.max(jnp.abs(core), axis=1)
     factors = jax.lax.rsqrt(jnp.where(used & (sizes > 0), sizes, 1))
+    # Both at once: one call to compile. Two of them could wait for each other's threads on few cores.
     scaled = jnp.stack([core * factors[:, None] * factors[None, :], gram])
     of_core, of_gram = jnp.linalg.eigvalsh(jnp.where(both[None], scaled, identity[None]))
     of_core = jnp.abs(of_core)

@@ -86,15 +86,15 @@ def steihaug(
 
     def step(state):
         p = state.direction
-        unit_product, product_norm, slope, flat = system.probe(p)
-        length = state.descent / slope / product_norm / reach
+        product, unit, norm, slope, flat = system.probe(p)
+        length = state.descent / slope / norm * (1 / unit) / reach
         inside = ~flat & (state.xx + length * (2 * state.xp + length * state.pp) < limit_squared)
         room = limit_squared - state.xx
         to_boundary = room / (state.xp + jnp.sqrt(state.xp**2 + state.pp * room))
         length = jnp.where(inside, length, to_boundary)
 
         x = trees.add_scaled(state.x, length, p)
-        residual = trees.add_scaled(state.residual, length * reach * product_norm, unit_product)
+        residual = trees.add_scaled(state.residual, length * reach * unit, product)
         residual_norm = trees.norm(residual)
         preconditioned = system.precondition(residual)
         descent = trees.vdot(residual, preconditioned)
@@ -109,7 +109,7 @@ def steihaug(
             xp, pp = trees.vdots((x, image), (direction, image))
 
         verdict = first_reason(
-            (~jnp.isfinite(product_norm + residual_norm), StopReason.NON_FINITE),
+            (~jnp.isfinite(norm + residual_norm), StopReason.NON_FINITE),
             (flat, StopReason.NEGATIVE_CURVATURE),
             (~inside, StopReason.BOUNDARY),
             (residual_norm <= start.threshold, StopReason.CONVERGED),
@@ -118,7 +118,7 @@ def steihaug(
         )
         iteration = state.iteration + 1
         after = _State(iteration, verdict, x, residual, residual_norm, direction, image, descent, xx, xp, pp)
-        taken = jnp.isfinite(product_norm + residual_norm)
+        taken = jnp.isfinite(norm + residual_norm)
         return trees.where(taken, after, state._replace(reason=verdict))
 
     def running(state):

@@ -138,10 +138,10 @@ def compact_trust_region(matrix: CompactMap, gradient: PyTree, radius: Scalar) -
     dtype = matrix.scale.dtype
 
     def project(vector):
-        return spectrum.basis.T @ matrix.project(vector)
+        return jnp.matmul(spectrum.basis.T, matrix.project(vector), precision="highest")
 
     def expand(coefficients):
-        return matrix.combine(spectrum.basis @ coefficients)
+        return matrix.combine(jnp.matmul(spectrum.basis, coefficients, precision="highest"))
 
     inside = project(gradient)
     whole = trees.norm(gradient).astype(dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal
 
 import jax
@@ -266,7 +267,7 @@ def _partition(scope, given, layers):
     groups = [{path} for path in paths]
     if scope == "layer":
         layers = find_layers_at(given.at, fallback="gradient") if layers is None else layers
-        for block in layers.blocks:
+        for block in dataclasses.replace(layers, biases="joint").blocks:
             own = {layers.paths[i] for i in block.leaves}
             merged = set().union(*(group for group in groups if group & own))  # a leaf may be in several
             groups = [group for group in groups if not group & own] + ([merged] if merged else [])

@@ -192,7 +192,7 @@ class _Solve:
             "residual": result.residual_norm.astype(given.dtype) / jnp.where(norm > 0, norm, 1),
             "model_value": result.model_value.astype(given.dtype),
         }
-        # A matrix that is not finite ends the solve at its start, which is finite: the reason tells.
+        # A matrix that is not finite ends the solve where it is finite: the reason tells.
         return result.value, figures, result.reason != solvers.StopReason.NON_FINITE
 
 

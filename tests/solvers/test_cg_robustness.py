@@ -341,10 +341,62 @@ def test_a_warm_start_of_another_size_in_half_precision(size_of_x0, size_of_b):
     np.testing.assert_allclose(result.value, b / diagonal, rtol=2e-3, atol=2e-3 * size_of_x0)
 
 
-def test_a_warm_start_whose_product_is_not_finite_ends_the_run():
-    result = solvers.cg(
-        lambda v: jnp.where(v[0] == 0, v, jnp.nan), jnp.eye(N)[1], x0=jnp.ones(N), max_iterations=9, tolerance=1e-6
+@pytest.mark.parametrize(
+    ("matvec", "size", "of_x0"),
+    [(lambda v: jnp.where(v[0] == 0, v, jnp.nan), 1.0, 1.0), (lambda v: v, 1e-20, 1.0), (lambda v: v, 1.0, 1e30)],
+)
+def test_from_a_warm_start_that_cannot_be_reached_back_to_zero(matvec, size, of_x0):
+    """Its product is not finite, or the square of the residual."""
+    b, x0 = size * jnp.eye(N, dtype=jnp.float32)[1], jnp.full(N, of_x0, jnp.float32)
+    result = jax.jit(lambda b, x0: solvers.cg(matvec, b, x0=x0, max_iterations=9, tolerance=1e-6, store_at=(1, 2)))(
+        b, x0
     )
-    assert result.reason == StopReason.NON_FINITE
-    assert result.iterations == 0
-    assert np.isfinite(result.value).all()
+    assert result.reason == StopReason.CONVERGED
+    assert result.iterations == result.stored.used == 1
+    close(result.value, b, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize(("method", "warm"), [("cg", False), ("cg", True), ("steihaug", False)])
+def test_neither_the_scale_of_b_nor_that_of_the_preconditioner_matters(method, warm, dtype):
+    """To the bit, for powers of two (of cg: steihaug has units of the radius); nothing may leave the range between."""
+    matrix, _, b = symmetric(0, np.linspace(1, 4, N))
+    matrix, b = matrix.astype(dtype), b.astype(dtype)
+    x0 = b[::-1] / 3 if warm else None
+    spread = np.geomspace(1, 4, N).astype(dtype)
+    most, rounding = {"float16": (2**7, 1e-3), "float32": (2**40, 0.0 if method == "cg" else 1e-6)}[dtype]
+
+    @jax.jit
+    def run(b, x0, scale):
+        options = {"max_iterations": 6, "tolerance": 0.0, "preconditioner": lambda r: scale * spread * r}
+        if method == "cg":
+            return solvers.cg(lambda v: matrix @ v, b, x0=x0, **options).value
+        return solvers.steihaug(lambda v: matrix @ v, b, radius=jnp.asarray(1e30, jnp.float32), **options).value
+
+    one = np.asarray(run(b, x0, np.asarray(1, dtype)), float)
+    for of_b in (1 / most, 1, most):
+        for of_scale in (1 / most, most):
+            factor = np.asarray(of_b, dtype)
+            own = run(b * factor, None if x0 is None else x0 * factor, np.asarray(of_scale, dtype))
+            close(np.asarray(own, float) / of_b, one, rounding)
+
+
+@pytest.mark.parametrize("period", [1, 2])
+def test_a_monitor_sees_what_is_counted_alone(period):
+    seen = []
+
+    def update(count, x, iteration):
+        jax.debug.callback(lambda number: seen.append(int(number)), iteration)
+        return count + 1, jnp.zeros((), bool)
+
+    matrix, _, b = symmetric(1, np.geomspace(1, 100, N))
+    monitor = solvers.Monitor(update, jnp.array(0))
+    run = jax.jit(
+        lambda b, x0: solvers.cg(
+            lambda v: matrix @ v, b, x0=x0, max_iterations=3 + period, tolerance=0.0, monitor=monitor
+        )
+    )
+    result = run(b, jnp.ones(N))
+    jax.effects_barrier()
+    assert sorted(seen) == list(range(1, 4 + period))
+    assert result.monitor_state == 3 + period
