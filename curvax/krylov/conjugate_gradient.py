@@ -197,13 +197,15 @@ def _step(system: ScaledSystem, state: _State, start: Start, warm, progress_tole
     preconditioned = system.precondition(residual)
     sums = trees.vdots((residual, residual), (trees.sub(residual, system.right), x), (residual, preconditioned))
     residual_norm, model_value = jnp.sqrt(sums[0]), 0.5 * sums[1]
+    measured = residual_norm + model_value
     if warm is not None:
         unit = jnp.where(counts, unit, power_of_two(sums[2] / residual_norm))
+        measured = jnp.where(counts, measured, measured + sums[2])
     descent = sums[2] / unit
     defect = first_reason(
         (~jnp.isfinite(norm), StopReason.NON_FINITE),
         (flat, StopReason.NEGATIVE_CURVATURE),
-        (~jnp.isfinite(residual_norm + model_value), StopReason.NON_FINITE),
+        (~jnp.isfinite(measured), StopReason.NON_FINITE),
     )
     # A defective step is not taken: everything but the reason stays as it was.
     taken = defect == StopReason.MAX_ITERATIONS

@@ -14,13 +14,13 @@ N = 5
 
 
 def dense(params, x):
-    return jnp.tanh(x @ params["w"] + params["b"]) @ params["out"] + params["c"]
+    return jnp.tanh(x @ params["w"] + params["b"][None]) @ params["out"] + params["c"][None]
 
 
 def turned(params, x):
     """The features of the bias in another order than those of the weights."""
-    h = jnp.einsum("ni,iab->nba", x, params["w"]) + params["b"]
-    return jnp.tanh(h).reshape(len(x), 6) @ params["out"] + params["c"]
+    h = jnp.einsum("ni,iab->nba", x, params["w"]) + params["b"][None]
+    return jnp.tanh(h).reshape(len(x), 6) @ params["out"] + params["c"][None]
 
 
 def grouped(params, x):
@@ -33,14 +33,14 @@ def grouped(params, x):
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=2,
     )
-    return jnp.tanh(h + params["b"]).reshape(len(x), -1)[:, :6] @ params["out"] + params["c"]
+    return jnp.tanh(h + params["b"][None, None, None]).reshape(len(x), -1)[:, :6] @ params["out"] + params["c"][None]
 
 
 def scanned(params, x):
     def layer(h, own):
-        return jnp.tanh(h @ own[0] + own[1]), None
+        return jnp.tanh(h @ own[0] + own[1][None]), None
 
-    return jax.lax.scan(layer, x, (params["w"], params["b"]))[0][:, :6] @ params["out"] + params["c"]
+    return jax.lax.scan(layer, x, (params["w"], params["b"]))[0][:, :6] @ params["out"] + params["c"][None]
 
 
 SHAPES = {
@@ -147,3 +147,38 @@ def test_what_needs_joint_biases_says_so():
         kronecker.layerwise_curvature(curvax.tap(layers, objective.linearize(params, batch)))
     with pytest.raises(ValueError, match="bias must be one of"):
         curvax.find_layers(objective, params, batch, bias="both")
+
+
+@pytest.mark.parametrize("inverse", ["block_diagonal", "block_tridiagonal", kronecker.EigenCorrected()])
+@pytest.mark.parametrize("network", [turned, grouped, scanned])
+def test_nothing_is_promoted(network, inverse):
+    objective, params, batch = problem(network)
+    params, batch = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (params, batch))
+
+    def step(params, batch):
+        layers = curvax.find_layers(objective, params, batch, bias="separate")
+        tx = curvax.kfac(layers, inverse=inverse)
+        state = tx.init(params)
+        _, gradient, at = objective.value_and_grad(params, batch)
+        return tx.update(gradient, state, params, at=at)[0]
+
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        updates = jax.eval_shape(step, params, batch)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(updates))
+
+
+def test_cubic_rates_are_for_the_weights_with_their_bias_all_the_same():
+    objective, params, batch = problem(dense)
+
+    def rates(bias):
+        layers = curvax.find_layers(objective, params, batch, bias=bias)
+        tx = curvax.scale_by_cubic_step(optax.sgd(1.0), scope="layer", layers=layers)
+
+        @jax.jit
+        def update(params):
+            _, gradient, at = objective.value_and_grad(params, batch)
+            return tx.update(gradient, tx.init(params), params, at=at)[0]
+
+        return update(params)
+
+    jax.tree.map(np.testing.assert_array_equal, rates("joint"), rates("separate"))

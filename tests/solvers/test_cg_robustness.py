@@ -331,7 +331,8 @@ def test_the_step_to_a_warm_start_is_not_counted_nor_shown():
 
 
 @pytest.mark.parametrize(("size_of_x0", "size_of_b"), [(1e3, 1e-3), (1e-4, 1e3)])
-def test_a_warm_start_of_another_size_in_half_precision(size_of_x0, size_of_b):
+@pytest.mark.parametrize("preconditioner", [None, lambda r: 2 * r])
+def test_a_warm_start_of_another_size_in_half_precision(size_of_x0, size_of_b, preconditioner):
     diagonal = jnp.linspace(1.0, 2.0, N, dtype=jnp.float16)
     b, x0 = (jnp.full(N, size, jnp.float16) for size in (size_of_b, size_of_x0))
     result = jax.jit(lambda b, x0: solvers.cg(lambda v: diagonal * v, b, x0=x0, max_iterations=3 * N, tolerance=1e-3))(
