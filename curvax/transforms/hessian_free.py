@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from curvax import solvers, trees
-from curvax.damping.matrices import Damping, tikhonov
+from curvax.damping.matrices import Damping, Tikhonov
 from curvax.damping.rules import DampingRule, next_batch_rule
 from curvax.estimators.chapelle_erhan import chapelle_erhan_diagonal
 from curvax.layers.factor_damping import mean_curvature
@@ -154,7 +154,7 @@ def hessian_free(
     """
     check_arguments(hessian_free, locals())
     rule, judge = judging(judged_by, rule, DampingRule(), next_batch_rule(period=1, base=0.9), measured=True)
-    damping_matrix = tikhonov() if damping_matrix is None else damping_matrix
+    damping_matrix = Tikhonov() if damping_matrix is None else damping_matrix
     curvature = GaussNewton() if curvature is None else curvature
     check_curvature("hessian_free", curvature)
     kind_of_choice = _named("choice", choice, _CHOICES)
@@ -213,7 +213,10 @@ def hessian_free(
 
         new_loss = new_judged if held_out is None else loss_on(at)(delta)
         slope, (gradient_norm, length) = search.slope, trees.norms(gradient, delta)
-        predicted = (slope + matrix.quadratic(packing.unpack(delta)).astype(slope.dtype) / 2).astype(dtype)
+        if isinstance(damping_matrix, Tikhonov):  # from q, which has lambda I in it, without a product
+            predicted = (chosen.model_value - given.strength * jnp.square(length) / 2).astype(dtype)
+        else:
+            predicted = (slope + matrix.quadratic(packing.unpack(delta)).astype(slope.dtype) / 2).astype(dtype)
         # A run that only rose needs more damping, and so does a matrix that is not positive definite, however well the
         # part of the step fared.
         failed = chosen.stayed | (result.reason == solvers.StopReason.NEGATIVE_CURVATURE)
