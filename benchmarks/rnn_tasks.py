@@ -318,7 +318,8 @@ def report(records: list[dict[str, Any]], planned: int) -> str:
         counts = [record["sequences"] / 1000 for record in group if record["outcome"] == "solved"]
         spread = f"{np.mean(counts):.0f} ({min(counts):.0f}, {max(counts):.0f})" if counts else "-"
         rate = f"{100 * (1 - len(counts) / len(group)):.0f} %"
-        seconds = f"{np.mean([record['seconds'] for record in group]):.0f}"
+        taken = [record["seconds"] for record in group if record["seconds"] is not None]
+        seconds = f"{np.mean(taken):.0f}" if taken else "-"
         name = [settings["task"], str(settings["lag"]), settings["damping"]]
         rows.append([*name, str(len(group)), spread, rate, seconds])
 
@@ -341,7 +342,8 @@ def report(records: list[dict[str, Any]], planned: int) -> str:
         " (checked at every fifth) or by relative progress; no preconditioner.",
         "- structural: lambda (I + D/30) with D of the hidden states, lambda from 0.1; structural_fixed: lambda I +"
         " D/30; tikhonov: lambda I, lambda from 0.3. Random permutation starts from 0.1 times the lag.",
-        "- Seconds are the mean of all runs, solved or not; the first of a cell in a process compiles.",
+        "- Seconds are the mean of all runs, solved or not, without those that were halted in between; the first of a"
+        " cell in a process compiles.",
         "",
         *markdown(columns, rows),
         *_machines(records),

@@ -87,8 +87,9 @@ def sr1_update(
     Example:
         >>> H = jnp.diag(jnp.array([1.0, -2.0, 3.0]))
         >>> memory = curvax.quasi_newton.sr1_memory(jnp.zeros(3), size=3)
+        >>> update = jax.jit(curvax.quasi_newton.sr1_update)
         >>> for a in jnp.array([[1.0, 2.0, 3.0], [0.0, 1.0, 1.0], [1.0, 0.0, 0.0]]):
-        ...     memory, _, _ = curvax.quasi_newton.sr1_update(memory, a, H @ a, scale=0.5)
+        ...     memory, _, _ = update(memory, a, H @ a, scale=0.5)
         >>> bool(jnp.allclose(curvax.quasi_newton.sr1_map(memory, 0.5).to_dense(), H, atol=1e-4))
         True
     """

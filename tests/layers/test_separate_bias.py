@@ -111,7 +111,7 @@ def test_kfac_goes_down_with_them(network, inverse):
         updates, state = tx.update(gradient, state, params, at=at)
         return optax.apply_updates(params, updates), state, loss
 
-    state, losses = tx.init(params), []
+    state, losses = jax.jit(tx.init)(params), []
     for _ in range(15):
         params, state, loss = step(params, state)
         losses.append(loss)

@@ -71,7 +71,7 @@ def test_factors_and_inverses_are_split_when_asked(made, options):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     shardings = curvax.layers.factor_shardings(jax.eval_shape(tx.init, params), mesh, "data")
     copied = NamedSharding(mesh, PartitionSpec())
-    state = jax.device_put(tx.init(params), shardings)
+    state = jax.device_put(jax.jit(tx.init)(params), shardings)
     sharded = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
     jitted = jax.jit(step, out_shardings=(copied, shardings))
     found, state = steps(tx, jitted, jax.device_put(params, copied), state, sharded)
