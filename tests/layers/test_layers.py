@@ -219,6 +219,55 @@ def test_a_model_that_only_fits_one_batch_size_is_explained():
         curvax.find_layers(objective, jnp.ones((3, 2)), (constant, jnp.ones((N, 2))))
 
 
+def paired(params, x):
+    """Chosen and rejected rows in turn."""
+    scores = (jnp.tanh(x @ params["w"]) @ params["o"]).reshape(-1, 2, 2)
+    return scores[:, 0] - scores[:, 1]
+
+
+def ghost_normalised(params, x):
+    """Batch normalisation of four examples at a time."""
+    groups = (x @ params["w"]).reshape(-1, 4, 4)
+    groups = (groups - groups.mean(1, keepdims=True)) / jnp.sqrt(groups.var(1, keepdims=True) + 1e-3)
+    return jnp.tanh(groups.reshape(-1, 4)) @ params["o"]
+
+
+def over_devices(params, x):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    hidden = jax.shard_map(
+        jnp.tanh,
+        mesh=mesh,
+        in_specs=jax.sharding.PartitionSpec("data"),
+        out_specs=jax.sharding.PartitionSpec("data"),
+    )(x @ params["w"])
+    return hidden @ params["o"]
+
+
+@pytest.mark.many_compilations("three models, and their gradients outside of jit")
+@pytest.mark.parametrize("model", [paired, ghost_normalised, over_devices])
+def test_models_that_want_a_multiple_of_something(model):
+    """The uses of each layer have its gradient between them, though no odd number of examples goes through."""
+    draw = np.random.default_rng(0)
+    params = {"w": jnp.asarray(draw.normal(size=(3, 4))), "o": jnp.asarray(draw.normal(size=(4, 2)))}
+    inputs = jnp.asarray(draw.normal(size=(8, 3)))
+    targets = jnp.asarray(draw.normal(size=jax.eval_shape(model, params, inputs).shape))
+    objective = curvax.Objective(model, curvax.losses.squared_error())
+    layers = curvax.find_layers(objective, params, (inputs, targets))
+    assert {layer.name for layer in layers} == {"w", "o"}
+
+    @jax.jit
+    def both(params):
+        tapped = curvax.tap(layers, objective.linearize(params, (inputs, targets)))
+        cotangents = (model(params, inputs) - targets) / len(targets)
+        uses = tapped.by_layer(tapped.pull_back((cotangents,)))
+        summed = {name: sum(use.gradient() for use in own)[0] for name, own in uses.items()}
+        return summed, jax.grad(objective)(params, (inputs, targets))
+
+    summed, gradient = both(params)
+    for name in params:
+        np.testing.assert_allclose(summed[name], gradient[name], rtol=1e-11, atol=1e-14)
+
+
 def test_several_terms_share_layers():
     def network(params, x):
         return jnp.tanh(x @ params["w"]) @ params["v"]
