@@ -14,6 +14,7 @@ from curvax.solvers.backtracking import last_stored as last_stored
 from curvax.solvers.krylov_subspace import krylov_subspace as krylov_subspace
 from curvax.solvers.krylov_subspace import minimize_in_subspace as minimize_in_subspace
 from curvax.solvers.line_search import backtracking_line_search as backtracking_line_search
+from curvax.solvers.lissa import lissa as lissa
 from curvax.solvers.preconditioners import diagonal_preconditioner as diagonal_preconditioner
 from curvax.solvers.steihaug import steihaug as steihaug
 from curvax.solvers.trust_region import compact_trust_region as compact_trust_region
