@@ -105,9 +105,9 @@ class BlockTridiagonal(Inverse):
     Attributes:
         method: How the damped factors of blocks outside of chains are inverted, see ``curvax.matrices.inverses``.
         doublings: None for the eigendecompositions; else the sum of 2^doublings terms of the series of Smith in their
-            place, which is made of products alone, as accelerators want it. 6 are as good on most chains: what lacks
-            is (s_1 s_2)^64, with s_1 and s_2 the squared canonical correlations of neighbours. Applying takes three
-            times as many operations then, and the state holds the powers.
+            place, which is made of products alone, as accelerators want it. Along each pair of eigenvectors a part of
+            (s_1 s_2)^(2^doublings) is lacking, with s_1 and s_2 the squared canonical correlations of neighbours.
+            Applying takes two products more for each doubling, where it has eight, and the state holds the powers.
 
     Source: Martens 2016, section 6.4.3 and appendix B.2.
     """
