@@ -12,8 +12,9 @@ from curvax.types import Array
 
 InverseMethod = Literal["cholesky", "schur", "eigen", "newton_schulz"]
 
-# Where halving ends. LAPACK's calls are slow on loaded cores, and each half more is compiled.
-_SMALL = 512
+# Where halving ends. From 256 rows on, twice as many, OpenBLAS factorises by threads of its own, which then keep the
+# cores from XLA's for milliseconds: inverses of a network took twice as long.
+_SMALL = 127
 
 
 def inverse_of(matrix: Array, method: InverseMethod = "cholesky", previous: Array | None = None) -> Array:
@@ -76,25 +77,34 @@ def inverses_of_stacks(
 def inverse_root(matrix: Array) -> Array:
     r"""Y = L^{-T} for A = L L^T, one matrix: Y Y^T is the inverse and Y^T A Y = I.
 
-    By halves down to small matrices, as products run several times as fast as triangular solves:
+    By halves down to small matrices, as products run several times as fast as what LAPACK does:
 
         Y = [Y_1  -Y_1 W Y_2]
             [0     Y_2      ]    for A = [A_1 B; B^T D], W = Y_1^T B and Y_2 that of D - W^T W
     """
     n = len(matrix)
     if n <= _SMALL:
-        # LAPACK works by columns, so that what it is given and what it returns transposed needs no copy; the barriers
-        # keep XLA from turning it before. It reads one triangle alone, which saves a program for each size over making
-        # the matrix symmetric first.
-        matrix, identity = jax.lax.optimization_barrier((matrix, jnp.eye(n, dtype=matrix.dtype)))
-        factor = jax.lax.linalg.cholesky(matrix.T, symmetrize_input=False)
-        inverse = jax.lax.linalg.triangular_solve(factor, identity.T, left_side=True, lower=True)
-        return jax.lax.optimization_barrier(inverse.T)
-    half = n // 2
+        return _small_inverse_root(matrix)
+    half = _half(n)
     first = inverse_root(matrix[:half, :half])
     w = first.T @ matrix[:half, half:]
     second = inverse_root(matrix[half:, half:] - w.T @ w)
     return jnp.block([[first, -first @ (w @ second)], [jnp.zeros((n - half, half), matrix.dtype), second]])
+
+
+def _small_inverse_root(matrix):
+    """L^{-T} as a part of one Cholesky factor, as triangular solves are run by OpenBLAS's own threads at any size:
+
+        [A    I ]   [L        0]
+        [I   c I] = [L^{-T}  ..] [..]^T,    of which c, above every eigenvalue of A^{-1}, changes the rest alone
+    """
+    n = len(matrix)
+    identity = jnp.eye(n, dtype=matrix.dtype)
+    enlarged = jnp.block([[matrix, identity], [identity, jnp.finfo(matrix.dtype).max / 4 * identity]])
+    # LAPACK works by columns, so that what it is given transposed needs no copy; the barrier keeps XLA from turning it
+    # before. It reads one triangle alone, which saves a program for each size over making the matrix symmetric first.
+    factor = jax.lax.linalg.cholesky(jax.lax.optimization_barrier(enlarged).T, symmetrize_input=False)
+    return factor[n:, :n]
 
 
 def by_size(function: Callable[..., Array], stacks: Sequence[tuple[Array, ...]], after: Any = None) -> list[Array]:
@@ -107,7 +117,8 @@ def by_size(function: Callable[..., Array], stacks: Sequence[tuple[Array, ...]],
     accelerators round operands to some ten bits otherwise, too few for a matrix that is at all ill-conditioned.
 
     Args:
-        function: Of a matrix, or of a matrix and another that goes with it and is filled up by 1 / c.
+        function: Of a matrix, or of a matrix and another that goes with it and is filled up by 1 / c; its result has
+            the shape of the matrix.
         stacks: For each its arguments, of equal shapes.
         after: What is to be there before the first call.
     """
@@ -117,11 +128,17 @@ def by_size(function: Callable[..., Array], stacks: Sequence[tuple[Array, ...]],
         groups.setdefault((_size_class(stack.shape[-1]), stack.dtype, alone), []).append(place)
 
     def of_group(own):
-        size = _even(max(stack.shape[-1] for stack, *_ in own))
+        size = _in_equal_parts(max(stack.shape[-1] for stack, *_ in own))
         columns = [jnp.concatenate(column) for column in zip(*[_filled(each, size) for each in own], strict=True)]
-        if len(columns[0]) == 1:
+        count = len(columns[0])
+        if count == 1:
             return function(*(column[0] for column in columns))[None]
-        return jax.lax.map(lambda matrices: function(*matrices), tuple(columns))
+
+        def body(place, results):  # each in the place of its first argument, so that there is one stack and not two
+            arguments = (jax.lax.dynamic_index_in_dim(x, place, keepdims=False) for x in (results, *columns[1:]))
+            return jax.lax.dynamic_update_index_in_dim(results, function(*arguments), place, 0)
+
+        return jax.lax.fori_loop(0, count, body, columns[0])
 
     found: list[Any] = [None] * len(stacks)
     with jax.default_matmul_precision("highest"):
@@ -141,10 +158,16 @@ def _size_class(n):
     return -(-n // step) * step
 
 
-def _even(n):
-    """The next size that can be halved down to where halving ends."""
-    halvings = max(0, -(-n // _SMALL) - 1).bit_length()
-    return -(-n // 2**halvings) * 2**halvings
+def _in_equal_parts(n):
+    """The next size that is a multiple of the size at which halving ends."""
+    parts = -(-n // _SMALL)
+    return -(-n // parts) * parts
+
+
+def _half(n):
+    """About half of a size, and a multiple of the size at which halving ends."""
+    parts = -(-n // _SMALL)
+    return -(-n // parts) * (parts // 2)
 
 
 def _filled(stacks, size):
@@ -189,7 +212,7 @@ def _by_cholesky(matrix, previous):
     root = inverse_root(matrix)
     if len(root) <= _SMALL:
         return root @ root.T
-    half = len(root) // 2  # half of the operations are with the zeros below the diagonal
+    half = _half(len(root))  # half of the operations are with the zeros below the diagonal
     above, corner = root[:half], root[half:, half:]
     across = above[:, half:] @ corner.T
     return jnp.block([[above @ above.T, across], [across.T, corner @ corner.T]])
@@ -199,7 +222,7 @@ def _by_schur(matrix, previous):
     n = len(matrix)
     if n <= _SMALL:
         return _by_cholesky(matrix, previous)
-    half = n // 2
+    half = _half(n)
     a, b, d = matrix[:half, :half], matrix[:half, half:], matrix[half:, half:]
     inverse = _by_schur(a, None)
     left = inverse @ b

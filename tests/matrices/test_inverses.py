@@ -81,10 +81,14 @@ def test_matrices_of_near_sizes_and_any_scale_are_inverted_together(method):
 
 
 def test_those_of_near_sizes_are_compiled_once():
-    """By the Cholesky factors that the program takes: one for each class of sizes, however many matrices there are."""
-    stacks = [jnp.zeros((1, n, n)) for n in (30, 31, 31, 65, 66, 250, 251)]
-    text = jax.jit(lambda stacks: inverses_of_stacks(stacks)).lower(stacks).as_text()
-    assert text.count("stablehlo.cholesky") + text.count("potrf") == 3
+    """By the Cholesky factors that the program takes: as many for a class of sizes as for its largest matrix alone."""
+
+    def count(sizes):
+        stacks = [jnp.zeros((1, n, n)) for n in sizes]
+        text = jax.jit(lambda stacks: inverses_of_stacks(stacks)).lower(stacks).as_text()
+        return text.count("stablehlo.cholesky") + text.count("potrf")
+
+    assert count((30, 31, 31, 65, 66, 250, 251)) == sum(count((n,)) for n in (31, 66, 251))
 
 
 def test_one_that_is_not_positive_definite_does_not_spoil_those_beside_it():
@@ -93,6 +97,23 @@ def test_one_that_is_not_positive_definite_does_not_spoil_those_beside_it():
     finite = [bool(np.all(np.isfinite(matrix))) for stack in found for matrix in stack]
     assert finite == [True, False, True, True]
     assert not np.any(np.isfinite(np.diagonal(found[0][1])))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1.0, 1e30])
+@pytest.mark.parametrize("size", [3, 127, 128, 300])
+def test_the_root_of_an_inverse_has_the_precision_of_a_cholesky_factor_at_any_scale(size, scale):
+    """In float32, near the ends of its range as well: what stands beside the matrix in the factorised one is not felt."""
+    matrix = (np.float32(scale) * spd(9, size, 1e4)).astype(np.float32)
+    root = np.asarray(jax.jit(inverse_root)(matrix)).astype(np.float64)
+    exact = matrix.astype(np.float64)
+    solved = np.linalg.inv(np.linalg.cholesky(exact)).T
+    error = np.linalg.norm(root - solved, 2) / np.linalg.norm(solved, 2)
+    assert error < rounding(np.float32, size, condition=1e4)
+
+
+def test_what_is_not_positive_definite_has_no_root():
+    for matrix in (-np.eye(3), np.diag([1.0, 0.0, 1.0]), np.full((3, 3), np.nan)):
+        assert not np.all(np.isfinite(jax.jit(inverse_root)(matrix)))
 
 
 @pytest.mark.parametrize("size", [3, 700])
