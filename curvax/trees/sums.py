@@ -109,26 +109,29 @@ def _norms(rows):
 
 
 def _units(rows):
-    sizes = _largests(rows, jnp.max)
+    sizes = _largests(rows, _top)
     return jnp.where((sizes > 0) & jnp.isfinite(sizes), sizes, 1)
 
 
-# XLA's maximum on CPU loses what is not a number among more than 4,000 entries (JAX 0.10.2), its sum does not: that of
-# zero times the entries shows what is not finite. Both are one kernel, a maximum of the bits of the entries is four.
+# XLA's maximum on CPU loses what is not a number among more than 4,000 entries (JAX 0.10.2), its sum does not: x - x is
+# zero where x is finite, and not a number elsewhere. Zero times x would say so as well, by a whole array of zeros.
 @functools.partial(jax.jit, inline=True, static_argnums=1)
-def _largests(rows, reduce):
+def _largests(rows, of_entries):
     real = [[jnp.abs(leaf) if jnp.iscomplexobj(leaf) else leaf for leaf in leaves] for leaves in rows]
     dtype = wide_dtype(*jax.tree.leaves(real))
-    magnitudes = jax.tree.map(jnp.abs, _joined(real, dtype))
-    return _reduced(magnitudes, dtype, jnp.maximum, functools.partial(reduce, axis=-1), reduce)
+    return _reduced(_joined(real, dtype), dtype, jnp.maximum, functools.partial(of_entries, axis=-1), of_entries)
 
 
-def _top_or_nan(magnitudes, axis=None):
-    return jnp.max(magnitudes, axis) + _zero_or_nan(magnitudes, axis)
+def _top(entries, axis=None):
+    return jnp.max(jnp.abs(entries), axis)
 
 
-def _zero_or_nan(magnitudes, axis=None):
-    return jnp.sum(0 * magnitudes, axis)
+def _zero_or_nan(entries, axis=None):
+    return jnp.sum(entries - entries, axis)
+
+
+def _top_or_nan(entries, axis=None):
+    return _top(entries, axis) + _zero_or_nan(entries, axis)
 
 
 def _joined(rows, dtype):
