@@ -292,16 +292,22 @@ class Attempt(NamedTuple):
 def _best_of_three(due: Array, rule: BestOfThree, first: Attempt, attempt: Callable[[Array, Any], Attempt]) -> Attempt:
     """Where it is time, the best of the attempts with gamma, omega gamma and gamma / omega; else the first (KF-13).
 
-    A loop that is run no time at all passes its state on without a copy, which a ``cond`` does not promise.
+    A loop that is run no time at all passes its state on without a copy, which a ``cond`` does not promise. But what
+    does not change in a loop, such as identities of the size of the factors, XLA takes out of it, and would work out at
+    every step; out of a branch it takes nothing.
     """
     candidates = rule.candidates(first.gamma)
+    number = jnp.where(due, len(candidates), 1)
 
     def body(carry):
         index, best = carry
-        found = attempt(candidates[index], first.prepared)
-        return index + 1, trees.where(found.predicted < best.predicted, found, best)
 
-    number = jnp.where(due, len(candidates), 1)
+        def better():
+            found = attempt(candidates[index], first.prepared)
+            return trees.where(found.predicted < best.predicted, found, best)
+
+        return index + 1, jax.lax.cond(index < number, better, lambda: best)
+
     return jax.lax.while_loop(lambda carry: carry[0] < number, body, (jnp.asarray(1), first))[1]
 
 
