@@ -26,7 +26,8 @@ def test_the_mean_over_a_cycle_has_periodic_work_once():
     assert rows[0]["state / parameters"] == "2.02"  # two moments and a counter
 
     run = step_cost.Measured(names["curveball"], objective, params, batch, None)
-    assert run.run_cycle() > 0
+    run.run_cycle()
+    assert len(run.cycles[0]) == 5 and min(run.cycles[0]) > 0
     always = curvax.curveball(rule=curvax.damping.DampingRule())
     never = curvax.curveball(rule=curvax.damping.DampingRule(period=1000))
     dear, cheap = (

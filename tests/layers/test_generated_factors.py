@@ -112,6 +112,8 @@ def moments(chain, tied, params, x, sharing):
         return network(chain, tied, params, x, probe_of), inputs
 
     jax.eval_shape(run, params, x)
+    if not shapes:
+        return {}
     zeros = [jnp.zeros(shape) for shape in shapes]
 
     @jax.jit
