@@ -93,10 +93,9 @@ def inverse_root(matrix: Array) -> Array:
 
 
 def _small_inverse_root(matrix):
-    """L^{-T} as a part of one Cholesky factor, as triangular solves are run by OpenBLAS's own threads at any size:
+    """L^{-T}, the lower left part of the Cholesky factor of [A I; I cI] for any c above the eigenvalues of A^{-1}.
 
-        [A    I ]   [L        0]
-        [I   c I] = [L^{-T}  ..] [..]^T,    of which c, above every eigenvalue of A^{-1}, changes the rest alone
+    Triangular solves, the obvious way, are run by OpenBLAS's own threads at any size.
     """
     n = len(matrix)
     identity = jnp.eye(n, dtype=matrix.dtype)

@@ -27,7 +27,7 @@ def test_the_mean_over_a_cycle_has_periodic_work_once():
 
     run = step_cost.Measured(names["curveball"], objective, params, batch, None)
     run.run_cycle()
-    assert len(run.cycles[0]) == 5 and min(run.cycles[0]) > 0
+    assert len(run.cycles[0]) == 5
     always = curvax.curveball(rule=curvax.damping.DampingRule())
     never = curvax.curveball(rule=curvax.damping.DampingRule(period=1000))
     dear, cheap = (

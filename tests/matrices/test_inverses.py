@@ -102,7 +102,7 @@ def test_one_that_is_not_positive_definite_does_not_spoil_those_beside_it():
 @pytest.mark.parametrize("scale", [1e-30, 1e-6, 1.0, 1e30])
 @pytest.mark.parametrize("size", [3, 127, 128, 300])
 def test_the_root_of_an_inverse_has_the_precision_of_a_cholesky_factor_at_any_scale(size, scale):
-    """In float32, near the ends of its range as well: what stands beside the matrix in the factorised one is not felt."""
+    """In float32, near the ends of its range as well: what the factorised matrix has besides is not felt."""
     matrix = (np.float32(scale) * spd(9, size, 1e4)).astype(np.float32)
     root = np.asarray(jax.jit(inverse_root)(matrix)).astype(np.float64)
     exact = matrix.astype(np.float64)
