@@ -4,8 +4,7 @@ Run: ``python -m benchmarks.step_cost``, or with ``--networks`` some of the netw
 method that does not read the incoming gradient does not pay for it. Periodic work is counted and timed as it occurs:
 all is the mean over a whole cycle of a method's steps, after its first, and the slowest step stands beside it.
 
-XLA has what a step needs for itself in one piece of memory. One above 32 MB glibc takes from the system anew at every
-step, which has to clear its pages, so that on CPUs steps are timed in pieces below that as well (``PIECES``).
+On CPUs steps are timed a second time with XLA's memory in pieces, see ``benchmarks.machine.in_pieces``.
 """
 
 from __future__ import annotations
@@ -25,12 +24,11 @@ import optax
 
 import curvax
 from benchmarks.image_networks import small_cnn
-from benchmarks.machine import load, on_machine
+from benchmarks.machine import in_pieces, load, on_machine
 from benchmarks.operations import flops
 from benchmarks.product_cost import setting
 from benchmarks.progress import markdown, table
 
-PIECES = {"xla_multiheap_size_constraint_per_heap": 30_000_000}
 KEEP = curvax.damping.DampingRule(decrease=1, increase=1)
 CYCLE = 20
 
@@ -259,10 +257,9 @@ def measure(network: Network, repeats: int) -> list[dict[str, str]]:
     """A row for every optimiser, Adam first; the cycles are taken in turn, and ratios are to Adam's cycle beside."""
     objective, params, batch = network.make()
     layers = curvax.find_layers(objective, params, batch)
-    in_pieces = PIECES if jax.default_backend() == "cpu" else {}
     whole, pieces = (
         {name: Measured(entry, objective, params, batch, layers, options) for name, entry in network.entries.items()}
-        for options in (None, in_pieces)
+        for options in ({}, in_pieces())
     )
     ratios, ratios_in_pieces = (_ratios_to_adam(runs, repeats) for runs in (whole, pieces))
     counts = {name: run.operations() for name, run in whole.items()}
@@ -301,9 +298,9 @@ HEADING = f"""# Steps in steps of Adam, float32
 By `python -m benchmarks.step_cost`. Means over a cycle of {CYCLE} steps where there is periodic work, taken in turn in
 one process. Loops whose length depends on the data are counted as the name says; of `scale_by_sample_space` with 40
 iterations. What a step does only when the data alarm it is not counted. First compile is tracing, lowering and
-compiling the step. State in bytes of the parameters. Temporary bytes are XLA's, in one piece, for which glibc asks the
-system at every step if they are more than 32 MB. "In pieces" are the same steps, Adam's as well, with
-`compiler_options={PIECES}` of `jax.jit`.
+compiling the step. State in bytes of the parameters. Temporary bytes are XLA's, in one piece, which glibc maps anew at
+every step if it is larger than 32 MB; "in pieces" are the same steps, Adam's as well, with
+`compiler_options={{"xla_multiheap_size_constraint_per_heap": 33_000_000}}` of `jax.jit`.
 """
 
 

@@ -15,7 +15,7 @@ import optax
 import orbax.checkpoint as ocp
 
 import curvax
-from benchmarks.machine import load
+from benchmarks.machine import in_pieces, load
 from benchmarks.progress import Progress
 
 PyTree = Any
@@ -187,7 +187,7 @@ def figures(state: PyTree) -> dict[str, Any]:
 
 def _step_function(tx, objective, curvature_size, cosine_decay):
     # The state is given up to the step, as in any training loop: it may be several times as large as the parameters.
-    @functools.partial(jax.jit, donate_argnums=1)
+    @functools.partial(jax.jit, donate_argnums=1, compiler_options=in_pieces())
     def step(params, state, batch, done):
         loss, gradient, at = objective.value_and_grad(params, batch)
         extra = {}

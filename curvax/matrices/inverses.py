@@ -12,8 +12,8 @@ from curvax.types import Array
 
 InverseMethod = Literal["cholesky", "schur", "eigen", "newton_schulz"]
 
-# Where halving ends. From 256 rows on, twice as many, OpenBLAS factorises by threads of its own, which then keep the
-# cores from XLA's for milliseconds: inverses of a network took twice as long.
+# Where halving ends. What is factorised has twice as many rows, and from 256 on OpenBLAS factorises by threads of its
+# own, which then keep the cores from XLA's for milliseconds: inverses of a network took twice as long.
 _SMALL = 127
 
 
@@ -27,7 +27,8 @@ def inverse_of(matrix: Array, method: InverseMethod = "cholesky", previous: Arra
           [A   B]^{-1}   [A^{-1} + A^{-1} B S^{-1} B^T A^{-1}   -A^{-1} B S^{-1}]
           [B^T D]      = [-S^{-1} B^T A^{-1}                     S^{-1}         ]
 
-      The fewest operations, and ten times the error of "cholesky": from condition numbers of 1e6 float32 fails it.
+      The fewest operations, and ten to twenty times the error of "cholesky": float32 fails it from condition numbers
+      of 1e6 on.
     - "eigen": by an eigendecomposition, whose eigenvalues are raised to the rounding of the largest: finite and
       positive definite where rounding has made the matrix indefinite. Many times the price of the others.
     - "newton_schulz": X <- X (2 I - A X) from ``previous``, which should be the inverse of a matrix near this one: a
@@ -109,7 +110,7 @@ def _small_inverse_root(matrix):
 def by_size(function: Callable[..., Array], stacks: Sequence[tuple[Array, ...]], after: Any = None) -> list[Array]:
     """A function of each of the matrices of stacks (blocks, n, n), one by one, those of near sizes in one loop.
 
-    Compiled once for a size, a function of products by halves is some twenty kernels, and the layers of a network have
+    Compiled once for a size, a function of products by halves is dozens of kernels, and the layers of a network have
     many matrices of a few sizes, or of sizes that differ by a bias. A matrix A is filled up to diag(A, c I) with c the
     mean of its diagonal, and the part of A is cut out of the result, so that the function has to keep the two apart,
     as inverses and Cholesky factors do. One by one, as batched products are slow on CPUs, and in full precision, as
@@ -132,10 +133,14 @@ def by_size(function: Callable[..., Array], stacks: Sequence[tuple[Array, ...]],
         count = len(columns[0])
         if count == 1:
             return function(*(column[0] for column in columns))[None]
+        if len(own) < count:  # some may be split by their blocks over devices: gathered once, as a loop's input is
+            return jax.lax.map(lambda matrices: function(*matrices), tuple(columns))
 
         def body(place, results):  # each in the place of its first argument, so that there is one stack and not two
             arguments = (jax.lax.dynamic_index_in_dim(x, place, keepdims=False) for x in (results, *columns[1:]))
-            return jax.lax.dynamic_update_index_in_dim(results, function(*arguments), place, 0)
+            result = function(*arguments).astype(results.dtype)
+            assert result.shape == results.shape[1:]
+            return jax.lax.dynamic_update_index_in_dim(results, result, place, 0)
 
         return jax.lax.fori_loop(0, count, body, columns[0])
 
@@ -158,15 +163,19 @@ def _size_class(n):
 
 
 def _in_equal_parts(n):
-    """The next size that is a multiple of the size at which halving ends."""
-    parts = -(-n // _SMALL)
+    """The next size that halving cuts into parts of one size."""
+    parts = _parts(n)
     return -(-n // parts) * parts
 
 
 def _half(n):
-    """About half of a size, and a multiple of the size at which halving ends."""
-    parts = -(-n // _SMALL)
+    """About half of a size, and a multiple of the size of the parts that halving cuts it into."""
+    parts = _parts(n)
     return -(-n // parts) * (parts // 2)
+
+
+def _parts(n):
+    return max(1, -(-n // _SMALL))
 
 
 def _filled(stacks, size):

@@ -181,14 +181,17 @@ def kfac(
             natural = preconditioner(given, seen, prepared, gamma)
             return Attempt(gamma, prepared, natural, *model(natural))
 
-        gamma, due = _gamma(given, strength), jnp.array(False)
+        gamma, periodic, due = _gamma(given, strength), jnp.array(False), jnp.array(False)
         if gamma_rule is not None:  # it begins with that of lambda and the penalty, and then has a life of its own
             gamma = jnp.where(given.steps == 0, gamma, given.memory.gamma)
-            due = gamma_rule.due(given.steps + 1) & seen.usable
+            periodic = gamma_rule.due(given.steps + 1)
+            due = periodic & seen.usable
         # Inverses that are compared are all of the present factors.
         best = attempt(gamma, preconditioner.refreshed(given, seen, gamma, due))
         if gamma_rule is not None:
-            best = _best_of_three(due, gamma_rule, best, lambda g, p: attempt(g, preconditioner.redamped(seen, p, g)))
+            best = _best_of_three(
+                periodic, due, gamma_rule, best, lambda g, p: attempt(g, preconditioner.redamped(seen, p, g))
+            )
         kept_gamma = () if gamma_rule is None else jnp.where(seen.usable, best.gamma, given.memory.gamma)
         rise, mu = best.coefficients
         delta = trees.extract(trees.add_scaled(trees.scale(rise, best.natural), mu, before), given.gradient)
@@ -289,12 +292,14 @@ class Attempt(NamedTuple):
     predicted: Array
 
 
-def _best_of_three(due: Array, rule: BestOfThree, first: Attempt, attempt: Callable[[Array, Any], Attempt]) -> Attempt:
-    """Where it is time, the best of the attempts with gamma, omega gamma and gamma / omega; else the first (KF-13).
+def _best_of_three(
+    periodic: Array, due: Array, rule: BestOfThree, first: Attempt, attempt: Callable[[Array, Any], Attempt]
+) -> Attempt:
+    """Where it is due, the best of the attempts with gamma, omega gamma and gamma / omega; else the first (KF-13).
 
     A loop that is run no time at all passes its state on without a copy, which a ``cond`` does not promise. But what
     does not change in a loop, such as identities of the size of the factors, XLA takes out of it, and would work out at
-    every step; out of a branch it takes nothing.
+    every step. It takes nothing out of a branch: that it is the period's turn is always so inside of the loop.
     """
     candidates = rule.candidates(first.gamma)
     number = jnp.where(due, len(candidates), 1)
@@ -306,7 +311,7 @@ def _best_of_three(due: Array, rule: BestOfThree, first: Attempt, attempt: Calla
             found = attempt(candidates[index], first.prepared)
             return trees.where(found.predicted < best.predicted, found, best)
 
-        return index + 1, jax.lax.cond(index < number, better, lambda: best)
+        return index + 1, jax.lax.cond(periodic, better, lambda: best)
 
     return jax.lax.while_loop(lambda carry: carry[0] < number, body, (jnp.asarray(1), first))[1]
 

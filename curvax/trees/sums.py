@@ -84,7 +84,7 @@ def are_finite(*trees: PyTree) -> jax.Array:
     >>> are_finite({"a": jnp.ones(2)}, {"a": jnp.array([1.0, jnp.nan])})
     Array([ True, False], dtype=bool)
     """
-    return jnp.isfinite(_largests(list(map(jax.tree.leaves, trees)), _zero_or_nan))
+    return jnp.isfinite(_largests(list(map(jax.tree.leaves, trees)), _finite_or_nan))
 
 
 # Programs of their own outside of jit, so that few are compiled there, and part of the caller's inside. Small leaves
@@ -114,7 +114,7 @@ def _units(rows):
 
 
 # XLA's maximum on CPU loses what is not a number among more than 4,000 entries (JAX 0.10.2), its sum does not: x - x is
-# zero where x is finite, and not a number elsewhere. Zero times x would say so as well, by a whole array of zeros.
+# finite where x is, and not a number elsewhere. Zero times x would say so as well, by a whole array of zeros.
 @functools.partial(jax.jit, inline=True, static_argnums=1)
 def _largests(rows, of_entries):
     real = [[jnp.abs(leaf) if jnp.iscomplexobj(leaf) else leaf for leaf in leaves] for leaves in rows]
@@ -126,12 +126,13 @@ def _top(entries, axis=None):
     return jnp.max(jnp.abs(entries), axis)
 
 
-def _zero_or_nan(entries, axis=None):
+def _finite_or_nan(entries, axis=None):
     return jnp.sum(entries - entries, axis)
 
 
 def _top_or_nan(entries, axis=None):
-    return _top(entries, axis) + _zero_or_nan(entries, axis)
+    # Zero times the sum: x - x is what rounding has taken off a product that a compiler has fused with the difference.
+    return _top(entries, axis) + 0 * _finite_or_nan(entries, axis)
 
 
 def _joined(rows, dtype):

@@ -36,3 +36,24 @@ def test_the_mean_over_a_cycle_has_periodic_work_once():
     )
     assert dear > cheap
     np.testing.assert_allclose(run.operations(), cheap + (dear - cheap) / 5, rtol=1e-2)
+
+
+@pytest.mark.many_compilations("the benchmark draws its data and copies its parameters eagerly")
+def test_the_two_further_trials_of_algorithm_7_are_counted_where_they_occur():
+    objective, params, batch = step_cost.dense((6, 5, 4), 8)
+    layers = curvax.find_layers(objective, params, batch)
+    tx = step_cost.algorithm_7(layers)
+
+    def count(steps, trials):
+        state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), jax.eval_shape(tx.init, params))
+
+        def step(params, state, batch):
+            return step_cost.training_step(objective, tx)(params, state._replace(steps=np.int32(steps)), batch)
+
+        return flops(step, params, state, batch, while_trip_count=trials, alarms=True)
+
+    period = curvax.damping.BestOfThree().period
+    one = count(period - 1, 1) - count(period - 1, 0)
+    assert one > 0
+    np.testing.assert_allclose(count(period - 1, 2) - count(period - 1, 1), one)
+    assert count(period, 2) == count(period, 0)

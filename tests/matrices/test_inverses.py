@@ -88,7 +88,22 @@ def test_those_of_near_sizes_are_compiled_once():
         text = jax.jit(lambda stacks: inverses_of_stacks(stacks)).lower(stacks).as_text()
         return text.count("stablehlo.cholesky") + text.count("potrf")
 
+    assert count((31,)) == 1
     assert count((30, 31, 31, 65, 66, 250, 251)) == sum(count((n,)) for n in (31, 66, 251))
+
+
+def test_a_stack_that_is_split_over_devices_is_gathered_once_and_not_for_each_of_its_matrices():
+    mesh = jax.make_mesh((8,), ("blocks",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("blocks"))
+    stack = np.stack([spd(seed, 6, 10.0) for seed in range(16)])
+    jitted = jax.jit(lambda stacks: inverses_of_stacks(stacks), in_shardings=split, out_shardings=split)
+    lines = jitted.lower([stack, stack]).compile().as_text().splitlines()
+    entry = next(place for place, line in enumerate(lines) if line.startswith("ENTRY"))
+    gathers = [place for place, line in enumerate(lines) if " all-gather(" in line]
+    assert gathers
+    assert min(gathers) > entry  # none within the computation of a loop, which stands before the program's
+    for found in jitted([stack, stack]):
+        np.testing.assert_allclose(found, np.linalg.inv(stack), rtol=1e-10, atol=1e-10)
 
 
 def test_one_that_is_not_positive_definite_does_not_spoil_those_beside_it():
@@ -112,7 +127,9 @@ def test_the_root_of_an_inverse_has_the_precision_of_a_cholesky_factor_at_any_sc
 
 
 def test_what_is_not_positive_definite_has_no_root():
-    for matrix in (-np.eye(3), np.diag([1.0, 0.0, 1.0]), np.full((3, 3), np.nan)):
+    late = np.eye(300)
+    late[299, 299] = -1.0  # in the last of the parts that it is cut into
+    for matrix in (-np.eye(3), np.diag([1.0, 0.0, 1.0]), np.full((3, 3), np.nan), late):
         assert not np.all(np.isfinite(jax.jit(inverse_root)(matrix)))
 
 
