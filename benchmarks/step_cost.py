@@ -257,11 +257,14 @@ def measure(network: Network, repeats: int) -> list[dict[str, str]]:
     """A row for every optimiser, Adam first; the cycles are taken in turn, and ratios are to Adam's cycle beside."""
     objective, params, batch = network.make()
     layers = curvax.find_layers(objective, params, batch)
-    whole, pieces = (
-        {name: Measured(entry, objective, params, batch, layers, options) for name, entry in network.entries.items()}
-        for options in ({}, in_pieces())
-    )
-    ratios, ratios_in_pieces = (_ratios_to_adam(runs, repeats) for runs in (whole, pieces))
+
+    def runs(options):
+        measured = functools.partial(Measured, objective=objective, params=params, batch=batch, layers=layers)
+        own = {name: measured(entry, compiler_options=options) for name, entry in network.entries.items()}
+        return own, _ratios_to_adam(own, repeats)
+
+    whole, ratios = runs({})
+    pieces, ratios_in_pieces = runs(in_pieces()) if in_pieces() else (whole, ratios)
     counts = {name: run.operations() for name, run in whole.items()}
     return [
         {
