@@ -52,7 +52,9 @@ def compare(
 ) -> dict[str, list[dict[str, float]]]:
     """Runs the methods and Adam; prints a table, and leaves records and plots in the output folder.
 
-    Losses are means over the targets: per character where targets are rows of characters.
+    Each method runs a second time with an average of its iterates, which does for a method without a learning rate what
+    the decay of the rate does for Adam: figures are those of the average where its training loss is lower. Losses are
+    means over the targets: per character where targets are rows of characters.
 
     Returns:
         The records of every run, by its name. ``seen`` counts the targets trained on so far.
@@ -74,8 +76,9 @@ def compare(
         return {"loss": float(loss), "test_loss": float(test_loss), "test_error": float(test_error)}
 
     decayed = {f"adam {rate:g}, cosine decay": optax.adam(rate) for rate in arguments.rates}
+    averaged = {f"{name}, averaged": optax.chain(tx, curvax.average_iterates()) for name, tx in methods.items()}
     runs, rows = {}, []
-    for name, tx in {**methods, **decayed}.items():
+    for name, tx in {**methods, **averaged, **decayed}.items():
         budget, before = f"{name}, batch {arguments.batch_size}, {arguments.seconds:g} s", load()
         runs[name] = train(
             name,
@@ -87,6 +90,7 @@ def compare(
             evaluate=evaluate,
             evaluations=20,
             cosine_decay=name in decayed,
+            averaged=name in averaged,
             checkpoints=(arguments.output / budget).absolute(),
         ).records
         for record in runs[name]:

@@ -33,7 +33,7 @@ from curvax.layers.tridiagonal import BlockTridiagonal
 from curvax.matrices.curvature import Fisher, GaussNewton, OutputCurvature, check_curvature
 from curvax.matrices.plane import inner_products, minimum_in_plane, penalty_in_plane, products_in_plane
 from curvax.objectives.point import CurvaturePoint
-from curvax.transforms._arguments import check_arguments, part_of, stride_of
+from curvax.transforms._arguments import check_arguments, part_of, rows_per_example, stride_of
 from curvax.transforms._judge import JudgedBy, judged_here, judging
 from curvax.transforms._step import Given, Step, stepper
 from curvax.types import Array, PyTree
@@ -110,9 +110,10 @@ def kfac(
             slow, in place of all at once.
         statistics_stride: Every so many-th example of the batch is for the factors, 1/tau_1; if None, so that some 125
             or more are, but no more than every eighth, and for a block-diagonal inverse of the positions that share
-            weights so many as give four rows for each input.
-        curvature_stride: Every so many-th is for B, 1/tau_2; if None, so that some 250 or more are, but no more than
-            every fourth; of a point in chunks of fewer than 250 all, chunk by chunk.
+            weights so many as give four rows for each input. Where every step of a sequence has a loss of its own, and
+            every layer reads all steps, it is 125 steps or more, of 8 sequences or more.
+        curvature_stride: Every so many-th is for B, 1/tau_2; if None, so that some 250 or more are, likewise steps of
+            sequences, but no more than every fourth; of a point in chunks of fewer than 250 all, chunk by chunk.
         decay: epsilon of the running averages once they are long; the paper has 0.95.
         curvature: B, ``curvax.GaussNewton()`` if None.
         statistics: The curvature of the factors, ``curvax.Fisher(num_samples=1)`` if None; see ``kronecker_factors``.
@@ -152,7 +153,8 @@ def kfac(
     def step(given: Given) -> Step:
         at, dtype = given.curvature_at, given.dtype
         seen = preconditioner.seen(given, at, given.key)
-        part = part_of("kfac", "curvature_stride", curvature_stride, at, given.steps, most=4, least=250)
+        rows = rows_per_example(seen.layers, at)
+        part = part_of("kfac", "curvature_stride", curvature_stride, at, given.steps, most=4, least=250, rows=rows)
         strength = given.strength if damping is None else given.number(damping)
         begun = jnp.array(True)
         if damping is None and initial_damping is None:
@@ -394,7 +396,8 @@ class _Preconditioner:
     def seen(self, given: Given, at: CurvaturePoint, key: Array) -> Seen:
         """The running averages with the factors of this batch, or of its part for statistics (KF-3, KF-14)."""
         layers = self.own(given.gradient)
-        stride = stride_of(self.name, "statistics_stride", self.stride, at, most=8, least=125)
+        rows = rows_per_example(layers, at)
+        stride = stride_of(self.name, "statistics_stride", self.stride, at, most=8, least=125, rows=rows)
         tapped = tap(layers, at.subset(stride, given.steps))
         pairs = self.inverse.pairs(layers)
         key, positions_key = jax.random.split(key)

@@ -49,7 +49,7 @@ def test_a_comparison_leaves_records_and_a_plot(tmp_path, capsys):
     command = f"--seconds 0.05 --batch-size 20 --rates 0.01 --output {tmp_path}"
     arguments = comparison.parser("", "", 1).parse_args(command.split())
     runs = comparison.compare(objective, params, digits, {"sgd": optax.sgd(0.1)}, arguments)
-    assert list(runs) == ["sgd", "adam 0.01, cosine decay"]
+    assert list(runs) == ["sgd", "sgd, averaged", "adam 0.01, cosine decay"]
     for records in runs.values():
         assert records[-1]["seen"] == 20 * records[-1]["step"]
         assert records[-1]["loss"] < records[0]["loss"]
@@ -57,4 +57,4 @@ def test_a_comparison_leaves_records_and_a_plot(tmp_path, capsys):
     np.testing.assert_allclose(runs["sgd"][0]["loss"], objective(params, batch), rtol=1e-5)
     assert "adam 0.01" in capsys.readouterr().out
     assert (tmp_path / "loss.png").stat().st_size > 1000
-    assert len([json.loads(file.read_text()) for file in tmp_path.glob("*.json")]) == 2
+    assert len([json.loads(file.read_text()) for file in tmp_path.glob("*.json")]) == 3

@@ -11,6 +11,7 @@ import pytest
 import curvax
 from benchmarks.operations import flops
 from curvax.damping import BestOfThree, kfac_rule
+from curvax.transforms._arguments import rows_per_example, stride_of
 from tests import oracles
 from tests.transforms.stepping import flat, gradient, loss, moved, run
 
@@ -583,6 +584,78 @@ def test_a_batch_of_fewer_rows_than_features_gives_the_same_step_by_its_rows(gra
     np.testing.assert_allclose(flat(by_rows(params)), flat(by_matrices(params)), rtol=1e-9)
     if gradient == "its own" and model is in_one_use:
         assert flops(by_rows, params) < flops(by_matrices, params)
+
+
+def every_step(p, x):
+    return jnp.tanh(x @ p["w"]) @ p["v"]
+
+
+def one_head(p, x):
+    return jnp.mean(jnp.tanh(x @ p["w"]), axis=1) @ p["v"]
+
+
+def last_state(p, x):
+    """A recurrence whose loss is that of its end."""
+
+    def step(h, x):
+        return jnp.tanh(x @ p["w"] + h @ p["v"]), None
+
+    return jax.lax.scan(step, jnp.zeros_like(x[:, 0]), x.swapaxes(0, 1))[0]
+
+
+CLASSES, VECTORS = curvax.losses.softmax_cross_entropy(), curvax.losses.squared_error()
+SEQUENCES = {
+    "every step": (curvax.Objective(every_step, CLASSES), (5,), None, 5),
+    "some steps": (curvax.Objective(every_step, CLASSES, mask=lambda batch: batch[1] > 0), (5,), None, 5),
+    "every step a vector": (curvax.Objective(every_step, VECTORS), (5, 4), None, 5),
+    "in chunks": (curvax.Objective(every_step, CLASSES), (5,), 60, 1),
+    "no loss": (curvax.Objective(every_step, curvax.losses.curvature_only(CLASSES)), (5,), None, 1),
+    "one head": (curvax.Objective(one_head, CLASSES), (), None, 1),
+    "the last state": (curvax.Objective(last_state, VECTORS), (4,), None, 1),
+}
+
+
+@pytest.mark.parametrize("case", SEQUENCES)
+def test_steps_of_sequences_count_where_every_factor_and_the_loss_have_them(case):
+    objective, shape, chunk_size, rows = SEQUENCES[case]
+    draw = np.random.default_rng(4)
+    params = {name: jnp.asarray(draw.normal(size=(4, 4)) / 2) for name in ("v", "w")}
+    targets = draw.integers(0, 4, (240, *shape))
+    if objective.terms[0].loss == VECTORS:
+        targets = targets.astype(float)
+    batch = jnp.asarray(draw.normal(size=(240, 5, 4))), jnp.asarray(targets)
+    at = objective.linearize(params, batch, chunk_size=chunk_size)
+    assert rows_per_example(curvax.find_layers(objective, params, batch), at) == rows
+
+
+@pytest.mark.parametrize(
+    ("count", "rows", "stride"), [(1000, 1, 8), (300, 1, 2), (100, 1, 1), (100, 5, 4), (64, 64, 8), (12, 64, 1)]
+)
+def test_how_many_examples_are_left(count, rows, stride):
+    """125 rows or more, and 8 examples."""
+    at = OBJECTIVE.linearize(PARAMS, data(count))
+    assert stride_of("kfac", "statistics_stride", None, at, most=8, least=125, rows=rows) == stride
+
+
+def test_a_model_of_sequences_has_its_curvature_from_some_of_them():
+    """Every step a case: what the step counts is that of the strides given."""
+    draw = np.random.default_rng(4)
+    params = {name: jnp.asarray(draw.normal(size=(24, 24)) / 5) for name in ("v", "w")}
+    batch = jnp.asarray(draw.normal(size=(64, 10, 24))), jnp.asarray(draw.integers(0, 24, (64, 10)))
+    objective = curvax.Objective(every_step, curvax.losses.softmax_cross_entropy())
+    layers = curvax.find_layers(objective, params, batch)
+
+    def count(**strides):
+        tx = curvax.kfac(layers, **strides)
+
+        def step(params, state):
+            _, grads, at = objective.value_and_grad(params, batch)
+            return tx.update(grads, state, params, at=at)
+
+        return flops(step, params, jax.eval_shape(tx.init, params), while_trip_count=1, alarms=True)
+
+    assert count() == count(statistics_stride=5, curvature_stride=2)
+    assert count() < 0.8 * count(statistics_stride=1, curvature_stride=1)
 
 
 def test_steps_that_are_folded_into_the_examples_are_taken_whole():
