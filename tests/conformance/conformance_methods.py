@@ -14,7 +14,7 @@ class Method(NamedTuple):
     """An optimiser under test.
 
     Attributes:
-        name: Its name in ``curvax`` and in the test ids.
+        name: Its name in ``curvax``.
         learning_rate: What its updates must be multiplied by to be steps; None if they are steps already.
         choices: Its settings in the tests that make them short.
         numbers: Its further settings, which are traced under ``inject_hyperparams``.
@@ -22,6 +22,8 @@ class Method(NamedTuple):
         by_layers: Whether its first argument is the layers of the model.
         takes_point: Whether ``update`` takes ``at=``; methods of gradients alone ignore it.
         coasts: Whether it moves on without a gradient, by what it remembers of others.
+        variant: What tells it from others of the same name.
+        keeps_eigenvectors: Whether they are in its state.
     """
 
     name: str
@@ -32,6 +34,13 @@ class Method(NamedTuple):
     by_layers: bool = False
     takes_point: bool = True
     coasts: bool = False
+    variant: str = ""
+    keeps_eigenvectors: bool = False
+
+    @property
+    def id(self):
+        """Its name in the test ids."""
+        return f"{self.name}-{self.variant}" if self.variant else self.name
 
     def __call__(self, goal=None, params=None):
         """The transformation, for the plain network or for another objective and its parameters."""
@@ -101,13 +110,18 @@ METHODS = [
     ),
     # All examples, as their number, eight, is also that of the devices they are sharded over; and exact statistics, as
     # draws depend on the dtype.
-    Method(
-        "kfac",
-        None,
-        {"statistics_stride": 1, "curvature_stride": 1, "statistics": curvax.Fisher()},
-        {"initial_damping": 0.5, "decay": 0.9},
-        "max_divergence",
-        by_layers=True,
+    *(
+        Method(
+            "kfac",
+            None,
+            {"statistics_stride": 1, "curvature_stride": 1, "statistics": curvax.Fisher()} | inverse,
+            {"initial_damping": 0.5, "decay": 0.9},
+            "max_divergence",
+            by_layers=True,
+            variant=inverse.get("inverse", ""),
+            keeps_eigenvectors=bool(inverse),
+        )
+        for inverse in ({}, {"inverse": "block_tridiagonal"}, {"inverse": "eigen_corrected"})
     ),
     Method(
         "scale_by_kfac",
