@@ -97,9 +97,14 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "ekfac": Optimizer(functools.partial(curvax.kfac, inverse="eigen_corrected"), _KFAC, ({},), True),
     "kfac_without_momentum": Optimizer(functools.partial(curvax.kfac, momentum=0.0), _KFAC, ({},), True),
     "kfac_averaged": Optimizer(_kfac_averaged, _KFAC, ({},), True, averaged=True),
-    "kfac_growing": Optimizer(curvax.kfac, {**_KFAC, "steps_to_whole": 500}, ({},), True),
+    "kfac_growing": Optimizer(
+        curvax.kfac,
+        {"batch_size": 500, "steps_to_whole": 250},
+        ({}, {"batch_size": 1000, "steps_to_whole": 500}),
+        True,
+    ),
     "kfac_tridiagonal_growing": Optimizer(
-        functools.partial(curvax.kfac, inverse="block_tridiagonal"), {**_KFAC, "steps_to_whole": 500}, ({},), True
+        functools.partial(curvax.kfac, inverse="block_tridiagonal"), {**_KFAC, "steps_to_whole": 200}, ({},), True
     ),
     "hessian_free": Optimizer(
         _hessian_free,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -134,6 +134,7 @@ class EigenCorrected(Inverse):
     """
 
     damping: Literal["factored", "exact"] = "factored"
+    observes_gradients: ClassVar[bool] = True
 
     def __post_init__(self):
         check_choice("damping", self.damping, ("factored", "exact"))

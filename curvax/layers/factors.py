@@ -117,11 +117,13 @@ class SomePositions(NamedTuple):
 
     Attributes:
         key: Where they begin, which is drawn; they are then at even distances.
-        rows_per_input: So many rows for each input are enough.
+        rows_per_input: So many rows for each input are enough,
+        least: but no fewer than these in all.
     """
 
     key: Array
     rows_per_input: int
+    least: int
 
 
 def factors_of(
@@ -364,7 +366,7 @@ def _of_inputs(use, block, scale, some=None):
 def _at_some_positions(use, weights, scale, some):
     """The use, its weights and their common scale at some of the positions, so that sums keep their means."""
     _, examples, positions, features = use.inputs.shape
-    enough = -(-some.rows_per_input * features // examples)
+    enough = -(-max(some.rows_per_input * features, some.least) // examples)
     distance = max(1, positions // max(enough, 1))
     while math.gcd(distance, positions) > 1:  # a divisor of the sides of images would see some columns of them alone
         distance -= 1

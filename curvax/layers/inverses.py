@@ -41,9 +41,11 @@ class Inverse(abc.ABC):
     Attributes:
         has_two_sides: Whether it prepares (A^{-1}, G^{-1}) for each block and applies them one by one, so that whoever
             knows a block's result may pass None for its matrix.
+        observes_gradients: Whether ``observe`` learns from the gradients of single examples.
     """
 
     has_two_sides: ClassVar[bool] = False
+    observes_gradients: ClassVar[bool] = False
 
     def pairs(self, layers: Layers) -> Pairs:
         """The blocks, by their places, whose cross factors it needs."""

@@ -139,7 +139,7 @@ def static_count(name: str, argument: str, value: Any, default: int) -> int:
     return int(value)
 
 
-def part_of(name, argument, value, at, offset, *, most, least, rows=1):
+def part_of(name, argument, value, at, offset, *, most, least, cases=1):
     """The part of a batch for products with its curvature, by ``stride_of``.
 
     Where a chunk has fewer than ``least`` examples it is the whole, chunk by chunk: what follows from the curvature of
@@ -147,44 +147,45 @@ def part_of(name, argument, value, at, offset, *, most, least, rows=1):
     """
     if value is None and at.chunk_size is not None and at.chunk_size < least:
         return at
-    return at.subset(stride_of(name, argument, value, at, most=most, least=least, rows=rows), offset)
+    return at.subset(stride_of(name, argument, value, at, most=most, least=least, cases=cases), offset)
 
 
-def stride_of(name, argument, value, at, *, most, least, rows=1):
-    """The stride of a part of a batch: the one given, or the largest up to ``most`` that leaves ``least`` rows.
+def stride_of(name, argument, value, at, *, most, least, cases=1):
+    """The stride of a part of a batch: the one given, or the largest up to ``most`` that leaves ``least`` cases.
 
     Of a point in chunks so large that the part is no more than one of them. Where inputs are not laid out by the
     examples of the loss, as with steps of sequences that are folded into them, the whole.
 
     Args:
-        rows: How many rows each example counts for. Those of one example are alike, so ``FEWEST`` examples are left.
+        cases: How many cases each example is. Those of one example are alike, so ``FEWEST`` examples are left.
     """
     if value is None and not at.has_parts:
         return 1
     count = min(at.num_examples(index) for index in range(len(at.terms)))
     chunks = 1 if at.chunk_size is None else -(-count // at.chunk_size)
-    stride = max(1, min(most, rows * count // least, count // FEWEST), chunks)
+    stride = max(1, min(most, cases * count // least, count // FEWEST), chunks)
     return static_count(name, argument, value, stride)
 
 
 FEWEST = 8
 
 
-def rows_per_example(layers: Layers, at: CurvaturePoint) -> int:
-    """How many rows an example has in every Kronecker factor and in the loss, at the least: steps of a sequence.
+def cases_per_example(layers: Layers, at: CurvaturePoint) -> int:
+    """How many cases each example is to every Kronecker factor and to the loss: steps of a sequence.
 
-    More than one where every layer reads many positions and each has a loss of its own, as in a model of language.
-    A head that reads one vector for each example, as of a classifier of images, makes it one; so do points in chunks
-    and losses without a value, of which it is not known.
+    More than one where every layer reads several positions and each has a loss of its own, as in a model of language.
+    A head that reads one vector for each example, as of a classifier of images, makes it one. So does what hides how
+    many there are: weights and masks over steps, a loss without a value, points in chunks.
     """
-    if at.linearizations is None or not all(term.loss.has_value for term in at.terms):
+    shared = [block.weights.shared for block in layers.treatment.kronecker]
+    hidden = any(cases.scale.ndim > 1 for cases in at.cases) or not all(term.loss.has_value for term in at.terms)
+    if hidden or at.linearizations is None or not shared:
         return 1
 
     def of_loss(term, linearization, cases):
         value = jax.eval_shape(term.loss.value, linearization.outputs, cases.targets)
-        # Of the axes that a loss may keep the last of the outputs has the features of one row.
+        # Of the axes that a loss may keep the last of the outputs has the features of one case.
         last = min(leaf.ndim for leaf in jax.tree.leaves(linearization.outputs)) - 1
         return math.prod(value.shape[1:last])
 
-    losses = map(of_loss, at.terms, at.linearizations, at.cases)
-    return min([*losses, *(block.weights.shared for block in layers.treatment.kronecker)])
+    return min([*map(of_loss, at.terms, at.linearizations, at.cases), *shared])

@@ -33,7 +33,7 @@ from curvax.layers.tridiagonal import BlockTridiagonal
 from curvax.matrices.curvature import Fisher, GaussNewton, OutputCurvature, check_curvature
 from curvax.matrices.plane import inner_products, minimum_in_plane, penalty_in_plane, products_in_plane
 from curvax.objectives.point import CurvaturePoint
-from curvax.transforms._arguments import check_arguments, part_of, rows_per_example, stride_of
+from curvax.transforms._arguments import cases_per_example, check_arguments, part_of, stride_of
 from curvax.transforms._judge import JudgedBy, judged_here, judging
 from curvax.transforms._step import Given, Step, stepper
 from curvax.types import Array, PyTree
@@ -45,6 +45,9 @@ _INVERSES = {
     "exact_tikhonov": ExactTikhonov,
     "eigen_corrected": EigenCorrected,
 }
+
+_LEAST = 125
+"""So many cases are enough for the statistics of a step, as they enter running averages."""
 
 
 def kfac(
@@ -110,10 +113,12 @@ def kfac(
             slow, in place of all at once.
         statistics_stride: Every so many-th example of the batch is for the factors, 1/tau_1; if None, so that some 125
             or more are, but no more than every eighth, and for a block-diagonal inverse of the positions that share
-            weights so many as give four rows for each input. Where every step of a sequence has a loss of its own, and
-            every layer reads all steps, it is 125 steps or more, of 8 sequences or more.
-        curvature_stride: Every so many-th is for B, 1/tau_2; if None, so that some 250 or more are, likewise steps of
-            sequences, but no more than every fourth; of a point in chunks of fewer than 250 all, chunk by chunk.
+            weights so many as give four rows for each input. Where all layers with Kronecker factors read several
+            positions of an example, and as many have losses of their own, such as the steps of a sequence, those are
+            what is counted, of 8 examples or more: not where steps are masked or weighted, with "reduce" or corrected
+            eigenvalues.
+        curvature_stride: Every so many-th is for B, 1/tau_2; if None, so that some 250 or more are, counted likewise,
+            but no more than every fourth; of a point in chunks of fewer than 250 all, chunk by chunk.
         decay: epsilon of the running averages once they are long; the paper has 0.95.
         curvature: B, ``curvax.GaussNewton()`` if None.
         statistics: The curvature of the factors, ``curvax.Fisher(num_samples=1)`` if None; see ``kronecker_factors``.
@@ -153,8 +158,8 @@ def kfac(
     def step(given: Given) -> Step:
         at, dtype = given.curvature_at, given.dtype
         seen = preconditioner.seen(given, at, given.key)
-        rows = rows_per_example(seen.layers, at)
-        part = part_of("kfac", "curvature_stride", curvature_stride, at, given.steps, most=4, least=250, rows=rows)
+        cases = cases_per_example(seen.layers, at)
+        part = part_of("kfac", "curvature_stride", curvature_stride, at, given.steps, most=4, least=250, cases=cases)
         strength = given.strength if damping is None else given.number(damping)
         begun = jnp.array(True)
         if damping is None and initial_damping is None:
@@ -396,13 +401,15 @@ class _Preconditioner:
     def seen(self, given: Given, at: CurvaturePoint, key: Array) -> Seen:
         """The running averages with the factors of this batch, or of its part for statistics (KF-3, KF-14)."""
         layers = self.own(given.gradient)
-        rows = rows_per_example(layers, at)
-        stride = stride_of(self.name, "statistics_stride", self.stride, at, most=8, least=125, rows=rows)
+        # Where positions are added up an example is one case, as it is in averages of squared gradients.
+        one = self.sharing == "reduce" or self.inverse.observes_gradients
+        cases = 1 if one else cases_per_example(layers, at)
+        stride = stride_of(self.name, "statistics_stride", self.stride, at, most=8, least=_LEAST, cases=cases)
         tapped = tap(layers, at.subset(stride, given.steps))
         pairs = self.inverse.pairs(layers)
         key, positions_key = jax.random.split(key)
         # Moments of two layers with one another go together only with moments of the same rows.
-        some = SomePositions(positions_key, 4) if self.stride is None and not pairs else None
+        some = SomePositions(positions_key, 4, _LEAST) if self.stride is None and not pairs else None
         new = factors_of(tapped, key, self.statistics, self.sharing, pairs, some)
         # A step that is skipped or undone leaves all as it was, and a batch that is masked altogether says nothing.
         usable = trees.all_finite(given.gradient, given.at.loss) & ~given.undo

@@ -11,7 +11,7 @@ import pytest
 import curvax
 from benchmarks.operations import flops
 from curvax.damping import BestOfThree, kfac_rule
-from curvax.transforms._arguments import rows_per_example, stride_of
+from curvax.transforms._arguments import cases_per_example, stride_of
 from tests import oracles
 from tests.transforms.stepping import flat, gradient, loss, moved, run
 
@@ -590,6 +590,22 @@ def every_step(p, x):
     return jnp.tanh(x @ p["w"]) @ p["v"]
 
 
+def under_a_scan(p, x):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, jnp.stack([p["w"], p["v"]]))[0]
+
+
+def tied(p, x):
+    return jnp.tanh(x @ p["w"] @ p["v"]) @ p["w"].T
+
+
+def with_a_layer_of_means(p, x):
+    return jnp.tanh(x @ p["w"]) + (jnp.mean(x, axis=1) @ p["v"])[:, None]
+
+
+def one_number(p, x):
+    return every_step(p, x)[..., 0]
+
+
 def one_head(p, x):
     return jnp.mean(jnp.tanh(x @ p["w"]), axis=1) @ p["v"]
 
@@ -605,36 +621,45 @@ def last_state(p, x):
 
 CLASSES, VECTORS = curvax.losses.softmax_cross_entropy(), curvax.losses.squared_error()
 SEQUENCES = {
-    "every step": (curvax.Objective(every_step, CLASSES), (5,), None, 5),
-    "some steps": (curvax.Objective(every_step, CLASSES, mask=lambda batch: batch[1] > 0), (5,), None, 5),
-    "every step a vector": (curvax.Objective(every_step, VECTORS), (5, 4), None, 5),
-    "in chunks": (curvax.Objective(every_step, CLASSES), (5,), 60, 1),
-    "no loss": (curvax.Objective(every_step, curvax.losses.curvature_only(CLASSES)), (5,), None, 1),
-    "one head": (curvax.Objective(one_head, CLASSES), (), None, 1),
-    "the last state": (curvax.Objective(last_state, VECTORS), (4,), None, 1),
+    "every step": (curvax.Objective(every_step, CLASSES), (5,), 5),
+    "every step a vector": (curvax.Objective(every_step, VECTORS), (5, 4), 5),
+    "under a scan": (curvax.Objective(under_a_scan, CLASSES), (5,), 5),
+    "tied": (curvax.Objective(tied, CLASSES), (5,), 5),
+    "every step a number": (curvax.Objective(one_number, VECTORS), (5,), 1),
+    "some steps": (curvax.Objective(every_step, CLASSES, mask=lambda batch: batch[1] > 0), (5,), 1),
+    "no loss": (curvax.Objective(every_step, curvax.losses.curvature_only(CLASSES)), (5,), 1),
+    "with a layer of means": (curvax.Objective(with_a_layer_of_means, CLASSES), (5,), 1),
+    "one head": (curvax.Objective(one_head, CLASSES), (), 1),
+    "the last state": (curvax.Objective(last_state, VECTORS), (4,), 1),
 }
+
+
+def sequences(objective, shape, count=240):
+    draw = np.random.default_rng(4)
+    params = {name: jnp.asarray(draw.normal(size=(4, 4)) / 2) for name in ("v", "w")}
+    targets = draw.integers(0, 4, (count, *shape))
+    if objective.terms[0].loss == VECTORS:
+        targets = targets.astype(float)
+    batch = jnp.asarray(draw.normal(size=(count, 5, 4))), jnp.asarray(targets)
+    return params, batch, curvax.find_layers(objective, params, batch)
 
 
 @pytest.mark.parametrize("case", SEQUENCES)
 def test_steps_of_sequences_count_where_every_factor_and_the_loss_have_them(case):
-    objective, shape, chunk_size, rows = SEQUENCES[case]
-    draw = np.random.default_rng(4)
-    params = {name: jnp.asarray(draw.normal(size=(4, 4)) / 2) for name in ("v", "w")}
-    targets = draw.integers(0, 4, (240, *shape))
-    if objective.terms[0].loss == VECTORS:
-        targets = targets.astype(float)
-    batch = jnp.asarray(draw.normal(size=(240, 5, 4))), jnp.asarray(targets)
-    at = objective.linearize(params, batch, chunk_size=chunk_size)
-    assert rows_per_example(curvax.find_layers(objective, params, batch), at) == rows
+    objective, shape, cases = SEQUENCES[case]
+    params, batch, layers = sequences(objective, shape)
+    assert cases_per_example(layers, objective.linearize(params, batch)) == cases
+    assert cases_per_example(layers, objective.linearize(params, batch, chunk_size=60)) == 1
+    assert cases_per_example(layers.restricted([]), objective.linearize(params, batch)) == 1
 
 
 @pytest.mark.parametrize(
-    ("count", "rows", "stride"), [(1000, 1, 8), (300, 1, 2), (100, 1, 1), (100, 5, 4), (64, 64, 8), (12, 64, 1)]
+    ("count", "cases", "stride"), [(1000, 1, 8), (300, 1, 2), (100, 1, 1), (100, 5, 4), (64, 64, 8), (12, 64, 1)]
 )
-def test_how_many_examples_are_left(count, rows, stride):
-    """125 rows or more, and 8 examples."""
+def test_how_many_examples_are_left(count, cases, stride):
+    """125 cases or more, and 8 examples."""
     at = OBJECTIVE.linearize(PARAMS, data(count))
-    assert stride_of("kfac", "statistics_stride", None, at, most=8, least=125, rows=rows) == stride
+    assert stride_of("kfac", "statistics_stride", None, at, most=8, least=125, cases=cases) == stride
 
 
 def test_a_model_of_sequences_has_its_curvature_from_some_of_them():
@@ -645,8 +670,8 @@ def test_a_model_of_sequences_has_its_curvature_from_some_of_them():
     objective = curvax.Objective(every_step, curvax.losses.softmax_cross_entropy())
     layers = curvax.find_layers(objective, params, batch)
 
-    def count(**strides):
-        tx = curvax.kfac(layers, **strides)
+    def count(**options):
+        tx = curvax.kfac(layers, **options)
 
         def step(params, state):
             _, grads, at = objective.value_and_grad(params, batch)
@@ -656,6 +681,10 @@ def test_a_model_of_sequences_has_its_curvature_from_some_of_them():
 
     assert count() == count(statistics_stride=5, curvature_stride=2)
     assert count() < 0.8 * count(statistics_stride=1, curvature_stride=1)
+    # Where an example is one case to the statistics there are too few to leave any out.
+    assert count(sharing="reduce") == count(sharing="reduce", statistics_stride=1, curvature_stride=2)
+    corrected = {"inverse": "eigen_corrected", "curvature_stride": 2}
+    assert count(**corrected) > 1.1 * count(**corrected, statistics_stride=5)
 
 
 def test_steps_that_are_folded_into_the_examples_are_taken_whole():
