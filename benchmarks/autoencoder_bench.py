@@ -111,6 +111,7 @@ class Bench:
         self.runs: dict[str, list[dict[str, float]]] = {}
         self._machines: set[str] = set()
         self._loads: list[float] = []
+        self._days: set[str] = set()
 
     def run(self, allowed: Sequence[str]) -> bool:
         """Runs the grids, the first settings of all optimisers first; whether each one allowed has a run on file."""
@@ -166,7 +167,7 @@ class Bench:
             more = f"; {rest} more of its grid not run" if rest else ""
             lines += [f"- {name}: " + "; ".join(f"({describe(s)}) {loss:.3f}" for s, loss in tried) + more]
         loads = f"load {min(self._loads):.1f} to {max(self._loads):.1f} when the runs began"
-        lines += ["", f"On {'; '.join(sorted(self._machines))}; {loads}."]
+        lines += ["", f"On {'; '.join(sorted(self._machines))}; {loads}. Runs of {', '.join(sorted(self._days))}."]
         return "\n".join([*lines, ""])
 
     def _verdict(self):
@@ -185,7 +186,8 @@ class Bench:
             seconds = self.marks[-1]
             run = fit(self.problem, name, settings, seconds=seconds, folder=folder, title=title, marks=self.marks)
             file.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"key": key, "machine": machine(), "load": began, "records": run.records}, default=float)
+            began_on = {"day": time.strftime("%Y-%m-%d"), "machine": machine(), "load": began}
+            text = json.dumps({"key": key, **began_on, "records": run.records}, default=float)
             file.write_text(text + "\n")
             shutil.rmtree(folder, ignore_errors=True)
         if not file.exists():
@@ -193,6 +195,7 @@ class Bench:
         found = json.loads(file.read_text())
         self._machines.add(", ".join(f"{key} {value}" for key, value in found["machine"].items()))
         self._loads.append(found["load"])
+        self._days.add(found["day"])
         return found["records"]
 
 
@@ -204,7 +207,8 @@ def heading() -> str:
         " are not counted, and the loss at a time is the last one before it. Every setting of the grids that are"
         " printed had the same time; the table shows the one with the lowest training loss at the end."
         " A cosine decay takes the learning rate to 0 over the time of the run. NAG's momentum grows as in Sutskever et"
-        " al. 2013 up to the value given. A batch size above the number of images takes them all.\n\n"
+        " al. 2013 up to the value given. A batch size above the number of images takes them all. The machine was half"
+        " as fast on some days as on others, so that only runs of one case are to be compared.\n\n"
     )
 
 
