@@ -66,9 +66,17 @@ CASES = {
         METHODS + VARIANTS,
     ),
     "mnist": Case(
-        {"name": "mnist", "num_train": 10_000, "num_test": 2000}, (4, 10, 20, 40), "full layer sizes, 10,000 images"
+        {"name": "mnist", "num_train": 10_000, "num_test": 2000},
+        (4, 10, 20, 40),
+        "full layer sizes, 10,000 images",
+        METHODS + VARIANTS,
     ),
-    "faces": Case({"name": "faces", "num_train": 10_000, "num_test": 2000}, (4, 10, 20, 40), "full layer sizes"),
+    "faces": Case(
+        {"name": "faces", "num_train": 10_000, "num_test": 2000},
+        (4, 10, 20, 40),
+        "full layer sizes",
+        METHODS + VARIANTS,
+    ),
 }
 
 

@@ -168,6 +168,7 @@ def stride_of(name, argument, value, at, *, most, least, cases=1):
 
 
 FEWEST = 8
+"""So many examples at least stand for a batch, however many cases each is."""
 
 
 def cases_per_example(layers: Layers, at: CurvaturePoint) -> int:
