@@ -634,13 +634,13 @@ SEQUENCES = {
 }
 
 
-def sequences(objective, shape, count=240):
+def sequences(objective, shape):
     draw = np.random.default_rng(4)
     params = {name: jnp.asarray(draw.normal(size=(4, 4)) / 2) for name in ("v", "w")}
-    targets = draw.integers(0, 4, (count, *shape))
+    targets = draw.integers(0, 4, (240, *shape))
     if objective.terms[0].loss == VECTORS:
         targets = targets.astype(float)
-    batch = jnp.asarray(draw.normal(size=(count, 5, 4))), jnp.asarray(targets)
+    batch = jnp.asarray(draw.normal(size=(240, 5, 4))), jnp.asarray(targets)
     return params, batch, curvax.find_layers(objective, params, batch)
 
 
