@@ -99,7 +99,7 @@ def compare(
         text = json.dumps({"machine": machine(), "load": before, "records": runs[name]})
         (arguments.output / f"{budget}.json").write_text(text + "\n")
     table(rows, ["optimizer", "step", "seen", "seconds", "loss", "test_loss", "test_error"], dataset.name)
-    plots.plot_runs(runs, arguments.output / "loss.png", title=dataset.name, label="training loss")
+    plots.plot_runs(runs, arguments.output / "loss.png", title=dataset.name, label="training loss", count="seen")
     return runs
 
 

@@ -58,7 +58,7 @@ def plot_runs(
         floor a logarithm of the figure itself would show nothing.
       key: which figure.
       label: the figure in words; by default ``key``.
-      count: "step", or "epoch" where the records have that.
+      count: "step", or "epoch" or "seen" where the records have that.
     """
     label = label or key.replace("_", " ")
     if floor is not None:
@@ -165,7 +165,7 @@ def _steps_and_seconds(title: str, label: str, count: str = "step") -> tuple[Fig
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     figure.suptitle(title, fontsize="large")
     axes = figure.subplots(1, 2, sharey=True)
-    _style(axes[0], f"{count}s", label)
+    _style(axes[0], "targets seen" if count == "seen" else f"{count}s", label)
     _style(axes[1], "seconds", "")
     axes[1].tick_params(labelleft=False)
     return figure, axes

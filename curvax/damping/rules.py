@@ -241,9 +241,8 @@ class BestOfThree:
 
     Example:
         >>> rule = curvax.damping.BestOfThree(factor=0.5)
-        >>> candidates = rule.candidates(jnp.array(4.0))
-        >>> candidates.tolist(), rule.choose(candidates, jnp.array([-1.0, -3.0, jnp.nan])).item()
-        ([4.0, 2.0, 8.0], 2.0)
+        >>> rule.candidates(jnp.array(4.0)).tolist(), rule.prefers(jnp.array(-3.0), jnp.array(-1.0)).item()
+        ([4.0, 2.0, 8.0], True)
     """
 
     factor: float = (19 / 20) ** 10
@@ -264,6 +263,6 @@ class BestOfThree:
         factors = jnp.array([1.0, self.factor, 1 / self.factor], gamma.dtype)
         return jnp.clip(gamma * factors, self.minimum, self.maximum)
 
-    def choose(self, candidates: jax.Array, model_values: jax.Array) -> jax.Array:
-        """The candidate with the lowest model value; the first one where none is finite."""
-        return candidates[jnp.argmin(jnp.where(jnp.isnan(model_values), jnp.inf, model_values))]
+    def prefers(self, found: jax.Array, best: jax.Array) -> jax.Array:
+        """Whether a candidate with the model value ``found`` takes the place of the best one so far."""
+        return (found < best) | (jnp.isnan(best) & ~jnp.isnan(found))

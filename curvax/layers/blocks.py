@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -151,6 +152,14 @@ class Block:
             moved[place] = moved[place] + leaf if place in moved else leaf
         return moved
 
+    def held(self, vector: PyTree) -> dict[int, Array]:
+        """L^T d^{-1} L v: what its matrices hold of a vector, the leaves of the block by their places; ``wide``."""
+        matrices = self.to_matrices(vector)
+        matrices = matrices.astype(trees.wide_dtype(matrices))
+        if self.squares is not None:
+            matrices = matrices * jnp.asarray(self.squares, matrices.dtype)
+        return self.to_params(matrices, wide=True)
+
     def _to_matrices(self, layer, tree):
         leaves = jax.tree.leaves(tree)
         own = tuple(leaves[i] for i in layer.leaves)
@@ -230,6 +239,8 @@ class Treatment(NamedTuple):
             curvature of the block alone, without that of further elementwise uses.
         bare: The places of leaves without curvature: unused ones, and those whose ``fallback`` is "gradient".
         reasons: Why blocks of matrices have no Kronecker factors, by name.
+        incomplete: The places of leaves that Kronecker blocks hold, but not in all their dimensions: entries that no
+            operation uses are left over, and the differences of leaves that are added up.
     """
 
     kronecker: tuple[Block, ...]
@@ -237,6 +248,19 @@ class Treatment(NamedTuple):
     covered: tuple[np.ndarray | None, ...]
     bare: tuple[int, ...]
     reasons: dict[str, str]
+    incomplete: tuple[int, ...]
+
+    def left_over(self, vector: PyTree) -> dict[int, Array]:
+        """What of the incomplete leaves of a vector no block holds, by their places; in float32 at least."""
+        if not self.incomplete:
+            return {}
+        leaves = jax.tree.leaves(vector)
+        rest = {place: leaves[place].astype(trees.wide_dtype(leaves[place])) for place in self.incomplete}
+        for block in self.kronecker:
+            if set(block.leaves) & set(rest):
+                held = block.held(vector)
+                rest |= {place: rest[place] - leaf for place, leaf in held.items() if place in rest}
+        return rest
 
 
 def treatment_of(layers: Layers) -> Treatment:
@@ -277,7 +301,37 @@ def treatment_of(layers: Layers) -> Treatment:
         diagonal |= set(layers.unstructured)
     bare = set(range(len(layers.paths))) - whole - diagonal
     order = tuple(sorted(diagonal))
-    return Treatment(kronecker, order, tuple(cover.get(place) for place in order), tuple(sorted(bare)), reasons)
+    covered = tuple(cover.get(place) for place in order)
+    incomplete = _incomplete(layers, kronecker, dict(zip(order, covered, strict=True)))
+    return Treatment(kronecker, order, covered, tuple(sorted(bare)), reasons, incomplete)
+
+
+def _incomplete(layers, kronecker, covered):
+    """``Treatment.incomplete``, found by counting; ``covered`` by the places of the leaves with diagonals."""
+    groups: list[tuple[set[int], int]] = []  # leaves that hang together by blocks, and the dimensions of these
+    for block in kronecker:
+        joined, dimensions = set(block.leaves), math.prod(block.shape)
+        apart = []
+        for leaves, count in groups:
+            if leaves & joined:
+                joined, dimensions = joined | leaves, dimensions + count
+            else:
+                apart.append((leaves, count))
+        groups = [*apart, (joined, dimensions)]
+
+    def beside(place):  # its entries that have a diagonal
+        if place not in covered:
+            return 0
+        return layers.structs[place].size if covered[place] is None else int(np.sum(~covered[place]))
+
+    return tuple(
+        sorted(
+            place
+            for leaves, dimensions in groups
+            if dimensions + sum(map(beside, leaves)) < sum(layers.structs[i].size for i in leaves)
+            for place in leaves
+        )
+    )
 
 
 def _entries(block: Block) -> dict[int, np.ndarray]:

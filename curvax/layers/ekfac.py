@@ -27,7 +27,6 @@ from curvax.layers.factors import (
     sum_over_sweeps,
     uses_by_block,
     without_cotangents,
-    zero_factors,
 )
 from curvax.layers.find import Layers
 from curvax.layers.inverses import Inverse, Matrices, two_sided
@@ -139,19 +138,15 @@ class EigenCorrected(Inverse):
     def __post_init__(self):
         check_choice("damping", self.damping, ("factored", "exact"))
 
-    def start(self, layers: Layers) -> EigenBasis:
-        factors, blocks = zero_factors(layers), layers.treatment.kronecker
-        values = tuple(jnp.zeros(block.shape, a.dtype) for block, a in zip(blocks, factors.inputs, strict=True))
-        bases = tuple(zip(factors.inputs, factors.outputs, strict=True))
-        cross = tuple((jnp.zeros_like(s[:, :, 0]), jnp.zeros_like(s[:, 0])) for s in values)
-        return EigenBasis(bases, values, cross, jnp.zeros((), trees.wide_dtype(*layers.structs)))
-
-    def prepare(self, layers: Layers, factors: KroneckerFactors, gamma: Scalar, previous: EigenBasis) -> EigenBasis:
+    def prepare(
+        self, layers: Layers, factors: KroneckerFactors, gamma: Scalar, previous: EigenBasis | None
+    ) -> EigenBasis:
         bases, eigenvalues = decompose(layers, factors)
-        products = itertools.starmap(products_of, eigenvalues)
-        values = tuple(map(_projected, previous.bases, previous.values, bases, products))
+        values = tuple(itertools.starmap(products_of, eigenvalues))
+        if previous is not None:
+            values = tuple(map(_projected, previous.bases, previous.values, bases, values))
         cross = tuple(itertools.starmap(self._cross_terms, eigenvalues))
-        return EigenBasis(bases, values, cross, jnp.asarray(gamma).astype(previous.gamma.dtype))
+        return EigenBasis(bases, values, cross, jnp.asarray(gamma).astype(trees.wide_dtype(*layers.structs)))
 
     def _cross_terms(self, a, g):
         """a / pi and pi g."""

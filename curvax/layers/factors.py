@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,8 @@ from curvax import trees
 from curvax.checks import check_choice
 from curvax.layers.blocks import Block
 from curvax.layers.diagonals import entrywise, products
-from curvax.layers.find import Layers
+from curvax.layers.find import Layers, Member
+from curvax.layers.geometry import Geometry
 from curvax.layers.taps import TappedPoint, tap
 from curvax.layers.use import LayerUse, sum_over_examples, with_ones
 from curvax.matrices.curvature import Fisher, OutputCurvature, check_curvature
@@ -99,7 +100,7 @@ def kronecker_factors(
     """
     curvature = Fisher(num_samples=1) if curvature is None else curvature
     check_curvature("kronecker_factors", curvature, OutputCurvature)
-    check_choice("sharing", sharing, ("expand", "reduce"))
+    check_choice("kronecker_factors: sharing", sharing, get_args(Sharing))
     return compiled_if_eager(_factors, tapped.point, key, layers=tapped.layers, how=(curvature, sharing, pairs))
 
 
@@ -150,11 +151,11 @@ def factors_of(
     cotangents, diagonals, cross_outputs = sum_over_sweeps(tapped, key, curvature, of_cotangents)
     if layers.fallback == "diagonal" and layers.unstructured:
         diagonals = _without_structure(tapped, key, curvature, diagonals)
-    forward = without_cotangents(tapped)
     scales = [cases.scale for cases in tapped.point.cases]
+    forward = without_cotangents(tapped, None if some is None or sharing == "reduce" else _places_of(some, scales))
     inputs, outputs = [], []
     for (block, own), moments in zip(uses_by_block(tapped, forward), cotangents, strict=True):
-        data = [_of_inputs(_reduced(use, sharing), block, scales[use.term], some) for use in own]
+        data = [_of_inputs(_reduced(use, sharing), block, scales[use.term]) for use in own]
         a, g = _balanced(
             _pair([(d, c) for use, d, c in zip(own, data, moments, strict=True) if not use.swapped]),
             _pair([(d, c) for use, d, c in zip(own, data, moments, strict=True) if use.swapped]),
@@ -282,6 +283,7 @@ def factors_over_batches(
     """
     curvature = Fisher(num_samples=1) if curvature is None else curvature
     check_curvature("factors_over_batches", curvature, OutputCurvature)
+    check_choice("factors_over_batches: sharing", sharing, get_args(Sharing))
 
     @jax.jit
     def one(params, batch, key):
@@ -343,16 +345,44 @@ def uses_by_block(tapped: TappedPoint, uses: list[LayerUse]) -> list[tuple[Block
 # --- the two sides --------------------------------------------------------------------------------------------------
 
 
-def without_cotangents(tapped: TappedPoint) -> list[LayerUse]:
-    """The uses with what the forward pass gives; their cotangents are zeros that nobody reads."""
-    return tapped.capture([[geometry.use.zeros() for geometry in tap.uses] for tap in tapped.taps])
+def without_cotangents(
+    tapped: TappedPoint, places: Callable[[Member, Geometry], Array | None] | None = None
+) -> list[LayerUse]:
+    """The uses with what the forward pass gives, inputs at some ``places`` alone; cotangents are zeros nobody reads."""
+    zeros = [[geometry.use.zeros() for geometry in tap.uses] for tap in tapped.taps]
+    return tapped.capture(zeros, places=places)
 
 
-def _of_inputs(use, block, scale, some=None):
-    """sum_nr w_nr a_nr a_nr^T with the factors w of the cases, and the sum of those: of one use, on its side."""
+def _places_of(some, scales):
+    """At which positions the inputs of a use are taken, for ``TappedPoint.capture``.
+
+    Of uses of the term of a mask or weights over steps at all: those that are chosen might be ones that do not count.
+    """
+
+    def places(member, geometry):
+        if member.swapped or geometry.use.kind not in ("dense", "conv") or scales[member.term].ndim > 1:
+            return None
+        _, examples, positions, _ = jax.eval_shape(geometry.cotangents, geometry.use.zeros()).shape
+        enough = -(-max(some.rows_per_input * geometry.shape[1], some.least) // examples)
+        distance = max(1, positions // max(enough, 1))
+        while math.gcd(distance, positions) > 1:  # a divisor of the sides of images would see some columns of them
+            distance -= 1
+        if distance == 1:
+            return None
+        first = jax.random.randint(some.key, (), 0, positions)
+        return (first + distance * jnp.arange(positions // distance)) % positions
+
+    return places
+
+
+def _of_inputs(use, block, scale):
+    """sum_nr w_nr a_nr a_nr^T with the factors w of the cases, and the sum of those: of one use, on its side.
+
+    Inputs may be those of some positions, alike in their weights, which stand for all.
+    """
     weights, total = _weights(use, scale)
-    if some is not None and use.kind in ("dense", "conv") and not use.swapped:
-        use, weights, scale = _at_some_positions(use, weights, scale, some)
+    share = use.cotangents.shape[2] / use.inputs.shape[2]
+    scale, weights = scale * share, None if weights is None else weights * share
     if use.swapped:
         factor = use.output_factor(weights, diagonal=block.diagonal_factors[1])
     else:
@@ -361,25 +391,6 @@ def _of_inputs(use, block, scale, some=None):
     if weights is None:
         factor = factor * scale.astype(factor.dtype)
     return _as(factor, block.diagonal_factors[int(use.swapped)]), total
-
-
-def _at_some_positions(use, weights, scale, some):
-    """The use, its weights and their common scale at some of the positions, so that sums keep their means."""
-    _, examples, positions, features = use.inputs.shape
-    enough = -(-max(some.rows_per_input * features, some.least) // examples)
-    distance = max(1, positions // max(enough, 1))
-    while math.gcd(distance, positions) > 1:  # a divisor of the sides of images would see some columns of them alone
-        distance -= 1
-    count = positions // distance
-    if count == positions:
-        return use, weights, scale
-    first = jax.random.randint(some.key, (), 0, positions)
-    places = (first + distance * jnp.arange(count)) % positions
-    share = positions / count
-    use = use._replace(inputs=jnp.take(use.inputs, places, axis=2), cotangents=use.cotangents[:, :, :count])
-    if weights is None:
-        return use, None, scale * share
-    return use, share * (weights if weights.ndim == 1 else jnp.take(weights, places, axis=1)), scale
 
 
 def _of_cotangents(use, block):

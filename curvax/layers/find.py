@@ -189,7 +189,7 @@ class Layer:
         bias: The layer's name whose parameters are added to this one's results, or None.
         only_moves: Whether every entry of its matrices is one entry of a leaf.
         shared: How many positions share the parameters within an example, over all uses.
-        shown_shape: The shape of its parameters before that.
+        shown_shape: The shape of its parameters before they are laid out as those matrices, for the table.
     """
 
     name: str
@@ -257,7 +257,12 @@ class Layers:
         return blocks_of(self)
 
     def restricted(self, paths: Collection[str]) -> Layers:
-        """The layers whose parameters are all among ``paths``; other parameters are taken for constants."""
+        """The layers whose parameters are all among ``paths``; other parameters are taken for constants.
+
+        Raises:
+            ValueError: A parameter is joined with one that is not among them, as where a model adds up the two, so that
+                it has no layer; and ``fallback`` is "error".
+        """
         if set(self.paths) <= set(paths):
             return self
         key = tuple(path for path in self.paths if path in paths)
@@ -269,7 +274,16 @@ class Layers:
                 if layer.name in kept
             )
             hidden = {i: "is not used" for i, path in enumerate(self.paths) if path not in key}
-            self._restrictions[key] = dataclasses.replace(self, layers=layers, reasons=self.reasons | hidden)
+            alone = {i for layer in self for i in layer.leaves} - {i for layer in layers for i in layer.leaves}
+            parted = dict.fromkeys(sorted(alone - set(hidden)), "is joined with a parameter that is masked")
+            if parted and self.fallback == "error":
+                names = ", ".join(self.paths[i] for i in parted)
+                raise ValueError(
+                    f"{names}: joined in one layer with a parameter that is masked, and without structure of its own;"
+                    " mask both or neither, or take find_layers(..., fallback='diagonal')"
+                )
+            reasons = self.reasons | hidden | parted
+            self._restrictions[key] = dataclasses.replace(self, layers=layers, reasons=reasons)
         return self._restrictions[key]
 
     @functools.cached_property

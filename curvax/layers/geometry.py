@@ -118,12 +118,21 @@ class Geometry:
 
     # --- data -------------------------------------------------------------------------------------------------------
 
-    def inputs(self, raw: Array | None) -> Array | None:
-        """The use's input as (blocks, examples, shared, features); indices as (1, examples, shared) for embeddings."""
+    def inputs(self, raw: Array | None, places: Array | None = None) -> Array | None:
+        """The use's input as (blocks, examples, shared, features); indices as (1, examples, shared) for embeddings.
+
+        At all of the shared positions, or of a dense use or a convolution at some ``places`` among them alone.
+        """
         if raw is None:
             return None
         axis, operation = self.use.input_axis, self.use.operation
         assert axis is not None
+        if places is not None:
+            if isinstance(operation, Convolution) and self._shares_pixels_alone:  # others are not laid out
+                return self._patches(raw, operation, places)
+            inputs = self.inputs(raw)
+            assert inputs is not None
+            return jnp.take(inputs, places, axis=2)
         if isinstance(operation, Dense):
             blocks, features = self._by_base(operation.batched), self._by_base(operation.contracted)
             return self._arranged(raw, axis, blocks, features)
@@ -175,11 +184,17 @@ class Geometry:
         features = tuple(own[i] if i < len(own) else i - len(own) + scans for i in self.feature_axes)
         return _arrange(raw, example._replace(axis=example.axis + scans), (), features, self._scans(False))
 
-    def _patches(self, raw, convolution):
+    @property
+    def _shares_pixels_alone(self):
+        """Whether what shares a convolution within an example is its output positions, and no scan or further axis."""
+        axis = self.use.input_axis
+        return not self._scans(False) and axis is not None and axis.before == axis.after == 1
+
+    def _patches(self, raw, convolution, places=None):
         """The input of a convolution as (blocks, examples, output positions, kernel positions and channels)."""
         lead = raw.shape[: len(self.use.scans)]
         flat = raw.reshape(-1, *raw.shape[len(lead) :])
-        patches = jax.vmap(lambda x: _patches_of(x, convolution))(flat)
+        patches = jax.vmap(lambda x: _patches_of(x, convolution, places))(flat)
         patches = patches.reshape(*lead, *patches.shape[1:])  # (scans, examples, positions, *kernel, groups, channels)
         _, in_channels, *spatial = convolution.kernel_axes
         groups = 2 + len(spatial)
@@ -232,10 +247,11 @@ def _arrange(array, example, blocks, features, shared_scans):
     return ordered.reshape([math.prod(shape[i] for i in group) for group in groups])
 
 
-def _patches_of(x, convolution):
+def _patches_of(x, convolution, places=None):
     """(examples, positions, *kernel positions, groups, channels) of the input of a convolution.
 
-    Padding and slices, one for each kernel position: exact, and as fast as memory allows.
+    Padding and slices, one for each kernel position: exact, and as fast as memory allows. Where some positions alone
+    are wanted each slice is cut down to them before all are put together.
     """
     kernel, strides, dilation = convolution.kernel_shape, convolution.strides, convolution.kernel_dilation
     examples, channels, *spatial = convolution.input_axes
@@ -250,6 +266,7 @@ def _patches_of(x, convolution):
         start = [o * d for o, d in zip(offset, dilation, strict=True)]
         stop = [a + (n - 1) * s + 1 for a, n, s in zip(start, counts, strides, strict=True)]
         part = jax.lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *strides, 1))
-        parts.append(part.reshape(x.shape[0], math.prod(counts), *groups))
+        part = part.reshape(x.shape[0], math.prod(counts), *groups)
+        parts.append(part if places is None else jnp.take(part, places, axis=1))
     patches = jnp.stack(parts, axis=2)
     return patches.reshape(*patches.shape[:2], *kernel, *groups)

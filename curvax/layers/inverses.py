@@ -230,11 +230,18 @@ def kronecker_preconditioner(
 ) -> Callable[[PyTree], PyTree]:
     r"""v -> F^{-1} v with the damped inverse of Kronecker factors: a preconditioner for ``curvax.solvers.cg``.
 
-    The inverses are worked out here, once for all products. Vectors are pytrees like the parameters.
+    The inverses are worked out here, once for all products. Vectors are pytrees like the parameters. It pays where the
+    curvature has directions far above lambda; factored damping is more than lambda on all others, and where lambda is
+    large plain conjugate gradients are as fast. ``ExactTikhonov`` takes fewest iterations, and longest to prepare.
 
     Args:
         damping: lambda, above 0.
-        inverse: ``BlockDiagonal()`` if None.
+        inverse: ``BlockDiagonal()`` if None. ``BlockTridiagonal`` wants factors that were taken with
+            ``pairs=inverse.pairs(layers)``.
+
+    Raises:
+        ValueError: The factors lack those of the inverse's pairs; or it is an ``EigenCorrected``, whose eigenvalues are
+            not in the factors: take the map of ``kronecker_map`` with them, and its ``solve``.
 
     Example:
         >>> objective = curvax.Objective(lambda w, x: x @ w, curvax.losses.squared_error())
@@ -252,6 +259,19 @@ def kronecker_preconditioner(
     Source: Martens 2016, section 6.7, the end.
     """
     inverse = BlockDiagonal() if inverse is None else inverse
+    if inverse.observes_gradients:
+        raise ValueError(
+            f"kronecker_preconditioner: {inverse} learns from gradients, which factors do not hold. Write\n"
+            "    K = curvax.kronecker_map(layers, factors, params).decomposed()\n"
+            "    s = curvax.layers.eigenvalue_corrections(tapped, K.bases, key)\n"
+            "    preconditioner = lambda v: K.with_values(s).solve(v, damping=damping)"
+        )
+    pairs = inverse.pairs(layers)
+    if len(factors.cross_inputs) != len(pairs):
+        raise ValueError(
+            f"kronecker_preconditioner: {inverse} needs the cross factors of {len(pairs)} pairs of blocks, the factors"
+            f" have those of {len(factors.cross_inputs)}; take kronecker_factors(..., pairs=inverse.pairs(layers))"
+        )
     gamma = jnp.sqrt(jnp.asarray(damping))
     prepared = inverse.prepare(layers, factors, gamma, inverse.start(layers))
     return functools.partial(precondition, layers, inverse, prepared, factors, gamma)
@@ -268,8 +288,8 @@ def precondition(
 ) -> PyTree:
     r"""The inverse times a gradient: blocks by ``inverse``, the other leaves by their diagonals.
 
-    Diagonals d are damped like the blocks, by gamma^2. A leaf without curvature is given the mean of the others', as
-    its gradient alone says nothing about the length of a step.
+    Diagonals d are damped like the blocks, by gamma^2. What has no curvature, a leaf or what of a leaf no operation
+    uses, is given the mean of the others', as its gradient alone says nothing about the length of a step.
 
     Args:
         gradient: A pytree like the parameters.
@@ -288,13 +308,18 @@ def precondition(
     for block, matrix in zip(treatment.kronecker, results, strict=True):
         for place, leaf in block.to_params(matrix).items():
             solved[place] = leaf if solved[place] is None else solved[place] + leaf
+
+    def without_curvature(leaf):
+        return leaf / (mean_curvature(layers, factors) + jnp.square(jnp.asarray(gamma))).astype(leaf.dtype)
+
+    for place, rest in treatment.left_over(gradient).items():
+        solved[place] = solved[place] + without_curvature(rest).astype(solved[place].dtype)
     for place, diagonal, covered in zip(treatment.diagonal, factors.diagonals, treatment.covered, strict=True):
         damped = diagonal + jnp.square(jnp.asarray(gamma).astype(diagonal.dtype))
         own = leaves[place].astype(damped.dtype) / damped
         solved[place] = own if covered is None else jnp.where(covered, solved[place], own)
     for place in treatment.bare:
-        curvature = mean_curvature(layers, factors) + jnp.square(jnp.asarray(gamma))
-        solved[place] = leaves[place] / curvature.astype(leaves[place].dtype)
+        solved[place] = without_curvature(leaves[place])
     return treedef.unflatten([s.astype(v.dtype) for s, v in zip(solved, leaves, strict=True)])
 
 

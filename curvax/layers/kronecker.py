@@ -260,14 +260,11 @@ def apply_on_blocks(
     leaves, treedef = jax.tree.flatten(vector)
     matrices = [to_block(block, vector) for block in treatment.kronecker]
     solved = _sum_on_leaves(treatment.kronecker, on_blocks(matrices), len(leaves))
-    incomplete = _incomplete(layers)
-    own = _sum_on_leaves(treatment.kronecker, matrices, len(leaves)) if incomplete else solved
 
     def elsewhere(leaf):
         return function(jnp.zeros((), trees.wide_dtype(leaf))).astype(leaf.dtype) * leaf
 
-    for place in incomplete:  # what of the leaf is in no block
-        rest = leaves[place] - own[place].astype(leaves[place].dtype)
+    for place, rest in treatment.left_over(vector).items():
         solved[place] = solved[place] + elsewhere(rest).astype(solved[place].dtype)
     for place, d, covered in zip(treatment.diagonal, diagonals, treatment.covered, strict=True):
         entries = function(d) * leaves[place].astype(d.dtype)
@@ -332,31 +329,6 @@ def _dimensions(layers):
 def _uncovered(layers, index):
     covered = layers.treatment.covered[index]
     return layers.structs[layers.treatment.diagonal[index]].size if covered is None else int(np.sum(~covered))
-
-
-def _incomplete(layers):
-    """The leaves that blocks hold, but not in all their dimensions, found by counting.
-
-    Entries that no operation uses are left over, and the differences of leaves that are added up.
-    """
-    treatment = layers.treatment
-    groups: list[tuple[set[int], int]] = []  # leaves that hang together by blocks, and the dimensions of these
-    for block in treatment.kronecker:
-        joined, dimensions = set(block.leaves), int(np.prod(block.shape))
-        apart = []
-        for leaves, count in groups:
-            if leaves & joined:
-                joined, dimensions = joined | leaves, dimensions + count
-            else:
-                apart.append((leaves, count))
-        groups = [*apart, (joined, dimensions)]
-    own = {place: _uncovered(layers, i) for i, place in enumerate(treatment.diagonal)}
-    return sorted(
-        place
-        for leaves, dimensions in groups
-        if dimensions + sum(own.get(i, 0) for i in leaves) < sum(layers.structs[i].size for i in leaves)
-        for place in leaves
-    )
 
 
 def _transpose(basis):

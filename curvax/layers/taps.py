@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.tree_util import Partial, register_dataclass
 
 from curvax import trees
-from curvax.layers.find import Layers
+from curvax.layers.find import Layers, Member
+from curvax.layers.geometry import Geometry
 from curvax.layers.use import LayerUse
 from curvax.matrices.curvature import example_keys
 from curvax.objectives.objective import compiled_if_eager
@@ -262,12 +263,18 @@ class TappedPoint:
         ]
         return treedef.unflatten(filled)
 
-    def capture(self, raw: Sequence[Sequence[Array]], columns: bool = False) -> list[LayerUse]:
+    def capture(
+        self,
+        raw: Sequence[Sequence[Array]],
+        columns: bool = False,
+        places: Callable[[Member, Geometry], Array | None] | None = None,
+    ) -> list[LayerUse]:
         """The uses of every layer, from cotangents of every use of every term as the model has them.
 
         Args:
             raw: For each term a cotangent of each use's output.
             columns: Whether there are several, on a leading axis.
+            places: For a use at which of its shared positions its inputs are wanted, None for all.
         """
         found = []
         for layer in self.layers:
@@ -275,7 +282,8 @@ class TappedPoint:
                 geometry = self.taps[member.term].uses[member.use]
                 ds = raw[member.term][member.use]
                 cotangents = jax.vmap(geometry.cotangents)(ds) if columns else geometry.cotangents(ds)
-                inputs = geometry.inputs(self.taps[member.term].inputs[member.use])
+                chosen = None if places is None else places(member, geometry)
+                inputs = geometry.inputs(self.taps[member.term].inputs[member.use], chosen)
                 # Products of layers add up over examples: in float32 at least, whatever the model computes in.
                 dtype = trees.wide_dtype(cotangents)
                 cotangents = cotangents.astype(dtype)

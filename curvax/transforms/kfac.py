@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -111,14 +111,15 @@ def kfac(
         refresh_period: Steps from one set of inverses to the next, T_3; the first three steps all have new ones.
         spread_refresh: Whether the blocks of a block-diagonal inverse take turns within the period, so that no step is
             slow, in place of all at once.
-        statistics_stride: Every so many-th example of the batch is for the factors, 1/tau_1; if None, so that some 125
-            or more are, but no more than every eighth, and for a block-diagonal inverse of the positions that share
-            weights so many as give four rows for each input. Where all layers with Kronecker factors read several
-            positions of an example, and as many have losses of their own, such as the steps of a sequence, those are
-            what is counted, of 8 examples or more: not where steps are masked or weighted, with "reduce" or corrected
-            eigenvalues.
-        curvature_stride: Every so many-th is for B, 1/tau_2; if None, so that some 250 or more are, counted likewise,
-            but no more than every fourth; of a point in chunks of fewer than 250 all, chunk by chunk.
+        statistics_stride: Every so many-th example of a batch is for the factors, 1/tau_1, from one further on at
+            every step; if None, so that some 125 or more are, but no more than every eighth, and for a block-diagonal
+            inverse of the positions that share weights so many as give four rows for each input, all where they are
+            masked or weighted. Where all layers with Kronecker factors read several positions of an example, and as
+            many have losses of their own, such as the steps of a sequence, those are what is counted, of 8 examples or
+            more: not where steps are masked or weighted, with "reduce" or corrected eigenvalues.
+        curvature_stride: Every so many-th is for B, 1/tau_2, beginning where the statistics do; if None, so that some
+            250 or more are, counted likewise, but no more than every fourth; of a point in chunks of fewer than 250
+            all, chunk by chunk.
         decay: epsilon of the running averages once they are long; the paper has 0.95.
         curvature: B, ``curvax.GaussNewton()`` if None.
         statistics: The curvature of the factors, ``curvax.Fisher(num_samples=1)`` if None; see ``kronecker_factors``.
@@ -316,7 +317,7 @@ def _best_of_three(
 
         def better():
             found = attempt(candidates[index], first.prepared)
-            return trees.where(found.predicted < best.predicted, found, best)
+            return trees.where(rule.prefers(found.predicted, best.predicted), found, best)
 
         return index + 1, jax.lax.cond(periodic, better, lambda: best)
 
@@ -379,6 +380,7 @@ class _Preconditioner:
                 f"{name}: the first argument is curvax.find_layers(objective, params, batch), got {layers!r}"
             )
         self.name, self.layers, self.sharing = name, layers, sharing
+        check_choice(f"{name}: sharing", sharing, get_args(Sharing))
         self.inverse = _inverse(name, inverse)
         self.statistics = Fisher(num_samples=1) if statistics is None else statistics
         check_curvature(name, self.statistics, OutputCurvature)

@@ -121,7 +121,7 @@ METHODS = [
             variant=inverse.get("inverse", ""),
             keeps_eigenvectors=bool(inverse),
         )
-        for inverse in ({}, {"inverse": "block_tridiagonal"}, {"inverse": "eigen_corrected"})
+        for inverse in ({}, *({"inverse": name} for name in ("block_tridiagonal", "exact_tikhonov", "eigen_corrected")))
     ),
     Method(
         "scale_by_kfac",

@@ -454,6 +454,27 @@ def test_batches_add_up_to_the_data_set():
         curvax.layers.factors_over_batches(layers, objective, params, [], curvature=EXACT)
 
 
+@pytest.mark.many_compilations("the map's answers are worked out one operation at a time")
+def test_factors_of_a_data_set_are_arrays_that_are_saved_and_read_again(tmp_path):
+    """Without an optimiser: the leaves of one process, in the structure that the layers of another give."""
+    _, objective, params, batch = problem("mlp")
+    layers = curvax.find_layers(objective, params, batch)
+    factors = curvax.layers.factors_over_batches(layers, objective, params, [batch], curvature=EXACT)
+    np.savez(tmp_path / "factors.npz", *jax.tree.leaves(factors))
+    with np.load(tmp_path / "factors.npz") as read:
+        leaves = [jnp.asarray(read[name]) for name in read.files]
+    again = curvax.find_layers(objective, params, batch)
+    structure = jax.tree.structure(jax.eval_shape(lambda: zero_factors(again)))
+    found = curvax.kronecker_map(again, structure.unflatten(leaves), params)
+    expected = curvax.kronecker_map(layers, factors, params)
+    for one, other in (
+        (found(params), expected(params)),
+        (found.solve(params, damping=0.1), expected.solve(params, damping=0.1)),
+    ):
+        jax.tree.map(np.testing.assert_array_equal, one, other)
+    np.testing.assert_array_equal(found.logdet(damping=0.1), expected.logdet(damping=0.1))
+
+
 def test_running_averages():
     """eps = min(1 - 1/k, decay): a mean at first, exponential later; what is not finite leaves the old one."""
     new = [curvax.layers.KroneckerFactors((jnp.full((1, 1, 1), x),), (), (), (), ()) for x in (1.0, 2.0, 6.0, np.nan)]
@@ -498,8 +519,10 @@ def test_curvature_is_a_value_and_sharing_has_two():
     tapped = curvax.tap(layers, objective.linearize(params, batch))
     with pytest.raises(TypeError, match="kronecker_factors: curvature= takes a value"):
         curvax.layers.kronecker_factors(tapped, curvature=curvax.ggn)
-    with pytest.raises(ValueError, match="sharing"):
+    with pytest.raises(ValueError, match="kronecker_factors: sharing"):
         curvax.layers.kronecker_factors(tapped, sharing="both")
+    with pytest.raises(ValueError, match="factors_over_batches: sharing"):
+        curvax.layers.factors_over_batches(layers, objective, params, [batch], sharing="both")
 
 
 def test_weighted_batches_and_terms_of_their_own_add_up_to_the_data_set():
@@ -594,3 +617,42 @@ def test_moments_of_inputs_by_some_positions_are_those_of_all_on_average(weighte
     alike = jnp.broadcast_to(x[:, :1], x.shape), *batch[1:]
     whole, some = moments(alike, keys[:3])
     np.testing.assert_allclose(some, np.broadcast_to(whole, some.shape), rtol=1e-12)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("scanned", [False, True])
+def test_some_patches_of_a_convolution_are_taken_without_the_others(groups, scanned):
+    """Nothing as large as all patches of the images is formed, and what is taken stands for all."""
+    channels, side, kernel = 4, 12, normal(1, 3, 3, 4 // groups, 4)
+    dims = ("NHWC", "HWIO", "NHWC")
+
+    def convolve(x, w):
+        return jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=dims, feature_group_count=groups)
+
+    def model(params, x):
+        if scanned:
+            return jax.lax.scan(lambda x, w: (jnp.tanh(convolve(x, w)), None), x, params["w"])[0]
+        return convolve(x, params["w"])
+
+    params = {"w": jnp.stack([kernel, -kernel]) if scanned else kernel}
+    batch = normal(2, 6, side, side, channels), normal(3, 6, side, side, channels)
+    objective = curvax.Objective(model, curvax.losses.squared_error())
+    layers = curvax.find_layers(objective, params, batch)
+    some = SomePositions(jax.random.key(0), 2, 1)
+
+    def compute(params, batch, some=some):
+        tapped = curvax.tap(layers, objective.linearize(params, batch))
+        return factors_of(tapped, None, EXACT, "expand", (), some).inputs[0]
+
+    by_some, whole = (lambda params, batch, some=some: compute(params, batch, some) for some in (some, None))
+    patches = 8 * (1 + scanned) * 6 * side * side * 9 * channels
+    few, all_of_them = (
+        jax.jit(f).lower(params, batch).compile().memory_analysis().temp_size_in_bytes for f in (by_some, whole)
+    )
+    assert few < patches / 2 < patches <= all_of_them
+    means = jax.jit(jax.vmap(lambda key: compute(params, batch, some._replace(key=key))))(
+        jax.random.split(jax.random.key(1), side * side)
+    )
+    exact = jax.jit(whole)(params, batch)
+    spread = np.std(means, axis=0)
+    assert np.all(np.abs(np.mean(means, axis=0) - exact) < 5 * spread / np.sqrt(len(means)) + 1e-12)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import curvax
@@ -137,6 +137,10 @@ def moments(chain, tied, params, x, sharing):
 
 @pytest.mark.many_compilations("elementwise uses are looked at while tracing, one equation at a time")
 @settings(max_examples=8, deadline=None)
+@example(chain=[embedding, attention, weight_norm], sharing="expand", seed=1)
+@example(chain=[convolution, transposed, dense], sharing="reduce", seed=2)
+@example(chain=[alone, recurrent], sharing="expand", seed=3)
+@example(chain=(recurrent, recurrent), sharing="expand", seed=4)
 @given(
     chain=st.one_of(
         st.builds(

@@ -7,13 +7,17 @@ import pytest
 
 import curvax
 from curvax import trees
+from curvax.layers.ekfac import EigenCorrected
+from curvax.layers.factor_damping import mean_curvature
 from curvax.layers.factors import KroneckerFactors, zero_factors
 from curvax.layers.inverses import BlockDiagonal, ExactTikhonov, precondition, two_sided
 from curvax.layers.tridiagonal import BlockTridiagonal
+from tests import oracles
 
 GAMMA = 0.3
 INVERSES = [BlockDiagonal(m) for m in ("cholesky", "schur", "eigen", "newton_schulz")]
 INVERSES += [ExactTikhonov(), BlockTridiagonal(), BlockTridiagonal("newton_schulz"), BlockTridiagonal(doublings=6)]
+INVERSES += [EigenCorrected()]
 
 
 def normal(seed, *shape):
@@ -113,6 +117,94 @@ def test_every_leaf_is_solved_with_its_own_matrix(inverse):
     values = [np.diag(np.kron(a, g)) for one in pairs for a, g in zip(*one, strict=True)]
     mean = np.mean(np.concatenate([*values, gain])) + GAMMA**2
     np.testing.assert_allclose(found["temperature"], gradient["temperature"] / mean, rtol=1e-12)
+
+
+def with_parts_that_no_block_holds():
+    """A slice without use, a bias that is used in part, and two leaves that are added up."""
+
+    def model(params, x):
+        x = jnp.tanh(x @ params["stack"][0] + params["b"][:3])
+        return jnp.tanh(x @ params["stack"][2]) @ (params["p"] + 2 * params["q"].T)
+
+    params = {"b": normal(0, 5), "p": normal(1, 3, 2), "q": normal(2, 2, 3), "stack": normal(3, 3, 3, 3)}
+    objective = curvax.Objective(model, curvax.losses.squared_error())
+    return curvax.find_layers(objective, params, (jnp.ones((4, 3)), jnp.zeros((4, 2)))), params
+
+
+@pytest.mark.many_compilations("biases and maps are looked at while tracing, one equation at a time")
+@pytest.mark.parametrize("inverse", [BlockDiagonal(), ExactTikhonov()])
+def test_what_no_block_holds_has_the_mean_curvature(inverse):
+    """The matrix is invertible on all parameters, and symmetric: a preconditioner for any vector."""
+    layers, params = with_parts_that_no_block_holds()
+    factors = random_factors(layers, 0)
+
+    @jax.jit
+    def compute(factors, vectors):
+        prepared = inverse.prepare(layers, factors, GAMMA, None)
+        apply = lambda v: precondition(layers, inverse, prepared, factors, GAMMA, v)  # noqa: E731
+        return jax.vmap(apply)(vectors), mean_curvature(layers, factors)
+
+    size = trees.size(params)
+    vectors = jax.vmap(lambda v: trees.unravel(v, params))(jnp.eye(size))
+    found, mean = compute(factors, vectors)
+    matrix = np.stack([np.concatenate([np.ravel(leaf[i]) for leaf in jax.tree.leaves(found)]) for i in range(size)])
+    np.testing.assert_allclose(matrix, matrix.T, atol=1e-12)
+    assert np.min(np.linalg.eigvalsh(matrix)) > 1e-3
+    # b, p, q, stack; without use are two entries of b and the second matrix of the stack, and of p and q what does not
+    # change p + 2 q^T.
+    unused = [3, 4, *range(5 + 12 + 9, 5 + 12 + 18)]
+    np.testing.assert_allclose(matrix[unused], np.eye(size)[unused] / (mean + GAMMA**2), rtol=1e-12)
+    apart = np.zeros(size)
+    apart[5], apart[5 + 6] = 2.0, -1.0
+    np.testing.assert_allclose(matrix @ apart, apart / (mean + GAMMA**2), atol=1e-12)
+
+
+def badly_scaled():
+    """Inputs that are mixed after they were scaled, of a net of two layers; its exact factors with their pairs."""
+    draw = np.random.default_rng(2)
+    x = draw.normal(size=(60, 12)) * np.geomspace(10, 0.01, 12) @ np.linalg.qr(draw.normal(size=(12, 12)))[0]
+    params = {"u": jnp.asarray(draw.normal(size=(12, 5)) / 12), "v": jnp.asarray(draw.normal(size=(5, 3)))}
+    objective = curvax.Objective(lambda p, x: jnp.tanh(x @ p["u"]) @ p["v"], curvax.losses.softmax_cross_entropy())
+    batch = jnp.asarray(x), jnp.asarray(draw.integers(0, 3, 60))
+    return objective, params, batch, curvax.find_layers(objective, params, batch)
+
+
+@pytest.mark.parametrize("inverse", [BlockDiagonal(), BlockTridiagonal(), ExactTikhonov()], ids=str)
+def test_conjugate_gradients_need_fewer_iterations_with_it(inverse):
+    objective, params, batch, layers = badly_scaled()
+    damping, vector = 1e-4, jax.tree.map(lambda x: normal(5, *x.shape), params)
+
+    @jax.jit
+    def compute(params, batch):
+        at = objective.linearize(params, batch)
+        factors = curvax.layers.kronecker_factors(
+            curvax.tap(layers, at), curvature=curvax.Fisher(), pairs=inverse.pairs(layers)
+        )
+        matrix = lambda v: trees.add_scaled(curvax.ggn(at)(v), damping, v)  # noqa: E731
+        P = curvax.layers.kronecker_preconditioner(layers, factors, damping=damping, inverse=inverse)
+        options = {"max_iterations": 1000, "tolerance": 1e-8}
+        return [curvax.solvers.cg(matrix, vector, preconditioner=p, **options) for p in (P, None)]
+
+    with_it, without = compute(params, batch)
+    dense = np.asarray(oracles.dense_ggn(objective, params, batch))
+    flat = lambda tree: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])  # noqa: E731
+    exact = np.linalg.solve(dense + damping * np.eye(len(dense)), flat(vector))
+    for found in (with_it, without):
+        np.testing.assert_allclose(flat(found.value), exact, atol=1e-4 * np.max(np.abs(exact)))
+    assert int(with_it.iterations) < 0.75 * int(without.iterations)
+
+
+def test_a_preconditioner_says_what_its_factors_lack():
+    objective, params, batch, layers = badly_scaled()
+    factors = curvax.layers.kronecker_factors(
+        curvax.tap(layers, objective.linearize(params, batch)), curvature=curvax.Fisher()
+    )
+    for inverse, advice in (
+        (BlockTridiagonal(), r"1 pairs of blocks.*pairs=inverse.pairs\(layers\)"),
+        (EigenCorrected(), r"(?s)learns from gradients.*with_values\(s\)"),
+    ):
+        with pytest.raises(ValueError, match=advice):
+            curvax.layers.kronecker_preconditioner(layers, factors, damping=0.1, inverse=inverse)
 
 
 @pytest.mark.many_compilations("biases and maps are looked at while tracing, one equation at a time")

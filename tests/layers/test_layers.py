@@ -325,3 +325,28 @@ def test_gradient_and_taps_cost_at_most_1_45_gradients(form, remat):
 
     ratio = flops(with_taps, params, (single, single)) / flops(jax.value_and_grad(objective), params, (single, single))
     assert ratio <= 1.45
+
+
+@pytest.mark.many_compilations("the layers are used outside of jit")
+def test_a_parameter_that_is_joined_with_a_masked_one_is_said_to_have_no_layer():
+    """What is added up with another leaf is no layer once that one is hidden: refused, or treated as asked."""
+    draw = np.random.default_rng(0)
+    params = {name: jnp.asarray(draw.normal(size=(3, 2))) for name in "pqw"} | {
+        "w": jnp.asarray(draw.normal(size=(4, 3)))
+    }
+    objective = curvax.Objective(lambda p, x: jnp.tanh(x @ p["w"]) @ (p["p"] + p["q"]), curvax.losses.squared_error())
+    batch = jnp.asarray(draw.normal(size=(6, 4))), jnp.asarray(draw.normal(size=(6, 2)))
+    with pytest.raises(
+        ValueError, match=r"p: joined in one layer with a parameter that is masked.*mask both or neither"
+    ):
+        curvax.find_layers(objective, params, batch).restricted(["p", "w"])
+    both = curvax.find_layers(objective, params, batch).restricted(["w"])
+    assert [layer.name for layer in both] == ["w"]
+    assert both.unstructured == ()
+    layers = curvax.find_layers(objective, params, batch, fallback="diagonal").restricted(["p", "w"])
+    assert "is joined with a parameter that is masked" in str(layers)
+    factors = curvax.layers.kronecker_factors(
+        curvax.tap(layers, objective.linearize(params, batch)), curvature=curvax.GaussNewton()
+    )
+    dense = np.asarray(oracles.dense_ggn(objective, params, batch))
+    np.testing.assert_allclose(factors.diagonals[0].reshape(-1), np.diag(dense)[:6], rtol=1e-9)

@@ -49,7 +49,7 @@ WHOLE = {"statistics": curvax.Fisher(), "statistics_stride": 1, "curvature_strid
 
 
 def factors_of(params, batch):
-    """For each layer E[a a^T] and E[g g^T] with g under the model's own distribution, by hand."""
+    """For any two layers i <= j E[a_i a_j^T] and E[g_i g_j^T] with g under the model's own distribution, by hand."""
     a = np.asarray(batch[0])
     weights = [np.asarray(layer["w"]) for layer in params]
     biases = [np.asarray(layer["b"]) for layer in params]
@@ -57,56 +57,99 @@ def factors_of(params, batch):
     outputs = inputs[1] @ weights[1] + biases[1]
     p = np.exp(outputs - outputs.max(axis=1, keepdims=True))
     p /= p.sum(axis=1, keepdims=True)
-    first, second = 0, 0
+    homogeneous = [np.concatenate([x, np.ones((len(x), 1))], axis=1) for x in inputs]
+    cotangents = []
     for label in range(SIZES[-1]):
         g2 = p - np.eye(SIZES[-1])[label]
         g1 = (g2 @ weights[1].T) * (1 - inputs[1] ** 2)
-        share = p[:, label] / len(a)
-        first, second = first + (g1.T * share) @ g1, second + (g2.T * share) @ g2
-    homogeneous = [np.concatenate([x, np.ones((len(x), 1))], axis=1) for x in inputs]
-    return [(x.T @ x / len(x), g) for x, g in zip(homogeneous, (first, second), strict=True)]
+        cotangents.append((p[:, label, None] / len(a), (g1, g2)))
+    return {
+        (i, j): (
+            homogeneous[i].T @ homogeneous[j] / len(a),
+            sum((share * g[i]).T @ g[j] for share, g in cotangents),
+        )
+        for i, j in ((0, 0), (0, 1), (1, 1))
+    }
 
 
-def damped_inverse(factors, gamma, vector):
-    """(A + pi gamma I)^{-1} V (G + gamma / pi I)^{-1} for each layer; vectors as the leaves are ordered, b before w."""
-    parts, place = [], 0
-    for a, g in factors:
-        m, n = len(a) - 1, len(g)
+def damped_inverse(factors, gamma, vector, inverse="block_diagonal"):
+    """The inverse times a vector, by a dense matrix; vectors as the leaves are ordered, b before w.
+
+    Factored damping A + pi gamma I and G + gamma / pi I, or gamma^2 I for exact_tikhonov. Of two layers the matrix
+    whose inverse is block-tridiagonal is the one of all four blocks.
+    """
+    sides, blocks = {}, {}
+    for (i, j), (a, g) in factors.items():
+        if i == j and inverse != "exact_tikhonov":
+            pi = np.sqrt(np.trace(a) / len(a) / (np.trace(g) / len(g)))
+            a, g = a + pi * gamma * np.eye(len(a)), g + gamma / pi * np.eye(len(g))
+        sides[i, j] = np.kron(a, g)
+    if inverse == "exact_tikhonov":
+        sides = {key: side + gamma**2 * np.eye(len(side)) for key, side in sides.items() if key[0] == key[1]}
+    for i, j in itertools.product(range(2), repeat=2):
+        apart = i != j and inverse != "block_tridiagonal"
+        side = sides[i, j] if (i, j) in sides else sides[j, i].T if (j, i) in sides else None
+        blocks[i, j] = np.zeros((len(sides[i, i]), len(sides[j, j]))) if apart else side
+    rows, place = [], 0
+    for m, n in itertools.pairwise(SIZES):
         bias, weight = vector[place : place + n], vector[place + n : place + n + m * n].reshape(m, n)
+        rows.append(np.concatenate([weight, bias[None]]).reshape(-1))
         place += n + m * n
-        pi = np.sqrt(np.trace(a) / len(a) / (np.trace(g) / n))
-        left, right = a + pi * gamma * np.eye(m + 1), g + gamma / pi * np.eye(n)
-        solved = np.linalg.solve(left, np.concatenate([weight, bias[None]])) @ np.linalg.inv(right)
-        parts += [solved[-1], solved[:-1].reshape(-1)]
-    return np.concatenate(parts)
+    matrix = np.block([[blocks[i, j] for j in range(2)] for i in range(2)])
+    solved = np.split(np.linalg.solve(matrix, np.concatenate(rows)), [len(rows[0])])
+    matrices = [x.reshape(-1, n) for x, n in zip(solved, SIZES[1:], strict=True)]
+    return np.concatenate([part.reshape(-1) for x in matrices for part in (x[-1], x[:-1])])
 
 
 class Algorithm7:
-    """The method on one batch, exact in everything, step by step."""
+    """The method on one batch, exact in everything, step by step.
 
-    def __init__(self, damping, refresh=2, gamma_rule=None, rate=None, momentum=None):
-        self.damping, self.refresh, self.rule = damping, refresh, gamma_rule
-        self.rate, self.momentum = rate, momentum
+    ``rate`` and ``momentum`` may be numbers or schedules, and one alone; the strides take every so many-th case,
+    beginning with one case later at every step; ``other`` is a batch for factors and model where it is not the step's.
+    """
+
+    def __init__(
+        self,
+        damping,
+        *,
+        refresh=2,
+        gamma_rule=None,
+        rate=None,
+        momentum=None,
+        inverse="block_diagonal",
+        decay=0.95,
+        strides=(1, 1),
+        objective=OBJECTIVE,
+        other=None,
+    ):
+        self.damping, self.refresh, self.rule, self.decay = damping, refresh, gamma_rule, decay
+        self.fixed, self.inverse, self.strides = (rate, momentum), inverse, strides
+        self.objective, self.other = objective, other
         self.gamma = None if gamma_rule is None else np.sqrt(damping + L2)
         self.k, self.factors, self.inverted, self.last = 0, None, None, None
 
     def step(self, params, batch):
+        seen = batch if self.other is None else self.other
+        some, more = (jax.tree.map(lambda leaf, n=n: leaf[self.k % n :: n], seen) for n in self.strides)
+        coefficients = [value(self.k) if callable(value) else value for value in self.fixed]
         self.k += 1
-        new = factors_of(params, batch)
-        keep = min(1 - 1 / self.k, 0.95)
+        new = factors_of(params, some)
+        keep = min(1 - 1 / self.k, self.decay)
         old = new if self.factors is None else self.factors
-        self.factors = [tuple(keep * x + (1 - keep) * y for x, y in zip(*pair, strict=True)) for pair in zip(old, new)]  # noqa: B905
-        g = gradient(OBJECTIVE, params, batch)
-        exact = np.asarray(oracles.dense_fisher(OBJECTIVE, params, batch))
+        self.factors = {
+            key: tuple(keep * x + (1 - keep) * y for x, y in zip(old[key], new[key], strict=True)) for key in new
+        }
+        g = gradient(self.objective, params, batch)
+        exact = np.asarray(oracles.dense_fisher(self.objective, params, more))
         damped = exact + self.damping * np.eye(len(g))
         gamma = np.sqrt(self.damping + L2) if self.rule is None else self.gamma
         compared = self.rule is not None and self.k % self.rule.period == 0
         if self.k % self.refresh == 0 or self.k <= 3 or compared:
             self.inverted = (self.factors, gamma)
-        tried = [self.attempt(g, damped, *self.inverted)]
+        tried = [self.attempt(g, damped, coefficients, *self.inverted)]
         if compared:
             others = (gamma * self.rule.factor, gamma / self.rule.factor)
-            tried += [self.attempt(g, damped, self.factors, other) for other in others]
+            tried += [self.attempt(g, damped, coefficients, self.factors, other) for other in others]
         best = min(tried, key=lambda attempt: attempt[0])
         predicted, delta, self.inverted = best
         if self.rule is not None:
@@ -114,26 +157,29 @@ class Algorithm7:
         self.last = delta
         return delta, predicted
 
-    def attempt(self, g, damped, factors, gamma):
-        direction = -damped_inverse(factors, gamma, g)
+    def attempt(self, g, damped, given, factors, gamma):
+        direction = -damped_inverse(factors, gamma, g, self.inverse)
         basis = direction[:, None] if self.last is None else np.stack([direction, self.last], axis=1)
         matrix, slopes = basis.T @ damped @ basis, basis.T @ g
-        if self.rate is not None:
-            coefficients = np.array([self.rate, self.momentum])[: len(slopes)]
-        else:
-            coefficients = -np.linalg.solve(matrix, slopes)
+        given = given[: len(slopes)]
+        free = [i for i, value in enumerate(given) if value is None]
+        coefficients = np.array([0.0 if value is None else value for value in given])
+        rest = slopes + matrix @ coefficients
+        coefficients[free] = -np.linalg.solve(matrix[np.ix_(free, free)], rest[free])
         value = coefficients @ slopes + coefficients @ matrix @ coefficients / 2
         return value, basis @ coefficients, (factors, gamma)
 
 
-def follow(tx, oracle, rule, steps):
-    for taken in run(tx, OBJECTIVE, PARAMS, DATA, steps):
+def follow(tx, oracle, rule, steps, **points):
+    """The steps of the method are those of the oracle, and lambda follows the rule at the ratio on the step's batch."""
+    for taken in run(tx, oracle.objective, PARAMS, DATA, steps, **points):
         delta, predicted = oracle.step(taken.before, DATA)
         np.testing.assert_allclose(flat(taken.updates), delta, rtol=1e-6, atol=1e-9 * np.abs(delta).max())
         np.testing.assert_allclose(taken.state.info.predicted_change, predicted, rtol=1e-6)
         np.testing.assert_allclose(taken.state.info.damping, oracle.damping, rtol=1e-6)
         if oracle.k % rule.period == 0:
-            change = loss(OBJECTIVE, moved(taken.before, delta), DATA) - loss(OBJECTIVE, taken.before, DATA)
+            change = loss(oracle.objective, moved(taken.before, delta), DATA)
+            change -= loss(oracle.objective, taken.before, DATA)
             ratio = change / predicted
             np.testing.assert_allclose(taken.state.info.step_ratio, ratio, rtol=1e-5)
             oracle.damping *= rule.decrease if ratio > rule.good_ratio else 1
@@ -170,11 +216,113 @@ def test_steps_are_those_of_algorithm_7_with_the_best_of_three_gammas(refresh):
     assert oracle.gamma != np.sqrt(0.5 + L2)
 
 
-def test_rates_that_are_given_take_the_place_of_the_best_ones():
-    tx = curvax.kfac(
-        LAYERS, initial_damping=0.5, judged_by="same_batch", learning_rate=0.3, momentum=0.8, refresh_period=2, **WHOLE
+@pytest.mark.parametrize("inverse", ["block_tridiagonal", "exact_tikhonov"])
+@pytest.mark.parametrize("gamma_rule", [None, BestOfThree(factor=0.5, period=2)])
+def test_steps_are_those_of_algorithm_7_with_every_inverse(inverse, gamma_rule):
+    rule, same = kfac_rule(period=2), {"judged_by": "same_batch", "gamma_rule": gamma_rule}
+    tx = curvax.kfac(LAYERS, inverse=inverse, initial_damping=0.5, rule=rule, refresh_period=2, **same, **WHOLE)
+    follow(tx, Algorithm7(0.5, inverse=inverse, gamma_rule=gamma_rule), rule, 7)
+
+
+def test_inverses_that_start_from_the_last_ones_end_where_others_do():
+    """Newton-Schulz through the state of the optimiser, whose inverses change from one refresh to the next."""
+    rule, inverse = kfac_rule(period=2), curvax.layers.BlockDiagonal("newton_schulz")
+    same = {"judged_by": "same_batch", "rule": rule}
+    tx = curvax.kfac(LAYERS, inverse=inverse, initial_damping=0.5, refresh_period=2, **same, **WHOLE)
+    follow(tx, Algorithm7(0.5), rule, 7)
+
+
+@pytest.mark.parametrize(
+    ("rate", "momentum"),
+    [
+        (0.3, 0.8),
+        (0.3, None),
+        (None, 0.8),
+        (None, 0.0),
+        (optax.exponential_decay(0.5, 1, 0.6), optax.linear_schedule(0.2, 0.8, 3)),
+    ],
+    ids=["both", "rate", "momentum", "no momentum", "schedules"],
+)
+def test_rates_that_are_given_take_the_place_of_the_best_ones(rate, momentum):
+    given = {"learning_rate": rate, "momentum": momentum}
+    tx = curvax.kfac(LAYERS, initial_damping=0.5, judged_by="same_batch", refresh_period=2, **given, **WHOLE)
+    follow(tx, Algorithm7(0.5, rate=rate, momentum=momentum), kfac_rule(period=1000), 4)
+
+
+def test_a_short_average_forgets():
+    """epsilon = min(1 - 1/k, 0.4): the cap is in force from the second step on."""
+    tx = curvax.kfac(LAYERS, damping=0.5, refresh_period=1, **(WHOLE | {"decay": 0.4}))
+    follow(tx, Algorithm7(0.5, refresh=1, decay=0.4), kfac_rule(period=1000), 5)
+
+
+def test_strides_take_some_of_the_batch_and_others_at_every_step():
+    """Factors of every third case, the model of every second, from one further on each time."""
+    parts = {"statistics_stride": 3, "curvature_stride": 2}
+    tx = curvax.kfac(LAYERS, damping=0.5, refresh_period=1, **(WHOLE | parts))
+    follow(tx, Algorithm7(0.5, refresh=1, strides=(3, 2)), kfac_rule(period=1000), 5)
+
+
+def test_curvature_may_be_of_another_batch_than_the_gradient():
+    other = data(20, seed=5)
+    tx = curvax.kfac(LAYERS, damping=0.5, refresh_period=1, **WHOLE)
+    follow(tx, Algorithm7(0.5, refresh=1, other=other), kfac_rule(period=1000), 4, curvature_at=other)
+
+
+def test_a_penalty_of_some_leaves_is_in_gamma_and_in_the_model_for_those_alone():
+    """KF-18 with biases left out: gamma^2 = lambda + eta for all, eta in the model where the penalty is."""
+    mask = [{"b": False, "w": True}] * 2
+    objective = curvax.Objective(network, curvax.losses.softmax_cross_entropy(), l2=L2, l2_mask=mask)
+    layers = curvax.find_layers(objective, PARAMS, DATA)
+    tx = curvax.kfac(layers, damping=0.5, refresh_period=1, **WHOLE)
+    follow(tx, Algorithm7(0.5, refresh=1, objective=objective), kfac_rule(period=1000), 4)
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_positions_are_shared_as_asked(sharing):
+    """The update by the factors of ``kronecker_factors`` with that sharing, which differ; another name is refused."""
+    objective, shape, _ = SEQUENCES["with a layer of means"]
+    params, batch, layers = sequences(objective, shape)
+    options = {"damping": 0.3, "statistics": curvax.GaussNewton(), "statistics_stride": 1}
+    tx = curvax.scale_by_kfac(layers, sharing=sharing, **options)
+
+    @jax.jit
+    def compute(params):
+        at = objective.linearize(params, batch)
+        found, expected = tx.update(params, tx.init(params), params, at=at)[0], {}
+        for name in ("expand", "reduce"):
+            factors = curvax.layers.kronecker_factors(
+                curvax.tap(layers, at), curvature=curvax.GaussNewton(), sharing=name
+            )
+            expected[name] = curvax.layers.kronecker_preconditioner(layers, factors, damping=0.3)(params)
+        return found, expected
+
+    found, expected = compute(params)
+    np.testing.assert_allclose(flat(found), flat(expected[sharing]), rtol=1e-9)
+    assert not np.allclose(flat(expected["expand"]), flat(expected["reduce"]), rtol=1e-2)
+    for method in (curvax.kfac, curvax.scale_by_kfac):
+        with pytest.raises(ValueError, match=f"{method.__name__}: sharing"):
+            method(layers, sharing="expnad")
+
+
+def test_a_mask_that_leaves_few_steps_leaves_all_of_their_inputs():
+    """One step of many counts: moments of inputs by some of the positions would mostly be of none that does."""
+    draw = np.random.default_rng(3)
+    steps, width = 400, 3
+    params = {"w": jnp.asarray(draw.normal(size=(width, 2)))}
+    last = jnp.broadcast_to(jnp.arange(steps) == steps - 1, (8, steps))
+    batch = jnp.asarray(draw.normal(size=(8, steps, width))), jnp.zeros((8, steps, 2)), last
+    objective = curvax.Objective(
+        lambda p, x: x @ p["w"],
+        curvax.losses.squared_error(),
+        select=lambda batch: batch[:2],
+        mask=lambda batch: batch[2],
     )
-    follow(tx, Algorithm7(0.5, rate=0.3, momentum=0.8), kfac_rule(period=1000), 4)
+    layers = curvax.find_layers(objective, params, batch)
+    tx = curvax.scale_by_kfac(layers, damping=0.1)
+    state = run(optax.chain(tx, optax.set_to_zero()), objective, params, batch, 3)[-1].state[0]
+    inputs = np.asarray(batch[0])[:, -1]
+    np.testing.assert_allclose(state.memory.factors.inputs[0][0], inputs.T @ inputs / 8, rtol=1e-9)
+    assert state.memory.batches == 3
 
 
 def test_the_divergence_of_a_step_is_bounded():
@@ -515,8 +663,12 @@ def test_every_inverse_trains(inverse):
     assert losses[-1] < 0.6 * losses[0]
 
 
-def test_mini_batches_end_near_their_lowest_loss():
-    """300 steps at the defaults, on batches of a sixth of the data: what was learnt is not lost again."""
+@pytest.mark.parametrize(
+    ("inverse", "size"),
+    [("block_diagonal", 128), ("block_diagonal", 256), ("block_tridiagonal", 128), ("eigen_corrected", 128)],
+)
+def test_mini_batches_end_near_their_lowest_loss(inverse, size):
+    """300 steps at the defaults, on batches of a sixth or third of the data: what was learnt is not lost again."""
     draw = np.random.default_rng(11)
     inputs = draw.normal(size=(768, SIZES[0]))
     targets = np.argmax(np.tanh(inputs @ draw.normal(size=(SIZES[0], 8))) @ draw.normal(size=(8, SIZES[-1])), axis=1)
@@ -524,7 +676,7 @@ def test_mini_batches_end_near_their_lowest_loss():
     targets = np.where(flipped, draw.integers(0, SIZES[-1], 768), targets)
     whole = jnp.asarray(inputs), jnp.asarray(targets)
     objective = curvax.Objective(network, curvax.losses.softmax_cross_entropy())
-    tx = curvax.kfac(curvax.find_layers(objective, PARAMS, whole))
+    tx = curvax.kfac(curvax.find_layers(objective, PARAMS, whole), inverse=inverse)
 
     @jax.jit
     def train(params, state, chosen):
@@ -537,7 +689,7 @@ def test_mini_batches_end_near_their_lowest_loss():
 
         return jax.lax.scan(body, (params, state), chosen)
 
-    chosen = jnp.asarray(np.stack([draw.permutation(768)[:128] for _ in range(300)]))
+    chosen = jnp.asarray(np.stack([draw.permutation(768)[:size] for _ in range(300)]))
     (_, state), losses = train(PARAMS, jax.jit(tx.init)(PARAMS), chosen)
     assert losses[-1] < 1.5 * losses.min()
     assert losses.max() < 3 * losses[0]

@@ -44,9 +44,9 @@ def with_biases():
     return curvax.Objective(model, curvax.losses.softmax_cross_entropy()), params, batch
 
 
-def make(objective, params, batch, **options):
+def make(objective, params, batch, inverse="block_diagonal", **options):
     """The transformation, and a step of it."""
-    tx = curvax.kfac(curvax.find_layers(objective, params, batch, **options), **SETTINGS)
+    tx = curvax.kfac(curvax.find_layers(objective, params, batch, **options), inverse=inverse, **SETTINGS)
 
     def step(params, state, batch):
         _, grads, at = objective.value_and_grad(params, batch)
@@ -62,7 +62,14 @@ def steps(tx, step, params, state, batch):
     return params, state
 
 
-@pytest.mark.parametrize(("made", "options"), [(problem, {}), (with_biases, {"bias": "separate"})])
+@pytest.mark.parametrize(
+    ("made", "options"),
+    [
+        (problem, {}),
+        (with_biases, {"bias": "separate"}),
+        (with_biases, {"bias": "separate", "inverse": "block_tridiagonal"}),
+    ],
+)
 def test_factors_and_inverses_are_split_when_asked(made, options):
     objective, params, batch = made()
     tx, step = make(objective, params, batch, **options)
@@ -77,7 +84,10 @@ def test_factors_and_inverses_are_split_when_asked(made, options):
     found, state = steps(tx, jitted, jax.device_put(params, copied), state, sharded)
     for name, leaf in expected.items():
         np.testing.assert_allclose(found[name], leaf, rtol=1e-9, atol=1e-12)
-    blocks = [x for x in jax.tree.leaves(state.memory) if x.ndim == 3]
+    (link,) = getattr(state.memory.prepared, "links", ((),))
+    blocks = [x for x in jax.tree.leaves(state.memory) if x.ndim == 3] + [
+        x for x in jax.tree.leaves(link) if x.ndim == 2
+    ]
     held = [x.addressable_shards[0].data.size / x.size for x in blocks]
     assert sum(share == 1 / 8 for share in held) >= len(held) / 2
 
@@ -100,7 +110,7 @@ def everywhere(tree, sharding):
 state = everywhere(tx.init(params), copied)
 jitted = jax.jit(step, out_shardings=copied)
 found, _ = steps(tx, jitted, everywhere(params, copied), state, everywhere(batch, split))
-print("FOUND", repr([float(np.asarray(leaf.addressable_data(0)).sum()) for leaf in jax.tree.leaves(found)]))
+print("FOUND", [float(x) for leaf in jax.tree.leaves(found) for x in np.ravel(leaf.addressable_data(0))])
 """
 
 
@@ -123,5 +133,6 @@ def test_two_processes_take_the_steps_of_one():
     assert [worker.returncode for worker in workers] == [0, 0]
     for text in printed:
         (line,) = [line for line in text.splitlines() if line.startswith("FOUND")]
-        sums = [float(number) for number in line.removeprefix("FOUND [").rstrip("]").split(",")]
-        np.testing.assert_allclose(sums, [leaf.sum() for leaf in jax.tree.leaves(expected)], rtol=1e-8)
+        found = [float(number) for number in line.removeprefix("FOUND [").rstrip("]").split(",")]
+        every = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(expected)])
+        np.testing.assert_allclose(found, every, rtol=1e-8, atol=1e-12)
