@@ -73,7 +73,7 @@ CASES = {
     ),
     "faces": Case(
         {"name": "faces", "num_train": 10_000, "num_test": 2000},
-        (4, 10, 20, 40),
+        (4, 10, 20, 40, 60),
         "full layer sizes",
         METHODS + VARIANTS,
     ),
@@ -91,18 +91,20 @@ def main(argv=None):
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)
     deadline = time.perf_counter() + 60 * arguments.minutes
-    sections, tuned = [], {}
+    sections, settings = [], arguments.output / "tuned.json"
+    tuned = json.loads(settings.read_text()) if settings.exists() else {}
     for name in CASES:
         until = deadline if name in arguments.cases else float("-inf")
         bench = Bench(name, arguments.output, arguments.data_folder, arguments.seconds_scale, until)
         if bench.run(arguments.optimizers):
-            sections.append(bench.report())
             tuned[name] = bench.best
         elif name in arguments.cases:
             print(f"{name} has optimisers without a run: start again to go on")
-    if not sections:
+        if len(bench.runs) > 1:
+            sections.append(bench.report())
+    if not tuned:
         raise SystemExit("no case has a run of every optimiser yet; start again to go on")
-    (arguments.output / "tuned.json").write_text(json.dumps(tuned, indent=1) + "\n")
+    settings.write_text(json.dumps(tuned, indent=1) + "\n")
     (arguments.output / "autoencoders.md").write_text(heading() + "\n".join(sections))
     print(f"The report is {arguments.output / 'autoencoders.md'}")
 

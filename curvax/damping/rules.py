@@ -265,4 +265,4 @@ class BestOfThree:
 
     def prefers(self, found: jax.Array, best: jax.Array) -> jax.Array:
         """Whether a candidate with the model value ``found`` takes the place of the best one so far."""
-        return (found < best) | (jnp.isnan(best) & ~jnp.isnan(found))
+        return jnp.isfinite(found) & ((found < best) | ~jnp.isfinite(best))

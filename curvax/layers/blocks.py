@@ -131,12 +131,15 @@ class Block:
         """A use of the layer as one of the block's matrices."""
         return use
 
-    def to_matrices(self, gradient: PyTree) -> Array:
-        """The gradient with respect to the matrices, from that with respect to the parameters: L^+^T g."""
-        weights = self._to_matrices(self.weights, gradient)
+    def to_matrices(self, gradient: PyTree, *, wide: bool = False) -> Array:
+        """The gradient with respect to the matrices, from that with respect to the parameters: L^+^T g.
+
+        In the dtype that the model has the matrices in, or with ``wide`` in float32 at least.
+        """
+        weights = self._to_matrices(self.weights, gradient, wide)
         if self.bias is None:
             return weights
-        row = _ordered(self._to_matrices(self.bias, gradient).reshape(-1), np.array(self.bias_order))
+        row = _ordered(self._to_matrices(self.bias, gradient, wide).reshape(-1), np.array(self.bias_order))
         return jnp.concatenate([weights, row.reshape(weights.shape[0], 1, -1).astype(weights.dtype)], axis=1)
 
     def to_params(self, matrices: Array, *, wide: bool = False) -> dict[int, Array]:
@@ -154,16 +157,15 @@ class Block:
 
     def held(self, vector: PyTree) -> dict[int, Array]:
         """L^T d^{-1} L v: what its matrices hold of a vector, the leaves of the block by their places; ``wide``."""
-        matrices = self.to_matrices(vector)
-        matrices = matrices.astype(trees.wide_dtype(matrices))
+        matrices = self.to_matrices(vector, wide=True)
         if self.squares is not None:
             matrices = matrices * jnp.asarray(self.squares, matrices.dtype)
         return self.to_params(matrices, wide=True)
 
-    def _to_matrices(self, layer, tree):
+    def _to_matrices(self, layer, tree, wide):
         leaves = jax.tree.leaves(tree)
         own = tuple(leaves[i] for i in layer.leaves)
-        function, structs = layer_map(self.layers, layer)
+        function, structs = layer_map(self.layers, layer, wide=wide)
         zeros = tuple(jnp.zeros(s.shape, s.dtype) for s in structs)
         moved = jax.jvp(function, zeros, tuple(x.astype(s.dtype) for x, s in zip(own, structs, strict=True)))[1]
         return moved if layer.only_moves else moved / self._squares(layer).astype(moved.dtype)
@@ -221,8 +223,8 @@ class BiasBlock(Block):
         ones = jnp.ones_like(cotangents.reshape(-1, *cotangents.shape[-4:])[0, ..., :1])
         return use._replace(inputs=ones, cotangents=cotangents, kind="dense")
 
-    def to_matrices(self, gradient: PyTree) -> Array:
-        return _ordered(self._to_matrices(self.weights, gradient), np.array(self.bias_order)).reshape(self.shape)
+    def to_matrices(self, gradient: PyTree, *, wide: bool = False) -> Array:
+        return _ordered(self._to_matrices(self.weights, gradient, wide), np.array(self.bias_order)).reshape(self.shape)
 
     def to_params(self, matrices: Array, *, wide: bool = False) -> dict[int, Array]:
         row = _ordered(matrices.reshape(1, 1, -1), np.argsort(np.array(self.bias_order)))
@@ -237,18 +239,26 @@ class Treatment(NamedTuple):
         diagonal: The places of leaves that have the diagonal of their curvature, in part or altogether.
         covered: For each of those the entries that a Kronecker block holds, None where there are none. They have the
             curvature of the block alone, without that of further elementwise uses.
+        beside: For each of those how many of its entries no block holds.
         bare: The places of leaves without curvature: unused ones, and those whose ``fallback`` is "gradient".
         reasons: Why blocks of matrices have no Kronecker factors, by name.
-        incomplete: The places of leaves that Kronecker blocks hold, but not in all their dimensions: entries that no
-            operation uses are left over, and the differences of leaves that are added up.
+        incomplete: The places of leaves that Kronecker blocks hold, but not in all their dimensions, with those that
+            hang together with them: entries that no operation uses are left over, and the differences of leaves that
+            are added up.
     """
 
     kronecker: tuple[Block, ...]
     diagonal: tuple[int, ...]
     covered: tuple[np.ndarray | None, ...]
+    beside: tuple[int, ...]
     bare: tuple[int, ...]
     reasons: dict[str, str]
     incomplete: tuple[int, ...]
+
+    @property
+    def dimensions(self) -> int:
+        """The number of dimensions that blocks and diagonals have."""
+        return sum(math.prod(block.shape) for block in self.kronecker) + sum(self.beside)
 
     def left_over(self, vector: PyTree) -> dict[int, Array]:
         """What of the incomplete leaves of a vector no block holds, by their places; in float32 at least."""
@@ -302,12 +312,16 @@ def treatment_of(layers: Layers) -> Treatment:
     bare = set(range(len(layers.paths))) - whole - diagonal
     order = tuple(sorted(diagonal))
     covered = tuple(cover.get(place) for place in order)
-    incomplete = _incomplete(layers, kronecker, dict(zip(order, covered, strict=True)))
-    return Treatment(kronecker, order, covered, tuple(sorted(bare)), reasons, incomplete)
+    beside = tuple(
+        layers.structs[place].size if own is None else int(np.sum(~own))
+        for place, own in zip(order, covered, strict=True)
+    )
+    incomplete = _incomplete(layers, kronecker, dict(zip(order, beside, strict=True)))
+    return Treatment(kronecker, order, covered, beside, tuple(sorted(bare)), reasons, incomplete)
 
 
-def _incomplete(layers, kronecker, covered):
-    """``Treatment.incomplete``, found by counting; ``covered`` by the places of the leaves with diagonals."""
+def _incomplete(layers, kronecker, beside):
+    """``Treatment.incomplete``, found by counting; ``beside`` by the places of the leaves with diagonals."""
     groups: list[tuple[set[int], int]] = []  # leaves that hang together by blocks, and the dimensions of these
     for block in kronecker:
         joined, dimensions = set(block.leaves), math.prod(block.shape)
@@ -318,17 +332,11 @@ def _incomplete(layers, kronecker, covered):
             else:
                 apart.append((leaves, count))
         groups = [*apart, (joined, dimensions)]
-
-    def beside(place):  # its entries that have a diagonal
-        if place not in covered:
-            return 0
-        return layers.structs[place].size if covered[place] is None else int(np.sum(~covered[place]))
-
     return tuple(
         sorted(
             place
             for leaves, dimensions in groups
-            if dimensions + sum(map(beside, leaves)) < sum(layers.structs[i].size for i in leaves)
+            if dimensions + sum(beside.get(i, 0) for i in leaves) < sum(layers.structs[i].size for i in leaves)
             for place in leaves
         )
     )

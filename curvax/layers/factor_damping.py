@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
-
 import jax.numpy as jnp
-import numpy as np
 
 from curvax.layers.factors import KroneckerFactors, diagonals_of
 from curvax.layers.find import Layers
@@ -55,18 +52,17 @@ def mean_eigenvalue(factor: Array) -> Array:
 
 def mean_curvature(layers: Layers, factors: KroneckerFactors) -> Array:
     """The mean eigenvalue of the curvature on the parameters that have one, blocks and diagonals."""
-    treatment, total, count = layers.treatment, jnp.zeros(()), 0
+    treatment, total = layers.treatment, jnp.zeros(())
     for block, *sides in zip(treatment.kronecker, factors.inputs, factors.outputs, strict=True):
         a, g = map(diagonals_of, sides)
         products = jnp.sum(a, 1) * jnp.sum(g, 1)
         if block.squares is not None:  # the trace of L^T (A (x) G) L
             products = jnp.einsum("bi,bio,bo->b", a, jnp.asarray(block.squares, a.dtype), g)
-        total, count = total + jnp.sum(products).astype(total.dtype), count + math.prod(block.shape)
+        total = total + jnp.sum(products).astype(total.dtype)
     for diagonal, covered in zip(factors.diagonals, treatment.covered, strict=True):
         own = diagonal if covered is None else jnp.where(covered, 0, diagonal)
         total = total + jnp.sum(own).astype(total.dtype)
-        count += diagonal.size if covered is None else int(np.sum(~covered))
-    return total / max(count, 1)
+    return total / max(treatment.dimensions, 1)
 
 
 def add_to_diagonal(factor: Array, scalars: Array) -> Array:

@@ -23,8 +23,7 @@ from curvax import trees
 from curvax.checks import check_choice
 from curvax.layers.blocks import Block
 from curvax.layers.diagonals import entrywise, products
-from curvax.layers.find import Layers, Member
-from curvax.layers.geometry import Geometry
+from curvax.layers.find import Layers
 from curvax.layers.taps import TappedPoint, tap
 from curvax.layers.use import LayerUse, sum_over_examples, with_ones
 from curvax.matrices.curvature import Fisher, OutputCurvature, check_curvature
@@ -345,10 +344,8 @@ def uses_by_block(tapped: TappedPoint, uses: list[LayerUse]) -> list[tuple[Block
 # --- the two sides --------------------------------------------------------------------------------------------------
 
 
-def without_cotangents(
-    tapped: TappedPoint, places: Callable[[Member, Geometry], Array | None] | None = None
-) -> list[LayerUse]:
-    """The uses with what the forward pass gives, inputs at some ``places`` alone; cotangents are zeros nobody reads."""
+def without_cotangents(tapped: TappedPoint, places: Any = None) -> list[LayerUse]:
+    """The uses with what the forward pass gives, inputs as ``capture`` says; cotangents are zeros that nobody reads."""
     zeros = [[geometry.use.zeros() for geometry in tap.uses] for tap in tapped.taps]
     return tapped.capture(zeros, places=places)
 
@@ -356,13 +353,13 @@ def without_cotangents(
 def _places_of(some, scales):
     """At which positions the inputs of a use are taken, for ``TappedPoint.capture``.
 
-    Of uses of the term of a mask or weights over steps at all: those that are chosen might be ones that do not count.
+    At all where there is a factor for every step: the steps that are chosen might be ones that do not count.
     """
 
-    def places(member, geometry):
-        if member.swapped or geometry.use.kind not in ("dense", "conv") or scales[member.term].ndim > 1:
+    def places(member, geometry, shape):
+        (_, examples, positions, _), scale = shape, scales[member.term]
+        if member.swapped or geometry.use.kind not in ("dense", "conv") or scale.size not in (1, examples):
             return None
-        _, examples, positions, _ = jax.eval_shape(geometry.cotangents, geometry.use.zeros()).shape
         enough = -(-max(some.rows_per_input * geometry.shape[1], some.least) // examples)
         distance = max(1, positions // max(enough, 1))
         while math.gcd(distance, positions) > 1:  # a divisor of the sides of images would see some columns of them

@@ -267,15 +267,21 @@ class Layers:
             return self
         key = tuple(path for path in self.paths if path in paths)
         if key not in self._restrictions:
-            kept = {layer.name for layer in self if all(self.paths[i] in key for i in layer.leaves)}
+            hidden = {i: "is not used" for i, path in enumerate(self.paths) if path not in key}
+            # A leaf with one use that has no structure has none altogether, nor have those that are joined with it.
+            gone, known = set(hidden), -1
+            while known != len(gone):
+                known = len(gone)
+                gone |= {
+                    i for layer in self if 0 < len(gone & set(layer.leaves)) < len(layer.leaves) for i in layer.leaves
+                }
+            kept = {layer.name for layer in self if not gone & set(layer.leaves)}
             layers = tuple(
                 layer if layer.bias in kept else dataclasses.replace(layer, bias=None)
                 for layer in self
                 if layer.name in kept
             )
-            hidden = {i: "is not used" for i, path in enumerate(self.paths) if path not in key}
-            alone = {i for layer in self for i in layer.leaves} - {i for layer in layers for i in layer.leaves}
-            parted = dict.fromkeys(sorted(alone - set(hidden)), "is joined with a parameter that is masked")
+            parted = dict.fromkeys(sorted(gone - set(hidden)), "is joined with a parameter that is masked")
             if parted and self.fallback == "error":
                 names = ", ".join(self.paths[i] for i in parted)
                 raise ValueError(

@@ -267,7 +267,7 @@ def kronecker_preconditioner(
             "    preconditioner = lambda v: K.with_values(s).solve(v, damping=damping)"
         )
     pairs = inverse.pairs(layers)
-    if len(factors.cross_inputs) != len(pairs):
+    if pairs and len(factors.cross_inputs) != len(pairs):
         raise ValueError(
             f"kronecker_preconditioner: {inverse} needs the cross factors of {len(pairs)} pairs of blocks, the factors"
             f" have those of {len(factors.cross_inputs)}; take kronecker_factors(..., pairs=inverse.pairs(layers))"
@@ -310,7 +310,8 @@ def precondition(
             solved[place] = leaf if solved[place] is None else solved[place] + leaf
 
     def without_curvature(leaf):
-        return leaf / (mean_curvature(layers, factors) + jnp.square(jnp.asarray(gamma))).astype(leaf.dtype)
+        mean = mean_curvature(layers, factors).astype(leaf.dtype)
+        return leaf / (mean + jnp.square(jnp.asarray(gamma).astype(leaf.dtype)))
 
     for place, rest in treatment.left_over(gradient).items():
         solved[place] = solved[place] + without_curvature(rest).astype(solved[place].dtype)

@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.tree_util import register_dataclass
 
 from curvax import trees
@@ -170,7 +169,7 @@ class EigenKroneckerMap(LinearMap):
 
         result = _total(self.layers, [jnp.sum(logarithms(s)) for s in self.values], self.diagonals, logarithms)
         # Dimensions that no block and no diagonal has.
-        rest = trees.size(self.structure) - _dimensions(self.layers)
+        rest = trees.size(self.structure) - self.layers.treatment.dimensions
         return result + rest * logarithms(jnp.zeros((), result.dtype)) if rest else result
 
     def trace(self) -> Array:
@@ -317,18 +316,6 @@ def _total(layers, of_blocks, diagonals, function):
         entries = function(d) if covered is None else jnp.where(covered, 0, function(d))
         total = total + jnp.sum(entries).astype(dtype)
     return total
-
-
-def _dimensions(layers):
-    """The number of dimensions that blocks and diagonals have."""
-    treatment = layers.treatment
-    diagonal = sum(_uncovered(layers, i) for i in range(len(treatment.diagonal)))
-    return sum(int(np.prod(block.shape)) for block in treatment.kronecker) + diagonal
-
-
-def _uncovered(layers, index):
-    covered = layers.treatment.covered[index]
-    return layers.structs[layers.treatment.diagonal[index]].size if covered is None else int(np.sum(~covered))
 
 
 def _transpose(basis):

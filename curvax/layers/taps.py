@@ -267,14 +267,15 @@ class TappedPoint:
         self,
         raw: Sequence[Sequence[Array]],
         columns: bool = False,
-        places: Callable[[Member, Geometry], Array | None] | None = None,
+        places: Callable[[Member, Geometry, tuple[int, ...]], Array | None] | None = None,
     ) -> list[LayerUse]:
         """The uses of every layer, from cotangents of every use of every term as the model has them.
 
         Args:
             raw: For each term a cotangent of each use's output.
             columns: Whether there are several, on a leading axis.
-            places: For a use at which of its shared positions its inputs are wanted, None for all.
+            places: For a use, and the shape of its cotangents, at which of its shared positions its inputs are wanted,
+                None for all.
         """
         found = []
         for layer in self.layers:
@@ -282,7 +283,7 @@ class TappedPoint:
                 geometry = self.taps[member.term].uses[member.use]
                 ds = raw[member.term][member.use]
                 cotangents = jax.vmap(geometry.cotangents)(ds) if columns else geometry.cotangents(ds)
-                chosen = None if places is None else places(member, geometry)
+                chosen = None if places is None else places(member, geometry, cotangents.shape)
                 inputs = geometry.inputs(self.taps[member.term].inputs[member.use], chosen)
                 # Products of layers add up over examples: in float32 at least, whatever the model computes in.
                 dtype = trees.wide_dtype(cotangents)

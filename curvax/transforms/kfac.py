@@ -117,7 +117,7 @@ def kfac(
             masked or weighted. Where all layers with Kronecker factors read several positions of an example, and as
             many have losses of their own, such as the steps of a sequence, those are what is counted, of 8 examples or
             more: not where steps are masked or weighted, with "reduce" or corrected eigenvalues.
-        curvature_stride: Every so many-th is for B, 1/tau_2, beginning where the statistics do; if None, so that some
+        curvature_stride: Every so many-th is for B, 1/tau_2, from one further on at every step; if None, so that some
             250 or more are, counted likewise, but no more than every fourth; of a point in chunks of fewer than 250
             all, chunk by chunk.
         decay: epsilon of the running averages once they are long; the paper has 0.95.

@@ -71,7 +71,7 @@ def test_a_forgetful_memory_is_emptied_every_fifth_step(backtracking):
     [
         (curveball_toys, ["--runs", "2"], ["curveball_toys.md", "curveball_toys.png"]),
         (cubic_plateau, ["--steps", "120", "--data", "mnist"], ["cubic_plateau.md", "cubic_plateau_mnist.png"]),
-        (step_cost, ["--repeats", "1"], ["step_cost.md"]),
+        (step_cost, ["--repeats", "1"], ["step_cost", "step_cost.md"]),
     ],
     ids=["toys", "plateau", "step_cost"],
 )

@@ -82,7 +82,9 @@ def test_best_of_three_keeps_the_lowest_model_and_survives_failed_candidates():
     candidates = rule.candidates(jnp.array(4.0, jnp.float32))
     assert candidates.dtype == jnp.float32
     assert candidates.tolist() == [4, 1, 8]  # 16 is beyond the maximum
-    for values, best in (([-1.0, -2, -3], 8), ([-1, np.nan, 0], 4), ([np.nan, -1e-9, np.nan], 1), ([np.nan] * 3, 4)):
+    cases = [([-1.0, -2, -3], 8), ([-1, np.nan, 0], 4), ([np.nan, -1e-9, np.nan], 1), ([np.nan] * 3, 4)]
+    cases += [([np.nan, np.inf, np.nan], 4), ([-1, -np.inf, 0], 4), ([np.inf, 0, -1], 8)]
+    for values, best in cases:
         kept = 0
         for other in (1, 2):
             kept = other if rule.prefers(jnp.array(values[other]), jnp.array(values[kept])) else kept

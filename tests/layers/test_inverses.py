@@ -159,6 +159,26 @@ def test_what_no_block_holds_has_the_mean_curvature(inverse):
     np.testing.assert_allclose(matrix @ apart, apart / (mean + GAMMA**2), atol=1e-12)
 
 
+@pytest.mark.many_compilations("biases and maps are looked at while tracing, one equation at a time")
+def test_what_a_block_holds_is_not_left_over_where_the_model_rounds():
+    """Leaves that a model casts to half precision, in a net whose parameters and gradients are float32."""
+
+    def model(params, x):
+        w, b = (params[name].astype(jnp.bfloat16) for name in ("w", "b"))
+        return (x.astype(jnp.bfloat16) @ w + b[:2]).astype(jnp.float32)
+
+    params = {"b": normal(0, 3).astype(jnp.float32), "w": normal(1, 4, 2).astype(jnp.float32)}
+    objective = curvax.Objective(model, curvax.losses.squared_error())
+    layers = curvax.find_layers(objective, params, (jnp.ones((5, 4), jnp.float32), jnp.zeros((5, 2), jnp.float32)))
+    assert layers.treatment.incomplete == (0, 1)
+    rest = jax.jit(layers.treatment.left_over)(params)
+    np.testing.assert_array_equal(rest[0], params["b"] * np.array([0, 0, 1], np.float32))
+    np.testing.assert_array_equal(rest[1], 0)
+    factors = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), random_factors(layers, 0))
+    solve = jax.jit(lambda v: curvax.layers.kronecker_preconditioner(layers, factors, damping=jnp.float32(0.1))(v))
+    assert trees.structure_of(solve(params)) == trees.structure_of(params)
+
+
 def badly_scaled():
     """Inputs that are mixed after they were scaled, of a net of two layers; its exact factors with their pairs."""
     draw = np.random.default_rng(2)
@@ -205,6 +225,14 @@ def test_a_preconditioner_says_what_its_factors_lack():
     ):
         with pytest.raises(ValueError, match=advice):
             curvax.layers.kronecker_preconditioner(layers, factors, damping=0.1, inverse=inverse)
+    more = curvax.layers.kronecker_factors(
+        curvax.tap(layers, objective.linearize(params, batch)), curvature=curvax.Fisher(), pairs=((0, 1),)
+    )
+    plain, same = (
+        jax.jit(lambda v, own=own: curvax.layers.kronecker_preconditioner(layers, own, damping=0.1)(v))(params)
+        for own in (factors, more)
+    )
+    jax.tree.map(np.testing.assert_array_equal, plain, same)
 
 
 @pytest.mark.many_compilations("biases and maps are looked at while tracing, one equation at a time")

@@ -350,3 +350,27 @@ def test_a_parameter_that_is_joined_with_a_masked_one_is_said_to_have_no_layer()
     )
     dense = np.asarray(oracles.dense_ggn(objective, params, batch))
     np.testing.assert_allclose(factors.diagonals[0].reshape(-1), np.diag(dense)[:6], rtol=1e-9)
+
+
+@pytest.mark.many_compilations("the layers are used outside of jit")
+def test_a_parameter_that_is_joined_in_one_use_of_two_has_no_layer_when_that_one_is_masked():
+    """Factors of the other use alone would be a part of its curvature for the whole; and so for what hangs on it."""
+    draw = np.random.default_rng(0)
+    params = {name: jnp.asarray(draw.normal(size=(3, 3))) for name in "pqrw"}
+
+    def model(p, x):
+        x = jnp.tanh(x @ p["w"])
+        return x @ p["p"] + jnp.tanh(x) @ (p["p"] + p["q"]) + jnp.sin(x) @ (p["p"] + p["r"])
+
+    objective = curvax.Objective(model, curvax.losses.squared_error())
+    batch = tuple(jnp.asarray(draw.normal(size=(6, 3))) for _ in range(2))
+    with pytest.raises(ValueError, match="p, r: joined in one layer with a parameter that is masked"):
+        curvax.find_layers(objective, params, batch).restricted(["p", "r", "w"])
+    layers = curvax.find_layers(objective, params, batch, fallback="diagonal").restricted(["p", "r", "w"])
+    assert [layer.name for layer in layers] == ["w"]
+    factors = curvax.layers.kronecker_factors(
+        curvax.tap(layers, objective.linearize(params, batch)), curvature=curvax.GaussNewton()
+    )
+    dense = np.diag(oracles.dense_ggn(objective, params, batch))
+    for diagonal, own in zip(factors.diagonals, (dense[:9], dense[18:27]), strict=True):
+        np.testing.assert_allclose(diagonal.reshape(-1), own, rtol=1e-9)

@@ -304,15 +304,18 @@ def test_positions_are_shared_as_asked(sharing):
             method(layers, sharing="expnad")
 
 
-def test_a_mask_that_leaves_few_steps_leaves_all_of_their_inputs():
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_mask_that_leaves_few_steps_leaves_all_of_their_inputs(folded):
     """One step of many counts: moments of inputs by some of the positions would mostly be of none that does."""
     draw = np.random.default_rng(3)
     steps, width = 400, 3
     params = {"w": jnp.asarray(draw.normal(size=(width, 2)))}
     last = jnp.broadcast_to(jnp.arange(steps) == steps - 1, (8, steps))
     batch = jnp.asarray(draw.normal(size=(8, steps, width))), jnp.zeros((8, steps, 2)), last
+    if folded:  # into the axis of the examples, on the way out
+        batch = batch[0], batch[1].reshape(-1, 2), batch[2].reshape(-1)
     objective = curvax.Objective(
-        lambda p, x: x @ p["w"],
+        lambda p, x: (x @ p["w"]).reshape(-1, 2) if folded else x @ p["w"],
         curvax.losses.squared_error(),
         select=lambda batch: batch[:2],
         mask=lambda batch: batch[2],
