@@ -42,10 +42,12 @@ class Inverse(abc.ABC):
         has_two_sides: Whether it prepares (A^{-1}, G^{-1}) for each block and applies them one by one, so that whoever
             knows a block's result may pass None for its matrix.
         observes_gradients: Whether ``observe`` learns from the gradients of single examples.
+        curvature_cases: So many cases at least are for the exact curvature along its steps.
     """
 
     has_two_sides: ClassVar[bool] = False
     observes_gradients: ClassVar[bool] = False
+    curvature_cases: ClassVar[int] = 250
 
     def pairs(self, layers: Layers) -> Pairs:
         """The blocks, by their places, whose cross factors it needs."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Any, NamedTuple, get_args
+from typing import Any, ClassVar, NamedTuple, get_args
 
 import jax
 
@@ -114,6 +114,9 @@ class BlockTridiagonal(Inverse):
 
     method: InverseMethod = "cholesky"
     doublings: int | None = None
+    # Its natural gradients reach further where few cases have anything to say. With a quarter or a half of a batch of
+    # 1,000 for the curvature along them the loss of a wide autoencoder was thrown up again and again, with all never.
+    curvature_cases: ClassVar[int] = 1000
 
     def __post_init__(self):
         check_choice("method", self.method, get_args(InverseMethod))

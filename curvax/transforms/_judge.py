@@ -34,6 +34,9 @@ R = TypeVar("R", bound=Rule)
 ABSURD = 3
 """A rise by so many times what the model promised, or could, is no noise of a batch: the step is undone."""
 
+UNUSUAL = 4
+"""A rise from batch to batch by so many times their mean change is looked into: three standard deviations of noise."""
+
 
 def judging(
     judged_by: JudgedBy, rule: R | None, same: R, following: R, measured: bool = False, damped: bool = False
@@ -135,8 +138,10 @@ class NextBatch:
         def bound(loss):
             return ABSURD * (possible(loss) + rounding)
 
-        # Another batch has another loss: only a rise that no noise explains is worth a forward pass by itself.
-        alarming = ~(here - info.loss <= bound(info.loss) + jnp.abs(info.loss) / 4)
+        # Another batch has another loss: only a rise that no noise explains is worth a forward pass by itself. A loss
+        # may have a floor that no model gets below, so that its own size says little about its noise.
+        noise = jnp.fmin(UNUSUAL * last.unrest, jnp.abs(info.loss) / 4)
+        alarming = ~(here - info.loss <= bound(info.loss) + noise)
         taken = (given.steps > 0) & (last.predicted_change < 0)
         periodic = given.steps % self.rule.period == 0
         due = (periodic | alarming) & taken & ~unchanged
@@ -165,4 +170,11 @@ class NextBatch:
             told = jnp.where(ratio > 3 / 2 + hidden, 1, ratio).astype(ratio.dtype)  # nothing of NaN, without a lambda
         strength = jnp.where(due, adapted(self.rule, told), given.strength)
         strength = jnp.where(unchanged & taken, adapted(self.same, ratio), strength)
-        return Verdict(jnp.where(absurd, self.rule.retreat(given.strength), strength), absurd, ratio)
+        strength = jnp.where(absurd, self.rule.retreat(given.strength), strength)
+        return Verdict(strength, absurd, ratio, _averaged(last.unrest, jnp.abs(here - info.loss)))
+
+
+def _averaged(mean: Array, new: Array) -> Array:
+    """The running mean of the last ten or so; what is not finite is left out, and the first is a mean by itself."""
+    known = jnp.where(jnp.isfinite(mean), 0.9 * mean + 0.1 * new, new)
+    return jnp.where(jnp.isfinite(new), known, mean).astype(mean.dtype)

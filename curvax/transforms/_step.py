@@ -196,19 +196,25 @@ class LastStep(NamedTuple):
         params: Where it began; not how long it was, as what stands behind the method in a chain may change the update.
         predicted_change: What the model promised, 0 if the step was not taken, NaN without a model.
         loss: The loss of its batch where it ended, NaN where that was not measured.
+        unrest: What the judge has said of how much losses change from batch to batch, NaN at first.
     """
 
     params: PyTree
     predicted_change: Array
     loss: Array
+    unrest: Array
 
 
 class Verdict(NamedTuple):
-    """What a judge says of the last step: the strength to go on with, whether to undo it, its ratio for the info."""
+    """What a judge says of the last step: the strength to go on with, whether to undo it, its ratio for the info.
+
+    And what it wants to be told at the next one, ``LastStep.unrest``.
+    """
 
     strength: Array
     undo: Array
     step_ratio: Array | None = None
+    unrest: Array | None = None
 
 
 class Judge(Protocol):
@@ -257,7 +263,8 @@ def stepper(
     def init(params: PyTree) -> StepState:
         params = trees.floating_arrays(params, f"{name}: params")
         dtype = trees.wide_dtype(*jax.tree.leaves(params))
-        last = LastStep(trees.zeros_like(params), jnp.zeros((), dtype), jnp.full((), jnp.nan, dtype))
+        unknown = jnp.full((), jnp.nan, dtype)
+        last = LastStep(trees.zeros_like(params), jnp.zeros((), dtype), unknown, jnp.copy(unknown))
         info = _empty_info(added, dtype)
         # Floating point may arrive as a number, an array or a traced value, of any dtype.
         first = jnp.array(jnp.asarray(strength).astype(dtype))
@@ -266,11 +273,11 @@ def stepper(
 
     def update(updates: PyTree, state: StepState, params: PyTree = None, **arguments: Any) -> tuple[PyTree, StepState]:
         given = _given(name, points, updates, state, params, arguments)
-        undo = jnp.array(False)
+        undo, unrest = jnp.array(False), None
         here = trees.extract(given.at.params, updates) if keeps_last else ()
         if judge is not None:
             verdict = judge(state.last, given)
-            undo = verdict.undo & (state.steps > 0)
+            undo, unrest = verdict.undo & (state.steps > 0), verdict.unrest
             given = dataclasses.replace(given, strength=verdict.strength.astype(given.dtype), undo=undo)
             if verdict.step_ratio is not None:
                 given = dataclasses.replace(given, info=given.info._replace(step_ratio=verdict.step_ratio))
@@ -282,7 +289,7 @@ def stepper(
             strength=given.strength if taken.strength is None else taken.strength.astype(given.dtype),
             key=state.key,
             memory=taken.memory,
-            last=_last_step(here, taken, accepted, given) if keeps_last else (),
+            last=_last_step(here, taken, accepted, given, unrest) if keeps_last else (),
             info=_info(taken, accepted, added, given),
         )
         # What a method tried and not what is left of it: the info has its norm, and the largest entry with that.
@@ -313,11 +320,13 @@ def stepper(
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
-def _last_step(began, taken, accepted, given):
+def _last_step(began, taken, accepted, given, unrest):
     figures = taken.figures
     change = figures.get("predicted_change", jnp.nan) if taken.change is None else taken.change
     behind = figures.get("new_loss", jnp.nan) if taken.loss_behind is None else taken.loss_behind
-    return LastStep(began, jnp.where(accepted, change, 0).astype(given.dtype), jnp.asarray(behind).astype(given.dtype))
+    promised = jnp.where(accepted, change, 0).astype(given.dtype)
+    unrest = given.last.unrest if unrest is None else unrest
+    return LastStep(began, promised, jnp.asarray(behind).astype(given.dtype), unrest)
 
 
 _COUNTS = ("inner_iterations", "reason")

@@ -118,8 +118,8 @@ def kfac(
             many have losses of their own, such as the steps of a sequence, those are what is counted, of 8 examples or
             more: not where steps are masked or weighted, with "reduce" or corrected eigenvalues.
         curvature_stride: Every so many-th is for B, 1/tau_2, from one further on at every step; if None, so that some
-            250 or more are, counted likewise, but no more than every fourth; of a point in chunks of fewer than 250
-            all, chunk by chunk.
+            250 or more are, 1,000 with the block-tridiagonal inverse, counted likewise, but no more than every fourth;
+            of a point in chunks of fewer than that all, chunk by chunk.
         decay: epsilon of the running averages once they are long; the paper has 0.95.
         curvature: B, ``curvax.GaussNewton()`` if None.
         statistics: The curvature of the factors, ``curvax.Fisher(num_samples=1)`` if None; see ``kronecker_factors``.
@@ -160,7 +160,8 @@ def kfac(
         at, dtype = given.curvature_at, given.dtype
         seen = preconditioner.seen(given, at, given.key)
         cases = cases_per_example(seen.layers, at)
-        part = part_of("kfac", "curvature_stride", curvature_stride, at, given.steps, most=4, least=250, cases=cases)
+        least = preconditioner.inverse.curvature_cases
+        part = part_of("kfac", "curvature_stride", curvature_stride, at, given.steps, most=4, least=least, cases=cases)
         strength = given.strength if damping is None else given.number(damping)
         begun = jnp.array(True)
         if damping is None and initial_damping is None:

@@ -114,6 +114,40 @@ def test_a_rise_far_beyond_what_was_promised_is_undone_and_what_led_there_forgot
     assert (again.info.undone_steps, again.strength, again.memory) == (1, 4.0, far.memory - 9)
 
 
+def test_a_rise_that_is_small_beside_the_floor_of_the_loss_is_undone():
+    """Of 100 by 2, where batches differ by some hundredths; the first steps, and noise, alarm nobody."""
+    objective = curvax.Objective(
+        lambda p, x: x @ p, curvax.losses.from_function(lambda z, y: 100 + (z[0] - y[0]) ** 2 / 2, convex=True)
+    )
+
+    def step(given):
+        kick = jnp.where(given.steps == 12, 2.0, 0.0) * jnp.ones_like(given.gradient)
+        delta = kick - 0.1 * given.gradient
+        change = -0.1 * trees.vdot(given.gradient, given.gradient)
+        return Step(delta, {"loss": given.at.loss, "predicted_change": change, "step_ratio": given.info.step_ratio})
+
+    rule = next_batch_rule(period=1000)
+    tx = stepper("kicked", step, strength=1.0, judge=NextBatch(rule, rule))
+
+    @jax.jit
+    def train(params, batches):
+        def body(carry, data):
+            params, state = carry
+            _, gradient, at = objective.value_and_grad(params, data)
+            updates, state = tx.update(gradient, state, params, at=at)
+            return (optax.apply_updates(params, updates), state), (state.info.undone_steps, objective(params, data))
+
+        return jax.lax.scan(body, (params, tx.init(params)), batches)[1]
+
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=(20, 64, 3))
+    batches = jnp.asarray(x), jnp.asarray(0.3 * draw.normal(size=(20, 64, 1)))
+    undone, losses = train(jnp.zeros((3, 1)), batches)
+    assert 1 < losses[13] - losses[12] < 20
+    assert undone.tolist() == [0] * 13 + [1] * 7
+    assert losses[14] < 100.2
+
+
 def test_a_step_into_what_is_not_finite_is_undone_but_a_bad_batch_is_not_its_fault():
     objective = curvax.Objective(lambda p, x: jnp.sqrt(p - x), curvax.losses.from_function(lambda z, y: z, convex=True))
 

@@ -842,6 +842,24 @@ def test_a_model_of_sequences_has_its_curvature_from_some_of_them():
     assert count(**corrected) > 1.1 * count(**corrected, statistics_stride=5)
 
 
+def test_the_block_tridiagonal_inverse_has_the_curvature_along_its_steps_from_more_of_the_batch():
+    """Of 1,000 examples from all, where the block-diagonal one has every fourth, and of 4,000 both."""
+
+    def count(examples, **options):
+        batch = data(examples)
+        tx = curvax.kfac(LAYERS, statistics_stride=8, **options)
+
+        def step(params, state):
+            _, grads, at = OBJECTIVE.value_and_grad(params, batch)
+            return tx.update(grads, state, params, at=at)
+
+        return flops(step, PARAMS, jax.eval_shape(tx.init, PARAMS), while_trip_count=1, alarms=True)
+
+    for inverse, strides in (("block_diagonal", {1000: 4, 4000: 4}), ("block_tridiagonal", {1000: 1, 4000: 4})):
+        for examples, stride in strides.items():
+            assert count(examples, inverse=inverse) == count(examples, inverse=inverse, curvature_stride=stride)
+
+
 def test_steps_that_are_folded_into_the_examples_are_taken_whole():
     """There are so many that some would do, but there is no telling which inputs and outputs go together."""
     draw = np.random.default_rng(2)
