@@ -96,14 +96,13 @@ def main(argv=None):
     for name in CASES:
         until = deadline if name in arguments.cases else float("-inf")
         bench = Bench(name, arguments.output, arguments.data_folder, arguments.seconds_scale, until)
-        if bench.run(arguments.optimizers):
-            tuned[name] = bench.best
-        elif name in arguments.cases:
+        if not bench.run(arguments.optimizers) and name in arguments.cases:
             print(f"{name} has optimisers without a run: start again to go on")
         if len(bench.runs) > 1:
+            tuned[name] = tuned.get(name, {}) | bench.best
             sections.append(bench.report())
-    if not tuned:
-        raise SystemExit("no case has a run of every optimiser yet; start again to go on")
+    if not sections:
+        raise SystemExit("no case has runs of two optimisers yet; start again to go on")
     settings.write_text(json.dumps(tuned, indent=1) + "\n")
     (arguments.output / "autoencoders.md").write_text(heading() + "\n".join(sections))
     print(f"The report is {arguments.output / 'autoencoders.md'}")
@@ -176,6 +175,7 @@ class Bench:
             rest = len(OPTIMIZERS[name].grid) - len(tried)
             more = f"; {rest} more of its grid not run" if rest else ""
             lines += [f"- {name}: " + "; ".join(f"({describe(s)}) {loss:.3f}" for s, loss in tried) + more]
+        lines += [f"- {name}: not run" for name in self.case.names if name not in self.grids]
         loads = f"load {min(self._loads):.1f} to {max(self._loads):.1f} when the runs began"
         lines += ["", f"On {'; '.join(sorted(self._machines))}; {loads}. Runs of {', '.join(sorted(self._days))}."]
         return "\n".join([*lines, ""])

@@ -389,7 +389,7 @@ def _linear(function, structs):
 
 def _squared_rows(layers, layer) -> np.ndarray:
     """d = L L^T 1, the squared lengths of the rows of L, where L L^T is diagonal."""
-    function, structs = layer_map(layers, layer)
+    function, structs = layer_map(layers, layer, wide=True)
     shape = jax.eval_shape(function, *structs)
 
     def gram(matrices):

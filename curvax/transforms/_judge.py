@@ -125,8 +125,8 @@ class NextBatch:
                 " scale_by_natural_gradient or scale_by_kfac"
             )
         info, here = given.info, given.at.loss.astype(given.dtype)
-        rounding = jnp.finfo(here.dtype).eps * jnp.abs(here)
-        unchanged = jnp.abs(here - last.loss) <= 32 * rounding
+        rounding = 32 * jnp.finfo(here.dtype).eps * jnp.abs(here)
+        unchanged = jnp.abs(here - last.loss) <= rounding
         promised = jnp.abs(last.predicted_change)
 
         nonnegative = given.at.loss_is_nonnegative

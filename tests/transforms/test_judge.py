@@ -135,14 +135,16 @@ def test_a_rise_that_is_small_beside_the_floor_of_the_loss_is_undone():
             params, state = carry
             _, gradient, at = objective.value_and_grad(params, data)
             updates, state = tx.update(gradient, state, params, at=at)
-            return (optax.apply_updates(params, updates), state), (state.info.undone_steps, objective(params, data))
+            seen = state.info.undone_steps, objective(params, data), state.info.step_ratio
+            return (optax.apply_updates(params, updates), state), seen
 
         return jax.lax.scan(body, (params, tx.init(params)), batches)[1]
 
     draw = np.random.default_rng(0)
     x = draw.normal(size=(20, 64, 3))
     batches = jnp.asarray(x), jnp.asarray(0.3 * draw.normal(size=(20, 64, 1)))
-    undone, losses = train(jnp.zeros((3, 1)), batches)
+    undone, losses, ratios = train(jnp.zeros((3, 1)), batches)
+    assert np.all(np.isnan(ratios[:13])), "nobody looks back"
     assert 1 < losses[13] - losses[12] < 20
     assert undone.tolist() == [0] * 13 + [1] * 7
     assert losses[14] < 100.2
