@@ -117,7 +117,8 @@ class Block:
         rng = np.random.default_rng(0)
         x, y = rng.normal(size=(2, *root.shape)).astype(root.dtype)
         with jax.ensure_compile_time_eval():
-            moved = jax.jit(jax.vmap(self.to_params))(np.stack([x, y, np.ones_like(x), x * y]) * root)
+            move = jax.vmap(functools.partial(self.to_params, wide=True))
+            moved = jax.jit(move)(np.stack([x, y, np.ones_like(x), x * y]) * root)
         # U x * U y = U 1 * U (x * y) for all x and y if every entry of a leaf is in one entry of the matrices.
         for u, v, w, z in (np.asarray(leaf) for leaf in moved.values()):
             if not np.allclose(u * v, w * z, rtol=rounding, atol=rounding):
