@@ -153,7 +153,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "nag": Optimizer(
         _nesterov,
         {"batch_size": 200, "learning_rate": 1e-3, "momentum": 0.99, "decay": "cosine"},
-        _products(learning_rate=(1e-3, 3e-3)),
+        _products(momentum=(0.99, 0.95), learning_rate=(1e-3, 3e-3, 1e-2)),
     ),
     "sgd": Optimizer(
         optax.sgd,
