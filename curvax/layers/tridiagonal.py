@@ -114,8 +114,8 @@ class BlockTridiagonal(Inverse):
 
     method: InverseMethod = "cholesky"
     doublings: int | None = None
-    # Its natural gradients reach further where few cases have anything to say. With a quarter or a half of a batch of
-    # 1,000 for the curvature along them the loss of a wide autoencoder was thrown up again and again, with all never.
+    # With a quarter or a half of a batch of 1,000 for the curvature along its steps the loss of a wide autoencoder was
+    # thrown up again and again, with all of it never (``benchmarks/results/kfac.md``).
     curvature_cases: ClassVar[int] = 1000
 
     def __post_init__(self):
